@@ -1,0 +1,80 @@
+"""Attention over one set of keys, returned with its log-sum-exp so that sets can be merged exactly.
+
+Shapes: B rows, H KV heads, R query rows per KV head, T keys, D key dim, Dv value dim.
+"""
+
+import torch
+from torch import Tensor
+
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def partial_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * query key^T + mask) value, and the log-sum-exp of the scores.
+
+    The queries of one KV head stand side by side in R, so that a key is read once for all of them.
+
+    Args:
+        query: `[B, H, R, D]`.
+        key: `[B, H, T, D]`, T > 0; last dimension dense, the others of any stride.
+        value: `[B, H, T, Dv]`, same dtype.
+        mask: additive, dtype of the query, broadcastable to `[B, H, R, T]`; masked = the dtype's
+            minimum and not -inf, so that a fully masked row has a weight of zero and no NaN.
+        scale: factor of the scores.
+
+    Returns:
+        `[B, H, R, Dv]` in the dtype of the query and the log-sum-exp `[B, H, R]` in float32
+        (natural logarithm).
+    """
+    if query.device.type == "cpu" and key.shape[-1] == value.shape[-1] and _is_flash_dtype(query):
+        out, lse = _flash_cpu(query, key, value, attn_mask=mask, scale=scale)
+        return out, lse
+    return partial_attention_reference(query, key, value, mask, scale)
+
+
+def partial_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`partial_attention` in plain torch; the products run in the dtype of the inputs."""
+    scores = torch.matmul(query, key.transpose(-1, -2)).to(_accumulate_dtype(query)) * scale
+    if mask is not None:
+        scores = scores + mask
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse[..., None]).to(value.dtype)
+    return torch.matmul(weights, value), lse
+
+
+def merge_partials(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """One partial result from several over disjoint keys: exact up to rounding in float32.
+
+    Args:
+        outs: each `[B, H, R, Dv]`.
+        lses: each `[B, H, R]`; -inf for a row that saw no key, whose `out` is then not read.
+
+    Returns:
+        `[B, H, R, Dv]` in the dtype of `outs` and `[B, H, R]`.
+    """
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    stacked = torch.stack(lses)
+    lse = torch.logsumexp(stacked, dim=0)
+    weights = torch.exp(stacked - lse)
+    out = outs[0] * weights[0][..., None]
+    for part, weight in zip(outs[1:], weights[1:], strict=True):
+        out = out + part * weight[..., None]
+    return out.to(outs[0].dtype), lse
+
+
+def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """The result when the softmax has one more key, of logit `sink` and value zero (gpt-oss)."""
+    return (out * torch.sigmoid(lse - sink)[..., None]).to(out.dtype)
+
+
+def _is_flash_dtype(query: Tensor) -> bool:
+    return query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _accumulate_dtype(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)

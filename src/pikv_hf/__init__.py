@@ -1,0 +1,11 @@
+"""PiKVCache: a paged KV cache for Mixture-of-Experts models in Hugging Face transformers."""
+
+from .cache import PiKVCache
+from .compressors import COMPRESSORS
+from .placement import PLACEMENTS
+from .routers import ROUTERS
+from .schedulers import SCHEDULERS
+
+__version__ = "0.1.0"
+
+__all__ = ["COMPRESSORS", "PLACEMENTS", "ROUTERS", "SCHEDULERS", "PiKVCache", "__version__"]

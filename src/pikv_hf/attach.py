@@ -1,0 +1,210 @@
+"""Binding caches to a model: shadow configs, gate hooks, checks; and taking it all back."""
+
+import copy
+import re
+import threading
+import weakref
+from collections.abc import Callable
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import EncoderDecoderCache, PreTrainedModel
+
+from .attention import NAME
+from .checks import check_forward, check_generate
+from .gates import Gate, gates_of_layers
+
+if TYPE_CHECKING:
+    from .cache import PiKVCache
+
+_BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
+_SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+# The cache of the forward pass that runs in this thread.
+_forward = threading.local()
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper or a `torch.compile`d module."""
+    inner = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}; it must be a transformers PreTrainedModel, or one "
+            "wrapped by PEFT or torch.compile."
+        )
+    return inner
+
+
+def binding_of(model: PreTrainedModel) -> "Binding":
+    """The binding of `model`, made if it has none; a cache that uses it calls `acquire`."""
+    with _LOCK:
+        binding = _BINDINGS.get(model)
+        if binding is None:
+            binding = _BINDINGS[model] = Binding(model)
+        return binding
+
+
+class Binding:
+    """Everything that is changed on one model while caches are attached to it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = weakref.ref(model)
+        self.attention = attention_modules(model)
+        decoder = _innermost(model, [m for ms in self.attention.values() for m in ms])
+        self.decoder = weakref.ref(decoder)
+        self.gate_of = gates_of_layers(decoder, self.attention)
+        self.users = 0
+        self._undo: list[Callable[[], None]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
+        return self  # a copied model's hooks find that they are not of their own model
+
+    def acquire(self) -> None:
+        with _LOCK:
+            self.users += 1
+            if self.users == 1:
+                self._attach()
+
+    def release(self) -> None:
+        with _LOCK:
+            self.users -= 1
+            if self.users == 0:
+                while self._undo:
+                    self._undo.pop()()
+                model = self.model()
+                if model is not None:
+                    _BINDINGS.pop(model, None)
+
+    def _attach(self) -> None:
+        model = self.model()
+        for modules in self.attention.values():
+            for module in modules:
+                self._undo.append(_shadow(module))
+        decoder = self.decoder()
+        hooks = [
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            decoder.register_forward_hook(self._after, always_call=True),
+        ]
+        labels: dict[Gate, list[int]] = {}
+        for idx, gate in self.gate_of.items():
+            labels.setdefault(gate, []).append(idx)
+        for gate, layers in labels.items():
+            hooks.append(gate.module.register_forward_hook(_GateHook(gate, layers)))
+        self._undo += [hook.remove for hook in hooks]
+        if hasattr(model, "generate"):
+            model.generate = CheckedGenerate(model)
+            self._undo.append(lambda ref=self.model: ref() and vars(ref()).pop("generate", None))
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        _forward.cache = None
+        cache = _cache_of(kwargs.get("past_key_values"))
+        if cache is None or module is not self.decoder():
+            return
+        check_forward(cache, self.model(), kwargs)
+        _forward.cache = weakref.ref(cache)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        cache = current_cache()
+        _forward.cache = None
+        if cache is not None and module is self.decoder():
+            cache.end_forward()
+
+
+def current_cache() -> "PiKVCache | None":
+    """The PiKVCache of the forward pass that runs in this thread."""
+    ref = getattr(_forward, "cache", None)
+    return None if ref is None else ref()
+
+
+class _GateHook:
+    """Hands the experts that a gate chose to the layers that it labels."""
+
+    def __init__(self, gate: Gate, layers: list[int]) -> None:
+        self.gate = gate
+        self.layers = layers
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        cache = current_cache()
+        if cache is not None and cache.shared.router is not None:
+            experts, weights = self.gate.choice(output)
+            for idx in self.layers:
+                cache.label(idx, experts, weights)
+
+
+class CheckedGenerate:
+    """`model.generate`, which first refuses what would silently ignore or misread the cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = weakref.ref(model)
+        self.__doc__ = type(model).generate.__doc__
+        self.__wrapped__ = type(model).generate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model()
+        cache = _cache_of(kwargs.get("past_key_values"))
+        if cache is not None:
+            check_generate(cache, model, args, kwargs)
+        return type(model).generate(model, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self.model())]
+        return MethodType(type(copied).generate, copied)
+
+
+def _cache_of(past_key_values: Any) -> "PiKVCache | None":
+    from .cache import PiKVCache
+
+    if isinstance(past_key_values, EncoderDecoderCache):
+        past_key_values = past_key_values.self_attention_cache
+    return past_key_values if isinstance(past_key_values, PiKVCache) else None
+
+
+def _shadow(module: nn.Module) -> Callable[[], None]:
+    """Give one attention module a config of its own that names our function; returns the undo."""
+    original = module.config
+    if original._attn_implementation not in _SUPPORTED:
+        raise ValueError(
+            f"`model` uses attn_implementation={original._attn_implementation!r}; PiKVCache supports "
+            f"{', '.join(_SUPPORTED)}."
+        )
+    shadow = copy.copy(original)
+    shadow._attn_implementation_internal = NAME
+    shadow._pikv_original = original
+    module.config = shadow
+    ref = weakref.ref(module)
+
+    def undo() -> None:
+        if ref() is not None:
+            ref().config = original
+
+    return undo
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
+    """Attention modules of the text decoder, by the cache layer that they use."""
+    text_type = type(model.config.get_text_config(decoder=True))
+    found: dict[int, list[nn.Module]] = {}
+    for module in _text_decoder(model).modules():
+        is_attention = re.search(r"(Attention|MLA)\d*$", type(module).__name__)
+        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+        if is_attention and isinstance(index, int) and isinstance(config, text_type):
+            found.setdefault(index, []).append(module)
+    return found
+
+
+def _text_decoder(model: PreTrainedModel) -> nn.Module:
+    return model.get_decoder() if model.config.is_encoder_decoder else model
+
+
+def _innermost(model: PreTrainedModel, parts: list[nn.Module]) -> PreTrainedModel:
+    """The smallest PreTrainedModel inside `model` that contains all `parts`."""
+    best, needed = model, {id(part) for part in parts}
+    for candidate in model.modules():
+        if isinstance(candidate, PreTrainedModel):
+            inside = {id(module) for module in candidate.modules()}
+            if needed <= inside and candidate in set(best.modules()):
+                best = candidate
+    return best

@@ -1,0 +1,216 @@
+"""The attention function that attached modules call, and attention over a paged layer.
+
+Shapes: B rows, H KV heads, G query heads per KV head, q new tokens, n tail tokens (the new ones
+included), D key dim, Dv value dim.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pikv_kernels import add_sink, merge_partials, partial_attention
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .latent import LatentQuery
+from .layer import PagedLayer, take_handle
+
+NAME = "pikv"
+
+# Tensors that a model may pass besides the mask without changing what is attended to.
+_HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}
+_SINKS = ("s_aux", "sinks")
+
+
+def pikv_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers: `query` [B, Hq, q, D] to `[B, q, Hq, Dv]` and None.
+
+    Whatever does not come from a paged layer, and the first tokens of one, which have nothing
+    behind them, go to the model's own implementation.
+    """
+    layer = take_handle()
+    if layer is None or layer.unpaged is not None:
+        return _original(module)(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    if layer.is_first:
+        layer.unpaged = _why_unpaged(layer, query, key, attention_mask, kwargs)
+        layer.shared.full_mask |= layer.unpaged is not None
+        result = _original(module)(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    else:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        sink = next((kwargs[name] for name in _SINKS if kwargs.get(name) is not None), None)
+        result = attend(layer, module, query, attention_mask, scale, sink), None
+    layer.finish(attention_mask)
+    return result
+
+
+def attend(
+    layer: PagedLayer,
+    module: nn.Module,
+    query: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Attention of the newest tokens over all pages and the tail: `[B, q, Hq, Dv]`.
+
+    `query` [B, Hq, q, D]; `mask` as the model made it, its last columns being the tail's;
+    `sink` [Hq], logits of a key without a value.
+    """
+    batch, heads, length, _ = query.shape
+    latent = None
+    if layer.latent_rank is not None:
+        latent = LatentQuery(module, query, layer.latent_rank)
+        query = latent.absorb(query)
+    grouped = query.unflatten(1, (layer.tail.keys.shape[1], -1))
+    outs, lses = _attend_pages(layer, grouped, scale)
+    tail_out, tail_lse = _attend_tail(layer, grouped, mask, scale)
+    out, lse = merge_partials([*outs, tail_out], [*lses, tail_lse])
+    out = out.reshape(batch, heads, length, -1)
+    if sink is not None:
+        out = add_sink(out, lse.view(batch, heads, length), sink.view(1, -1, 1))
+    if latent is not None:
+        out = latent.expand(out)
+    return out.transpose(1, 2)
+
+
+def _attend_pages(
+    layer: PagedLayer, query: Tensor, scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Partial results over the pages; every query reads them all, since pages lie in the past."""
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    batch, length = query.shape[0], query.shape[3]
+    packed = query.flatten(2, 3)
+    for slab in layer.pages.slabs:
+        everyone = slab.is_read_by_all(batch)
+        mine = packed if everyone else packed.index_select(0, slab.index("readers", packed.device))
+        selected = None
+        if layer.shared.router is not None and slab.length % slab.page_size == 0:
+            meta = slab.meta.narrow(0, slab.length)
+            selected = layer.shared.router.select(mine, meta, slab.pages)
+        for keys, values in slab.read(layer.pages.compressor, selected):
+            out, lse = _partial(mine, keys, values, None, scale)
+            if not everyone:
+                out, lse = _spread(out, lse, slab.index("readers", packed.device), batch)
+            outs.append(out)
+            lses.append(lse)
+            if length > 1 and len(outs) == 2:
+                # Long queries make large results: hold one of them, not one per slab.
+                out, lse = merge_partials(outs, lses)
+                outs, lses = [out], [lse]
+    return outs, lses
+
+
+def _attend_tail(
+    layer: PagedLayer, query: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The partial result over the tail, causal among the new tokens."""
+    batch, heads, groups, length, _ = query.shape
+    keys, values = layer.tail.view()
+    tokens = keys.shape[2]
+    additive = layer.shared.remember(
+        "mask", (mask, length, tokens, query.dtype), lambda: _additive(mask, length, tokens, query)
+    )
+    if length == 1:
+        return _partial(query.flatten(2, 3), keys, values, additive, scale)
+    # One attention head per query head, all of a group on the same keys: a mask of q x n serves.
+    if additive.shape[0] > 1:
+        additive = additive.expand(batch, heads, -1, -1).reshape(-1, 1, length, tokens)
+    out, lse = _partial(
+        query.flatten(0, 1),
+        _one_per_query_head(keys, groups),
+        _one_per_query_head(values, groups),
+        additive,
+        scale,
+    )
+    return out.reshape(batch, heads, -1, out.shape[-1]), lse.reshape(batch, heads, -1)
+
+
+def _partial(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`partial_attention`, where keys without values are latents: their own values."""
+    if values.shape[-1] == 0:
+        values = keys
+    return partial_attention(query, keys, values, mask, scale)
+
+
+def _one_per_query_head(states: Tensor, groups: int) -> Tensor:
+    """[B, H, n, D] as [B * H, G, n, D], the G heads on the same memory."""
+    return states.flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
+
+
+def _spread(out: Tensor, lse: Tensor, readers: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Results of some batch rows as results of all: the others saw no key."""
+    all_out = out.new_zeros(batch, *out.shape[1:])
+    all_lse = lse.new_full((batch, *lse.shape[1:]), -torch.inf)
+    return all_out.index_copy_(0, readers, out), all_lse.index_copy_(0, readers, lse)
+
+
+def _additive(mask: Tensor | None, length: int, tokens: int, query: Tensor) -> Tensor | None:
+    """The model's mask for the tail's columns as [B or 1, 1, q, n] to add; None = all visible.
+
+    Masked is the dtype's minimum, not -inf: a row that sees nothing gets weight 0, not NaN.
+    """
+    least = torch.finfo(query.dtype).min
+    if mask is None or mask.dim() == 2:
+        if length == 1 and mask is None:
+            return None
+        new = torch.arange(length, device=query.device)
+        visible = torch.arange(tokens, device=query.device) <= new[:, None] + tokens - length
+        visible = visible[None, None]
+        if mask is not None:
+            visible = visible & mask[:, None, None, -tokens:].bool()
+    else:
+        visible = mask[..., -tokens:]
+        if visible.is_floating_point():
+            return visible.to(query.dtype).clamp_min(least)
+    zeros = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
+    return zeros.masked_fill_(~visible, least)
+
+
+def _why_unpaged(
+    layer: PagedLayer, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> str | None:
+    """Why this layer's keys cannot be read by us, or None; judged on its first tokens.
+
+    We read what `update` was given. A model that changes it on the way to attention, or adds
+    something else to the scores, keeps its own attention and gets all keys from `update`.
+    """
+    known = {*_HARMLESS, *_SINKS}
+    foreign = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in known]
+    if foreign:
+        return f"the model passes `{foreign[0]}` to its attention"
+    if kwargs.get("softcap") is not None:
+        return "the model caps its attention logits"
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
+        return "the model masks each head apart"
+    if layer.latent_rank is not None:
+        return None
+    held = layer.tail.keys
+    if key.shape != held.shape or key.data_ptr() != held.data_ptr():
+        return "the model changes the keys between cache and attention"
+    return None
+
+
+def _original(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that the module would have called without us."""
+    config = getattr(module.config, "_pikv_original", module.config)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, pikv_attention)

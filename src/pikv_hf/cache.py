@@ -1,0 +1,370 @@
+"""PiKVCache: the object that a user passes as `past_key_values`."""
+
+import copy
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from .compressors import COMPRESSORS, Compressor, Identity
+from .layer import PagedLayer, Shared
+from .methods import resolve
+from .placement import PLACEMENTS, Local, Placement
+from .routers import ROUTERS, Router
+from .schedulers import SCHEDULERS, Scheduler
+from .settings import check_budget, check_count, default_window
+from .token_log import TokenLog
+
+
+class PiKVCache(Cache):
+    """A paged KV cache for Mixture-of-Experts models; pass it to the unchanged model.
+
+    ```python
+    cache = PiKVCache(model)
+    model.generate(**inputs, past_key_values=cache)
+    print(cache.report())
+    ```
+
+    By default everything is kept, uncompressed, and read: lossless. Full-attention layers (also
+    latent ones) are paged; every other layer keeps transformers' own cache layer.
+
+    Args:
+        model: the model that will use the cache; it is attached, and restored by `detach()`, at the
+            end of a `with` block, or when the last cache of it is collected. A model wrapped by
+            PEFT or torch.compile is accepted.
+        config: instead of a model, its config: an unattached cache, lossless and without methods.
+        scheduler: which tokens stay: a name of `SCHEDULERS`, a `Scheduler`, or None for all.
+        budget: tokens that the scheduler keeps for each row and KV head: a number of tokens (int),
+            or a share of the tokens seen (float in (0, 1]); None = the scheduler's own.
+        compressor: how sealed pages are stored: a name of `COMPRESSORS`, a `Compressor`, or None
+            for the model's dtype.
+        router: which pages a query reads: a name of `ROUTERS`, a `Router`, or None for all. With a
+            router, pages carry the experts that the model chose for their tokens.
+        placement: where pages live: a name of `PLACEMENTS` or a `Placement`.
+        page_size: tokens of a page.
+        window: newest tokens that are never sealed (nor compressed or dropped); None = 128, and at
+            most half of a budget given in tokens.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the model is left as it was.
+    """
+
+    def __new__(cls, model: Any = None, **kwargs: Any) -> "PiKVCache":
+        native = None
+        if model is not None:
+            from .attach import unwrap
+
+            native = model_cache_class(unwrap(model))
+        return object.__new__(_with_native(cls, native))
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        config: PreTrainedConfig | None = None,
+        scheduler: str | Scheduler | None = None,
+        budget: int | float | None = None,
+        compressor: str | Compressor | None = None,
+        router: str | Router | None = None,
+        placement: str | Placement | None = None,
+        page_size: int = 64,
+        window: int | None = None,
+    ) -> None:
+        if (model is None) == (config is None):
+            given = "neither" if model is None else "both"
+            raise ValueError(f"`model` or `config` must be given: exactly one of them, not {given}.")
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"`config` is a {type(config).__name__}; it must be the PreTrainedConfig of a model."
+            )
+        methods = {"scheduler": scheduler, "compressor": compressor, "router": router}
+        if config is not None:
+            needing = [name for name, method in methods.items() if method is not None]
+            if needing or budget is not None:
+                name = (needing or ["budget"])[0]
+                raise ValueError(
+                    f"`{name}` needs an attached cache: pass the model, `PiKVCache(model, ...)`, "
+                    "instead of its config."
+                )
+        scheduler = resolve("scheduler", scheduler, SCHEDULERS, Scheduler)
+        check_budget(budget, scheduler)
+        tokens = scheduler.budget(0) if scheduler is not None and budget is None else budget
+        self.shared = Shared(
+            compressor=resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity(),
+            scheduler=scheduler,
+            router=resolve("router", router, ROUTERS, Router),
+            placement=resolve("placement", placement, PLACEMENTS, Placement) or Local(),
+            page_size=check_count("page_size", page_size),
+            window=default_window(window, tokens),
+            budget=budget,
+        )
+        self.binding = None
+        self.log = TokenLog()
+        self._finalizer: Any = None
+        if config is not None:
+            self._fill(config)
+        else:
+            self.attach(model)
+
+    # ---- attaching --------------------------------------------------------------------------
+
+    def attach(self, model: Any) -> "PiKVCache":
+        """Attach to `model`: a cache that was detached, loaded, or not yet attached. Returns self.
+
+        A cache that holds tokens must be attached to the model, or a copy of the model, that made
+        them.
+        """
+        from .attach import binding_of, unwrap
+
+        if self.binding is not None:
+            raise RuntimeError("this PiKVCache is attached already: call `cache.detach()` first.")
+        model = unwrap(model)
+        binding = binding_of(model)
+        if self.shared.router is not None and not binding.gate_of:
+            raise ValueError(
+                f"`router` is {self.shared.router}, which needs the gates of an MoE model; "
+                f"{type(model).__name__} declares none in `_can_record_outputs`."
+            )
+        if not hasattr(self, "layers"):
+            self._fill(model.config, binding)
+        binding.acquire()
+        self.binding, self.shared.attached = binding, True
+        self._finalizer = weakref.finalize(self, binding.release)
+        return self
+
+    def detach(self) -> None:
+        """Let go of the model, which is as it was before once its last cache has done so."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self.binding, self.shared.attached, self._finalizer = None, False, None
+
+    def __enter__(self) -> "PiKVCache":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.detach()
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model that this cache is attached to."""
+        return None if self.binding is None else self.binding.model()
+
+    def _fill(self, config: PreTrainedConfig, binding: Any = None) -> None:
+        """Make the layers: transformers' own, with every plain full-attention layer paged."""
+        layers = DynamicCache(config=config).layers
+        text_config = config.get_text_config(decoder=True)
+        for idx, layer in enumerate(layers):
+            module = None if binding is None else binding.attention.get(idx, [None])[0]
+            if module is not None and type(layer) is DynamicLayer and not _is_shared(text_config, idx):
+                layers[idx] = paged = PagedLayer(idx, self.shared)
+                paged.has_gate = idx in binding.gate_of
+                if hasattr(module, "kv_b_proj"):
+                    paged.expected_rank = getattr(module, "kv_lora_rank", None)
+        self.shared.full_mask = any(_reads_full_mask(layer) for layer in layers)
+        native = _native_of(type(self))
+        if native is not None:
+            native.__init__(self)
+        Cache.__init__(self, layers=layers)
+
+    # ---- the Cache interface ----------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the new states of one layer; returns what its attention function expects."""
+        if self.shared.attached:
+            from .attach import current_cache
+
+            if current_cache() is not self:
+                raise ValueError(
+                    "this PiKVCache was given to a model that it is not attached to: make one for "
+                    "this model with `PiKVCache(model)`."
+                )
+        layer = self.layers[layer_idx]
+        states = layer.update(key_states, value_states, *args, **kwargs)
+        if not isinstance(layer, PagedLayer):
+            _release_prompt(layer)
+        return states
+
+    def end_forward(self) -> None:
+        """Check that every attention layer and every gate was heard in the forward that ended."""
+        self.shared.memo.clear()
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer) and layer.awaits is not None:
+                raise RuntimeError(
+                    f"layer {layer.layer_idx}: PiKVCache did not see the {layer.awaits} of this "
+                    "forward pass. If a kernel or quantized module replaced the model's own "
+                    "(`use_kernels=True`, MXFP4), load the model without it or use router=None."
+                )
+
+    def label(self, layer_idx: int, experts: Tensor, weights: Tensor) -> None:
+        """Label the newest tokens of a layer: `experts` and `weights` [B * q, k]."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PagedLayer) and layer.awaits == "experts":
+            shape = (layer.tail.batch, -1, experts.shape[-1])
+            layer.label(experts.view(shape), weights.detach().view(shape))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: a positive number, more tokens than there are, or, with a scheduler, more
+                than the open window holds. The cache is left as it was.
+        """
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self.log.crop(self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forget everything; the cache can then be used for any batch."""
+        super().reset()
+        self.log = TokenLog()
+        native = _native_of(type(self))
+        if native is not None:
+            layers = self.layers
+            native.__init__(self)
+            Cache.__init__(self, layers=layers)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let batch row i continue row `beam_idx[i]`; pages are shared, not copied."""
+        source = beam_idx.tolist()
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer.map_rows(source, beam_idx, free=False)
+            else:
+                layer.reorder_cache(beam_idx)
+        self.log.map_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row `repeats` times; pages are shared, not copied."""
+        check_count("repeats", repeats)
+        super().batch_repeat_interleave(repeats)
+        if self.log.ids is not None:
+            rows = torch.arange(self.log.ids.shape[0])
+            self.log.map_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices`; the pages of the others are freed."""
+        super().batch_select_indices(indices)
+        if self.log.ids is not None:
+            self.log.map_rows(torch.arange(self.log.ids.shape[0])[indices.cpu()])
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and sliding window of each layer, as `DynamicCache` yields them."""
+        for layer in self.layers:
+            states = layer.states() if isinstance(layer, PagedLayer) else (layer.keys, layer.values)
+            yield *states, getattr(layer, "_sliding_window_tensor", None)
+
+    # ---- what it holds ----------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages that the cache keeps alive now, labels and tables included."""
+        from .report import storage_bytes
+
+        return storage_bytes(self)
+
+    def report(self) -> Any:
+        """What each layer holds; prints as a table, `.to_dict()` for the numbers."""
+        from .report import Report
+
+        return Report.of(self)
+
+    def __repr__(self) -> str:
+        shared = self.shared
+        methods = {
+            "scheduler": shared.scheduler,
+            "budget": shared.budget,
+            "compressor": None if shared.compressor == Identity() else shared.compressor,
+            "router": shared.router,
+        }
+        set_ones = "".join(f", {k}={v}" for k, v in methods.items() if v is not None)
+        paged = sum(isinstance(layer, PagedLayer) for layer in self.layers)
+        model = type(self.model).__name__ if self.model is not None else "unattached"
+        return (
+            f"PiKVCache({model}{set_ones}, page_size={shared.page_size}, window={shared.window}, "
+            f"layers={len(self.layers)}, paged={paged}, seq_length={self.get_seq_length()})"
+        )
+
+    # ---- copies -----------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self), binding=None, _finalizer=None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A loaded cache holds its tokens and waits for `attach`."""
+        vars(self).update(state)
+        self.shared.attached = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unattached, (_native_of(type(self)),), self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":
+        new = _unattached(_native_of(type(self)))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if self.model is not None:
+            new.attach(self.model)
+        return new
+
+
+def _is_shared(text_config: PreTrainedConfig, idx: int) -> bool:
+    """Whether other layers reuse what this layer's `update` returns: it must return everything."""
+    modes = getattr(text_config, "kv_sharing_modes", None)
+    if modes is not None:
+        return modes[idx] == "store"
+    return bool(getattr(text_config, "num_kv_shared_layers", 0))
+
+
+def _reads_full_mask(layer: Any) -> bool:
+    """Whether a layer that is not paged shares the mask of the paged ones."""
+    return (
+        isinstance(layer, CacheLayerMixin)
+        and not isinstance(layer, PagedLayer)
+        and not getattr(layer, "is_sliding", False)
+    )
+
+
+def _release_prompt(layer: Any) -> None:
+    """A sliding layer keeps its window as a view of the whole prompt: keep the window alone."""
+    if not getattr(layer, "is_sliding", False) or getattr(layer, "record_past", False):
+        return
+    for name in ("keys", "values"):
+        states = getattr(layer, name)
+        if states.untyped_storage().nbytes() > states.numel() * states.element_size():
+            setattr(layer, name, states.clone())
+
+
+def model_cache_class(model: PreTrainedModel) -> type[DynamicCache] | None:
+    """The cache class that the model's own modeling file defines and insists on, if any."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            for member in vars(sys.modules[type(part).__module__]).values():
+                if (
+                    isinstance(member, type)
+                    and issubclass(member, DynamicCache)
+                    and member.__module__ == type(part).__module__
+                ):
+                    return member
+    return None
+
+
+def _with_native(cls: type[PiKVCache], native: type[DynamicCache] | None) -> type[PiKVCache]:
+    if native is None or issubclass(cls, native):
+        return cls
+    return type(cls.__name__, (cls, native), {"__module__": cls.__module__})
+
+
+def _native_of(cls: type[PiKVCache]) -> type[DynamicCache] | None:
+    return next((c for c in cls.__mro__ if c is not DynamicCache and issubclass(c, DynamicCache) and not issubclass(c, PiKVCache)), None)
+
+
+def _unattached(native: type[DynamicCache] | None) -> PiKVCache:
+    return object.__new__(_with_native(PiKVCache, native))

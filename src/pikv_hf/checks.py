@@ -1,0 +1,112 @@
+"""What transformers would silently get wrong with a cache that is passed in: refused here.
+
+facts: `generate` slices its inputs by the length of the cache and trusts that they fit it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .cache import PiKVCache
+
+_CONTINUE = (
+    "to continue it pass the full token ids (cached ones included), or only the new ids with an "
+    "attention_mask that covers the cached tokens too; to start anew call `cache.reset()`"
+)
+
+
+def check_generate(
+    cache: "PiKVCache", model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse a call of `generate` that would ignore the cache or misread what it holds."""
+    check_owner(cache, model)
+    config = kwargs.get("generation_config") or model.generation_config
+    implementation = kwargs.get("cache_implementation", config.cache_implementation)
+    if implementation is not None:
+        raise ValueError(
+            f"`cache_implementation` is {implementation!r}, with which `generate` would not use the "
+            "PiKVCache in `past_key_values`: pass only one of the two."
+        )
+    if kwargs.get("use_cache", config.use_cache) is False:
+        raise ValueError(
+            "`use_cache` is False, but `past_key_values` holds a PiKVCache: pass use_cache=True, or "
+            "no cache."
+        )
+    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    seen = cache.get_seq_length()
+    if seen and isinstance(ids, Tensor) and ids.dim() == 2 and not model.config.is_encoder_decoder:
+        _check_continuation(cache, ids, kwargs.get("attention_mask"), seen)
+
+
+def _check_continuation(
+    cache: "PiKVCache", ids: Tensor, mask: Tensor | None, seen: int
+) -> None:
+    length = ids.shape[1]
+    if mask is not None and mask.shape[1] != length:
+        if mask.shape[1] != seen + length:
+            raise ValueError(
+                f"`attention_mask` has {mask.shape[1]} columns for {length} new ids and a cache of "
+                f"{seen} tokens; {_CONTINUE}."
+            )
+        return
+    if length <= seen:
+        raise ValueError(
+            f"`input_ids` has {length} tokens, but the cache holds {seen} already; {_CONTINUE}."
+        )
+    if not cache.log.starts(ids):
+        raise ValueError(
+            f"`input_ids` does not begin with the {seen} tokens that the cache holds; {_CONTINUE}."
+        )
+
+
+def check_forward(
+    cache: "PiKVCache", model: "PreTrainedModel", kwargs: dict[str, Any]
+) -> None:
+    """Refuse a forward pass of the decoder whose inputs do not continue what the cache holds."""
+    check_owner(cache, model)
+    if kwargs.get("use_cache") is False:
+        raise ValueError(
+            "`use_cache` is False, but `past_key_values` holds a PiKVCache, which would be filled "
+            "all the same: pass use_cache=True, or no cache."
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "`output_attentions` is True; PiKVCache computes no attention weights: pass False."
+        )
+    seen = cache.get_seq_length()
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if seen and isinstance(positions, Tensor) and positions.dim() == 2:
+        _check_positions(positions, mask, seen)
+
+
+def _check_positions(positions: Tensor, mask: Any, seen: int) -> None:
+    """The first new token stands right behind the cached ones, padding not counted."""
+    first = positions[:, 0]
+    if mask is None:
+        wrong = first != seen
+        expected = seen
+    elif isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > seen:
+        expected = mask[:, :seen].sum(-1)
+        wrong = (first != expected) & mask[:, seen].bool()
+    else:
+        return
+    if wrong.any():
+        at = expected if isinstance(expected, int) else expected.tolist()
+        raise ValueError(
+            f"the new tokens start at position {first.tolist()}, but the cache ends at {at}: "
+            f"`past_key_values` holds {seen} tokens; {_CONTINUE}."
+        )
+
+
+def check_owner(cache: "PiKVCache", model: "PreTrainedModel") -> None:
+    """Refuse a cache that is attached to another model, or to none."""
+    owner = cache.model
+    if cache.binding is not None and owner is not model:
+        name = "a model that is gone" if owner is None else f"another {type(owner).__name__}"
+        raise ValueError(
+            f"`past_key_values` is a PiKVCache attached to {name}: make one for this model with "
+            "`PiKVCache(model)`."
+        )

@@ -1,0 +1,53 @@
+"""Multi-head latent attention (MLA): the cache holds one latent per token, not keys and values.
+
+Shapes: B rows, Hq query heads, q new tokens, r the latent's rank, dn, dr, dv the dims of a head's
+non-rotary key, rotary key and value.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class LatentQuery:
+    """Moves the up-projection of `module.kv_b_proj` from every cached token to the query.
+
+    With W = [Wk; Wv] of a head, q . (Wk c) = (Wk^T q) . c and sum p Wv c = Wv (sum p c)
+    (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): attention runs on [latent | rotary key], one KV
+    head that all query heads share.
+    """
+
+    def __init__(self, module: nn.Module, query: Tensor, rank: int) -> None:
+        self.rank = rank
+        self.value_dim = module.v_head_dim
+        heads = query.shape[1]
+        self.weight = _weight(module.kv_b_proj, query, rank).reshape(heads, -1, rank)
+        self.nope_dim = module.qk_nope_head_dim
+
+    def absorb(self, query: Tensor) -> Tensor:
+        """`query` [B, Hq, q, dn + dr] as queries [B, Hq, q, r + dr] of the cached latents."""
+        nope, rotary = query.tensor_split([self.nope_dim], dim=-1)
+        return torch.cat([_per_head(nope, self.weight[:, : self.nope_dim]), rotary], dim=-1)
+
+    def expand(self, out: Tensor) -> Tensor:
+        """Attention output [B, Hq, q, r + dr] over latents as [B, Hq, q, dv]."""
+        up = self.weight[:, self.nope_dim :].transpose(1, 2)
+        return _per_head(out[..., : self.rank], up)
+
+
+def _weight(projection: nn.Module, query: Tensor, rank: int) -> Tensor:
+    """The matrix [Hq * (dn + dv), r] that `projection` applies.
+
+    An adapter, a quantized or an offloaded layer has no such tensor at hand: there it is what the
+    layer makes of the unit vectors, which costs as much as projecting `rank` tokens.
+    """
+    if type(projection) is nn.Linear and not projection.weight.is_meta:
+        return projection.weight
+    unit = torch.eye(rank, dtype=query.dtype, device=query.device)
+    return projection(unit).transpose(0, 1)
+
+
+def _per_head(states: Tensor, weight: Tensor) -> Tensor:
+    """[B, Hq, q, a] times [Hq, a, b]: the weight is read once for all rows."""
+    batch, heads, length, _ = states.shape
+    product = torch.bmm(states.transpose(0, 1).reshape(heads, batch * length, -1), weight)
+    return product.view(heads, batch, length, -1).transpose(0, 1)

@@ -1,0 +1,444 @@
+"""One full-attention layer of the cache: an open tail and sealed pages."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from .compressors import Compressor
+from .pages import PageTable, is_writable
+from .placement import Placement
+from .routers import Router
+from .schedulers import Scheduler, Tokens
+from .span import Span
+
+# `update` leaves its layer here for the attention function, which the model calls next.
+_handle = threading.local()
+
+
+def take_handle() -> "PagedLayer | None":
+    """The layer whose `update` ran last in this thread and whose attention has not run yet."""
+    layer = getattr(_handle, "layer", None)
+    _handle.layer = None
+    return layer
+
+
+@dataclass
+class Shared:
+    """What the layers of one cache have in common: its methods, and what one forward computed."""
+
+    compressor: Compressor
+    scheduler: Scheduler | None
+    router: Router | None
+    placement: Placement
+    page_size: int
+    window: int
+    budget: int | float | None = None
+    attached: bool = False
+    # A layer outside of our hands reads the same mask, which then spans the whole sequence.
+    full_mask: bool = False
+    recording: bool = False
+    memo: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def remember(self, name: str, key: tuple[Any, ...], compute: Any) -> Any:
+        """`compute()`, once per `key` (compared by identity of its parts) for all layers."""
+        held = self.memo.get(name)
+        if held is not None and len(held[0]) == len(key):
+            if all(a is b or (isinstance(a, int) and a == b) for a, b in zip(held[0], key)):
+                return held[1]
+        value = compute()
+        self.memo[name] = (key, value)
+        return value
+
+    def budget_of(self, seen: int) -> int:
+        """Tokens per row and KV head to hold after `seen`."""
+        assert self.scheduler is not None
+        if self.budget is None:
+            return self.scheduler.budget(seen)
+        return self.budget if isinstance(self.budget, int) else int(self.budget * seen)
+
+
+class Tail:
+    """The newest tokens in model dtype, in a buffer that is written in place."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """Starts with the model's own tensors, uncopied."""
+        self.keys, self.values = keys, values
+        self.length = keys.shape[2]
+        self.labels: Span | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[0]
+
+    def append(self, keys: Tensor, values: Tensor, capacity: int) -> None:
+        """Write behind the tokens held, into a buffer for `capacity` tokens or what is needed."""
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[2] or not is_writable(self.keys):
+            self._rebuild(0, max(capacity, end))
+        self.keys.narrow(2, self.length, keys.shape[2]).copy_(keys)
+        self.values.narrow(2, self.length, keys.shape[2]).copy_(values)
+        self.length = end
+
+    def drop(self, count: int, capacity: int) -> None:
+        """Forget the oldest `count` tokens; the others move to a buffer for `capacity` tokens."""
+        self._rebuild(count, capacity)
+        self.length -= count
+        if self.labels is not None:
+            self.labels = self.labels.narrow(count, len(self.labels) - count)
+
+    def truncate(self, length: int) -> None:
+        self.length = length
+        if self.labels is not None:
+            self.labels = self.labels.narrow(0, length)
+
+    def label(self, labels: Span) -> None:
+        self.labels = labels if self.labels is None else self.labels.then(labels)
+
+    def map_rows(self, index: Tensor) -> None:
+        self.keys = self.keys.index_select(0, index.to(self.keys.device))
+        self.values = self.values.index_select(0, index.to(self.values.device))
+        self.labels = self.labels and self.labels.rows(index)
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, length, D]."""
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+
+    def span(self, start: int, count: int) -> Span:
+        """The oldest `count` tokens; `start` is the position of the first of them."""
+        keys, values = self.view()
+        states = Span({"keys": keys, "values": values}).narrow(0, count)
+        positions = torch.arange(start, start + count).view(1, 1, -1)
+        span = states.joined(Span({"positions": positions}))
+        return span if self.labels is None else span.joined(self.labels.narrow(0, count))
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.keys, self.values)
+        if self.labels is not None:
+            yield from self.labels.tensors.values()
+
+    def _rebuild(self, start: int, capacity: int) -> None:
+        """A buffer for `capacity` tokens that begins with token `start` of this one."""
+        keep = self.length - start
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], max(capacity, keep), old.shape[3])
+            new.narrow(2, 0, keep).copy_(old.narrow(2, start, keep))
+            setattr(self, name, new)
+
+
+class PagedLayer(DynamicLayer):
+    """Keys and values of one attention layer, as a tail in model dtype and sealed pages.
+
+    `update` appends and returns the new tokens only: the attention function reads the rest from
+    here. In a layer that turns out not to be ours to read (`unpaged` says why), everything stays in
+    the tail and `update` returns all of it.
+    """
+
+    def __init__(self, layer_idx: int, shared: Shared) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.shared = shared
+        self.tail: Tail | None = None
+        self.pages = PageTable(shared.compressor, shared.page_size)
+        self.seen = 0
+        self.unpaged: str | None = None
+        # Width of the latent that `kv_b_proj` expands; None when keys and values are cached as such.
+        self.latent_rank: int | None = None
+        self.expected_rank: int | None = None
+        self.has_gate = False
+        self.is_first = False
+        self.awaits: str | None = None
+        self._mask: Tensor | None = None
+        self.record_past = False
+
+    # ---- the model's side -------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append `key_states` [B, H, T, Dk] and `value_states` [B, H, T, Dv].
+
+        Returns the new tokens alone, which the attention function completes, or everything in an
+        unpaged layer. Stored tensors carry no gradient.
+        """
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self._stored(key_states.detach(), value_states.detach())
+        self.is_first = self.seen == 0
+        if self.is_first:
+            self.tail = Tail(keys, values)
+        else:
+            self.tail.append(keys, values, self._capacity)
+        self.seen += key_states.shape[2]
+        if self.unpaged is not None:
+            return self.tail.view()
+        self.awaits = "attention"
+        _handle.layer = self
+        return key_states, value_states
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, self.shared.placement.pool_of(key_states)
+        is_latent = key_states.shape[1] == 1 and key_states.shape[3] == self.expected_rank
+        self.latent_rank = self.expected_rank if is_latent else None
+        self.is_initialized = True
+
+    def _stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A latent and its rotary key stand side by side, as one key without a value."""
+        if self.latent_rank is None:
+            return keys, values
+        return torch.cat([keys, values], dim=-1), keys[..., :0]
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        if not self.shared.attached:
+            raise RuntimeError(
+                "this PiKVCache is not attached to a model: call `cache.attach(model)` first."
+            )
+        if self.awaits is not None:
+            raise RuntimeError(
+                f"layer {self.layer_idx}: the model cached new tokens before PiKVCache saw the "
+                f"{self.awaits} of the last ones; the model's forward was changed after the cache "
+                "was attached, or was interrupted (then call `cache.reset()`)."
+            )
+        if self.seen == 0:
+            return
+        held, got = self.tail.keys, (keys.shape[0], keys.shape[1], keys.dtype)
+        if got != (held.shape[0], held.shape[1], held.dtype):
+            raise ValueError(
+                f"layer {self.layer_idx}: keys of (batch, heads, dtype) = {got} were given to a "
+                f"cache that holds {(held.shape[0], held.shape[1], held.dtype)}; use a new "
+                "PiKVCache or `cache.reset()` for another batch."
+            )
+
+    @property
+    def _capacity(self) -> int:
+        """Tokens a tail buffer is made for."""
+        if self.unpaged is not None or self.record_past:
+            return self.tail.length + max(64, self.tail.length // 4)
+        return self.shared.window + self.shared.page_size
+
+    # ---- after attention --------------------------------------------------------------------
+
+    def finish(self, mask: Tensor | None) -> None:
+        """Attention has run with `mask`: seal, or wait for the labels that come before sealing."""
+        self._mask = mask
+        if self.record_past and mask is not None:
+            self._mask = mask if mask.dim() == 2 else mask[:, :1, -1:]
+        if self.has_gate and self.shared.router is not None:
+            self.awaits = "experts"
+        else:
+            self.awaits = None
+            self.seal()
+
+    def label(self, experts: Tensor, weights: Tensor) -> None:
+        """Experts [B, q, k] and weights [B, q, k] of the newest tokens; then seal."""
+        labels = {"experts": experts.to(torch.int16)[:, None], "weights": weights[:, None]}
+        self.tail.label(Span(labels))
+        self.awaits = None
+        self.seal()
+
+    def seal(self) -> None:
+        """Move the oldest tokens of a full tail into pages; `window` or more tokens stay open."""
+        if self.record_past or self.unpaged is not None:
+            return
+        excess = self.tail.length - self.shared.window
+        count = excess // self.shared.page_size * self.shared.page_size
+        if count > 0:
+            self._seal(count)
+        if count > 0 or self.is_first:
+            self.tail.drop(max(count, 0), self._capacity)
+        self._mask = None
+
+    def _seal(self, count: int) -> None:
+        oldest = self.tail.span(self.seen - self.tail.length, count)
+        for rows, columns in self._groups(count):
+            span = oldest if len(rows) == self.tail.batch else oldest.rows(torch.tensor(rows))
+            if columns is not None:
+                span = span.tokens(columns)
+            if self.shared.scheduler is not None:
+                span = self._kept(rows, span)
+            self.pages.append(span, rows, self.tail.batch)
+
+    def _kept(self, rows: list[int], new: Span) -> Span:
+        """Of the sealed tokens of `rows` and the `new` ones, those that the scheduler keeps."""
+        sealed = self.pages.take(rows)
+        span = new if sealed is None else sealed.then(new)
+        open_tokens = min(self.shared.window, self.tail.length)
+        budget = max(self.shared.budget_of(self.seen) - open_tokens, 0)
+        if len(span) <= budget:
+            return span
+        positions = span["positions"].expand(*span["keys"].shape[:3])
+        scores = self.shared.scheduler.scores(Tokens(positions, self.seen))
+        # Of equal scores the later token stays: a stable sort, from the newest to the oldest.
+        order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :budget]
+        return span.gather((len(span) - 1 - order).sort(dim=-1).values)
+
+    def _groups(self, count: int) -> list[tuple[list[int], Tensor | None]]:
+        """Batch rows whose first `count` tail columns are alike: (rows, visible columns or None).
+
+        A column that the newest query may not see is padding, which never enters a page.
+        """
+        batch = self.tail.batch
+        length = self.tail.length
+        groups = self.shared.remember(
+            "groups", (self._mask, length, count, batch), lambda: self._visible_groups(count)
+        )
+        if self.shared.scheduler is None or not self.pages.slabs:
+            return groups
+        split: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for number, (rows, _) in enumerate(groups):
+            for row in rows:
+                split.setdefault((number, self.pages.signature(row)), []).append(row)
+        return [(rows, groups[number][1]) for (number, _), rows in split.items()]
+
+    def _visible_groups(self, count: int) -> list[tuple[list[int], Tensor | None]]:
+        batch = self.tail.batch
+        visible = visible_columns(self._mask, self.tail.length)
+        if visible is None:
+            return [(list(range(batch)), None)]
+        rows = visible[:, :count].expand(batch, -1).cpu()
+        groups: dict[tuple[bool, ...], list[int]] = {}
+        for row, pattern in enumerate(rows.tolist()):
+            groups.setdefault(tuple(pattern), []).append(row)
+        return [
+            (members, None if all(pattern) else torch.tensor(pattern).nonzero().flatten())
+            for pattern, members in groups.items()
+            if any(pattern)
+        ]
+
+    # ---- the Cache interface ----------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Tokens ever seen, dropped ones included: positions stay true."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask's columns: the tail and the new tokens."""
+        if self.shared.full_mask:
+            return self.seen + query_length, 0
+        tail = self.tail.length if self.tail is not None else 0
+        return tail + query_length, self.seen - tail
+
+    def activate_past_recording(self) -> None:
+        """Until the next `crop` nothing is sealed, so that drafted tokens can be taken back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` tokens; 0 only ends a verification."""
+        self.check_crop(tokens_to_remove)
+        target = self.seen + tokens_to_remove
+        if not self.is_initialized:
+            return
+        if target == 0:
+            return self.reset()
+        sealed = self.seen - self.tail.length
+        if target < sealed:
+            self.pages.crop(target)
+        mask = self._mask
+        self.tail.truncate(max(target - sealed, 0))
+        self.seen = target
+        if self.record_past:
+            self._mask = mask if mask is None else mask[..., : mask.shape[-1] + tokens_to_remove]
+            self.record_past = False
+            self.is_first = True  # the buffer was made for more than a tail
+            self.seal()
+            self.record_past = True
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise unless `crop(tokens_to_remove)` can be done; changes nothing."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`tokens_to_remove` is {tokens_to_remove}; it must be 0 or the negative number of "
+                "tokens to remove."
+            )
+        if -tokens_to_remove > self.seen:
+            raise ValueError(
+                f"`tokens_to_remove` is {tokens_to_remove}, but the cache has seen {self.seen} tokens."
+            )
+        tail = self.tail.length if self.tail is not None else 0
+        if -tokens_to_remove > tail and self.shared.scheduler is not None:
+            raise ValueError(
+                f"`tokens_to_remove` is {tokens_to_remove}, but only the newest {tail} tokens can be "
+                "removed from a cache whose scheduler may have dropped older ones."
+            )
+
+    def reset(self) -> None:
+        """Forget all tokens; the layer can be used for another batch, dtype or device."""
+        self.tail, self.seen, self.is_first = None, 0, False
+        self.pages = PageTable(self.shared.compressor, self.shared.page_size)
+        self.record_past, self.awaits, self._mask = False, None, None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map_rows(beam_idx.tolist(), beam_idx, free=False)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.seen:
+            index = torch.arange(self.tail.batch).repeat_interleave(repeats)
+            self.map_rows(index.tolist(), index, free=False)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.seen:
+            index = torch.arange(self.tail.batch)[indices.cpu()]
+            self.map_rows(index.tolist(), index, free=True)
+
+    def map_rows(self, source: list[int], index: Tensor, *, free: bool) -> None:
+        """New batch row i continues old batch row `source[i]`; `index` is the same as a tensor."""
+        if self.seen:
+            self.tail.map_rows(index)
+            self.pages.map_rows(source, free=free)
+
+    def held_tokens(self) -> int:
+        """Tokens of the fullest row and KV head."""
+        if self.tail is None:
+            return 0
+        per_row = [0] * self.tail.batch
+        for slab in self.pages.slabs:
+            for row in slab.readers:
+                per_row[row] += slab.length
+        return max(per_row) + self.tail.length
+
+    def states(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values [B, H, T, D] as `update` was given them, zero at padding: a copy."""
+        if self.tail is None:
+            return None, None
+        if self.shared.scheduler is not None:
+            raise RuntimeError("keys and values of a cache that drops tokens cannot be listed.")
+        sealed = self.seen - self.tail.length
+        full = []
+        for name, tail in zip(("keys", "values"), self.tail.view(), strict=True):
+            states = tail.new_zeros(*tail.shape[:2], self.seen, tail.shape[3])
+            states[:, :, sealed:] = tail
+            for slab in self.pages.slabs:
+                span = slab.span(self.shared.compressor, slab.readers)
+                columns = span["positions"][0, 0].long().to(states.device)
+                rows = slab.index("readers", states.device)
+                states[rows[:, None], :, columns[None]] = span[name].transpose(1, 2)
+            full.append(states)
+        if self.latent_rank is not None:
+            return full[0].tensor_split([self.latent_rank], dim=-1)
+        return full[0], full[1]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything this layer holds."""
+        if self.tail is not None:
+            yield from self.tail.tensors()
+        yield from self.pages.tensors()
+
+
+def visible_columns(mask: Tensor | None, length: int) -> Tensor | None:
+    """Which of the last `length` columns the newest query sees: [B or 1, length] bool, None = all.
+
+    `mask` is what the model made: bool or additive [B, 1, q, columns], or bool-like [B, columns].
+    """
+    if mask is None:
+        return None
+    last = mask[:, -length:] if mask.dim() == 2 else mask[:, 0, -1, -length:]
+    if last.is_floating_point():
+        return last > torch.finfo(last.dtype).min / 2
+    return last.bool()

@@ -1,0 +1,257 @@
+"""The page table of one layer: storage only, it knows no policy.
+
+Shapes: B rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .compressors import Compressor
+from .span import Span
+
+# A slab that grows page by page is made for 1/16 of the pages held: few slabs, little unused room.
+GROWTH = 16
+MIN_GROWTH, MAX_GROWTH = 4, 32
+
+
+def own(tensor: Tensor) -> Tensor:
+    """`tensor`, dense and alone in its storage, so that nothing larger is kept alive by it."""
+    tensor = tensor.contiguous()
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Tensors made under `torch.inference_mode` cannot be written outside of it."""
+    return not tensor.is_inference() or torch.is_inference_mode_enabled()
+
+
+@dataclass
+class Slab:
+    """Pages of R stored rows that were sealed together, or one after the other.
+
+    `fields` [R, H, S, ...] are the encoded pages; `meta` is what is known of their tokens
+    (`positions`, and labels if recorded), [R or 1, H or 1, S * P, ...]. The first `length` tokens
+    of each row and head are valid; what lies behind them is never read. Batch row `readers[i]`
+    reads stored row `stored[i]`: beams and forks change these lists, never the pages.
+    """
+
+    fields: dict[str, Tensor]
+    meta: Span
+    length: int
+    page_size: int
+    readers: list[int]
+    stored: list[int]
+    _index: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def rows(self) -> int:
+        return next(iter(self.fields.values())).shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return next(iter(self.fields.values())).shape[2] * self.page_size
+
+    @property
+    def pages(self) -> int:
+        return -(-self.length // self.page_size)
+
+    def is_read_by_all(self, batch: int) -> bool:
+        return self.readers == list(range(batch))
+
+    def is_in_order(self) -> bool:
+        """Whether the readers read the stored rows one to one, so that nothing is gathered."""
+        return self.stored == list(range(self.rows))
+
+    def is_open(self, batch: int) -> bool:
+        """Whether pages of all `batch` rows can be written behind these."""
+        return (
+            self.is_read_by_all(batch)
+            and self.is_in_order()
+            and self.length % self.page_size == 0
+            and self.length < self.capacity
+            and is_writable(next(iter(self.fields.values())))
+        )
+
+    def index(self, name: str, device: torch.device) -> Tensor:
+        """`readers` or `stored` as an index tensor, made once."""
+        if name not in self._index:
+            self._index[name] = torch.tensor(getattr(self, name), device=device)
+        return self._index[name]
+
+    def map_rows(self, source: list[int]) -> None:
+        """New batch row i reads what old batch row `source[i]` read."""
+        old = dict(zip(self.readers, self.stored, strict=True))
+        self.readers = [row for row, parent in enumerate(source) if parent in old]
+        self.stored = [old[parent] for parent in source if parent in old]
+        self._index = {}
+
+    def forget_unread_rows(self) -> None:
+        """Free the pages of stored rows that no batch row reads any more."""
+        used = sorted(set(self.stored))
+        if len(used) == self.rows:
+            return
+        keep = torch.tensor(used)
+        self.fields = {k: v.index_select(0, keep.to(v.device)) for k, v in self.fields.items()}
+        self.meta = self.meta.rows(keep)
+        self.stored = [used.index(row) for row in self.stored]
+        self._index = {}
+
+    def read(
+        self, compressor: Compressor, pages: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys [len(readers), H, t, Dk] and values, block by block; in place where possible.
+
+        `pages` [len(readers), H, K] restricts the read to these pages, all of them full.
+        """
+        count = self.pages if pages is None else pages.shape[-1]
+        step = count
+        if compressor.block_tokens is not None:
+            step = max(1, compressor.block_tokens // self.page_size)
+        for start in range(0, count, step):
+            block = {name: self._pages(t, start, step, pages) for name, t in self.fields.items()}
+            keys, values = compressor.decode(block)
+            left = keys.shape[2] * self.page_size
+            if pages is None:
+                left = min(left, self.length - start * self.page_size)
+            yield _flat(keys, left), _flat(values, left)
+
+    def _pages(self, tensor: Tensor, start: int, step: int, pages: Tensor | None) -> Tensor:
+        """Of one field, pages `start` to `start + step` as the readers see them."""
+        if pages is None:
+            tensor = tensor[:, :, start : min(start + step, self.pages)]
+        if not self.is_in_order():
+            tensor = tensor.index_select(0, self.index("stored", tensor.device))
+        if pages is not None:
+            tensor = Span({"field": tensor}).gather(pages[:, :, start : start + step])["field"]
+        return tensor
+
+    def span(self, compressor: Compressor, rows: list[int]) -> Span:
+        """All tokens of the given batch rows, decoded."""
+        at = torch.tensor([self.readers.index(row) for row in rows])
+        blocks = list(self.read(compressor))
+        states = Span(
+            {"keys": torch.cat([k for k, _ in blocks], 2), "values": torch.cat([v for _, v in blocks], 2)}
+        )
+        stored = torch.tensor([self.stored[i] for i in at.tolist()])
+        return states.rows(at).joined(self.meta.narrow(0, self.length).rows(stored))
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.fields.values()
+        yield from self.meta.tensors.values()
+        yield from self._index.values()
+
+
+def _flat(pages: Tensor, tokens: int) -> Tensor:
+    """[R, H, s, P, D] as [R, H, tokens, D]: a view."""
+    return pages.flatten(2, 3).narrow(2, 0, tokens)
+
+
+class PageTable:
+    """The pages of one layer, in slabs. Sealed pages are immutable and encoded once."""
+
+    def __init__(self, compressor: Compressor, page_size: int) -> None:
+        self.compressor = compressor
+        self.page_size = page_size
+        self.slabs: list[Slab] = []
+
+    def append(self, span: Span, rows: list[int], batch: int) -> None:
+        """Seal `span`, tokens of the batch rows `rows`, with `keys`, `values` and what is known."""
+        fields = self._encode(span)
+        pages = next(iter(fields.values())).shape[2]
+        meta = span.without("keys", "values")
+        meta = Span({"positions": meta["positions"].to(torch.int32)}).joined(meta.without("positions"))
+        slab = self.slabs[-1] if self.slabs else None
+        if slab is not None and len(rows) == batch and slab.is_open(batch) and _alike(slab.meta, meta):
+            if slab.length + len(span) <= slab.capacity:
+                for name, tensor in fields.items():
+                    slab.fields[name].narrow(2, slab.pages, pages).copy_(tensor)
+                slab.meta.write(slab.length, meta)
+                slab.length += len(span)
+                return
+        grows = len(rows) == batch and len(span) % self.page_size == 0
+        room = max(pages, self._growth()) if grows else pages
+        if room > pages:
+            fields = dict(Span(fields).with_room(room).tensors)
+        self.slabs.append(
+            Slab(
+                fields={name: own(tensor) for name, tensor in fields.items()},
+                meta=meta.with_room(room * self.page_size),
+                length=len(span),
+                page_size=self.page_size,
+                readers=list(rows),
+                stored=list(range(len(rows))),
+            )
+        )
+
+    def _encode(self, span: Span) -> dict[str, Tensor]:
+        """The encoded pages [R, H, S, ...]; the last page is filled up with zeros."""
+        rows, heads, length = span["keys"].shape[:3]
+        missing = -length % self.page_size
+
+        def paged(tensor: Tensor) -> Tensor:
+            if missing:
+                tensor = F.pad(tensor, (0, 0, 0, missing))
+            pages = rows * heads * ((length + missing) // self.page_size)
+            return tensor.reshape(pages, self.page_size, tensor.shape[3])
+
+        encoded = self.compressor.encode(paged(span["keys"]), paged(span["values"]))
+        return {k: v.view(rows, heads, -1, *v.shape[1:]) for k, v in encoded.items()}
+
+    def _growth(self) -> int:
+        held = sum(slab.pages for slab in self.slabs)
+        return min(max(held // GROWTH, MIN_GROWTH), MAX_GROWTH)
+
+    def signature(self, row: int) -> tuple[int, ...]:
+        """The slabs that a batch row reads: rows of equal signature hold equally many tokens."""
+        return tuple(i for i, slab in enumerate(self.slabs) if row in slab.readers)
+
+    def take(self, rows: list[int]) -> Span | None:
+        """Remove and return, decoded, the tokens of batch rows of one signature."""
+        spans = [s.span(self.compressor, rows) for s in self.slabs if rows[0] in s.readers]
+        gone = set(rows)
+        for slab in self.slabs:
+            kept = [(r, s) for r, s in zip(slab.readers, slab.stored, strict=True) if r not in gone]
+            slab.readers, slab.stored = [r for r, _ in kept], [s for _, s in kept]
+            slab._index = {}
+        self._forget()
+        taken = None
+        for span in spans:
+            taken = span if taken is None else taken.then(span)
+        return taken
+
+    def crop(self, position: int) -> None:
+        """Drop every token from column `position` on. Only for pages in order of position."""
+        for slab in self.slabs:
+            columns = slab.meta["positions"][0, 0, : slab.length]
+            slab.length = int((columns < position).sum())
+        self.slabs = [slab for slab in self.slabs if slab.length]
+
+    def map_rows(self, source: list[int], *, free: bool) -> None:
+        """New batch row i reads the pages of old batch row `source[i]`; pages are not copied.
+
+        With `free`, the pages that no row reads any more are given back.
+        """
+        for slab in self.slabs:
+            slab.map_rows(source)
+        if free:
+            self._forget()
+
+    def _forget(self) -> None:
+        self.slabs = [slab for slab in self.slabs if slab.readers]
+        for slab in self.slabs:
+            slab.forget_unread_rows()
+
+    def tensors(self) -> Iterator[Tensor]:
+        for slab in self.slabs:
+            yield from slab.tensors()
+
+
+def _alike(meta: Span, newer: Span) -> bool:
+    return meta.tensors.keys() == newer.tensors.keys() and all(
+        meta[name].shape[:2] == newer[name].shape[:2] for name in meta.tensors
+    )

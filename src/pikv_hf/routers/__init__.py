@@ -1,0 +1,8 @@
+"""Which experts a page belongs to, which pages a query reads: one file per method."""
+
+from .all import All
+from .base import Router
+
+ROUTERS: dict[str, type[Router]] = {"all": All}
+
+__all__ = ["ROUTERS", "All", "Router"]

@@ -1,0 +1,33 @@
+"""Which tokens stay."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Candidates of R rows with equally many of them, H KV heads, T tokens each, oldest first.
+
+    `positions` [R, H, T] int64: columns of the sequence, padding included, ascending.
+    `seen`: tokens that the layer has ever been given.
+    """
+
+    positions: Tensor
+    seen: int
+
+
+class Scheduler(ABC):
+    """Decides, whenever tokens leave the tail, which sealed and newly sealed tokens stay.
+
+    A scheduler is a frozen dataclass: its own configuration, without run state.
+    """
+
+    @abstractmethod
+    def budget(self, seen: int) -> int:
+        """Tokens per row and KV head to hold after `seen` tokens, the tail included."""
+
+    @abstractmethod
+    def scores(self, tokens: Tokens) -> Tensor:
+        """[R, H, T] float; the highest stay, of equal ones the later. Changes nothing."""

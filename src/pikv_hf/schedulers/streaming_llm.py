@@ -1,0 +1,36 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Scheduler, Tokens
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Scheduler):
+    """Attention sinks and a recent window (Xiao et al., arXiv 2309.17453, section 3.2).
+
+    Keeps the first `sinks` tokens of each row and the last `window` tokens. Tokens leave in pages:
+    between two evictions up to `page_size - 1` more are held. Kept keys keep their RoPE phase.
+
+    Args:
+        sinks: first tokens kept, >= 0.
+        window: recent tokens kept, > 0; not less than the cache's own `window`, which never leaves.
+    """
+
+    sinks: int = 4
+    window: int = 1020
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ValueError(f"`sinks` is {self.sinks}; it must be 0 or more.")
+        if self.window <= 0:
+            raise ValueError(f"`window` is {self.window}; it must be 1 or more.")
+
+    def budget(self, seen: int) -> int:
+        return self.sinks + self.window
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        recency = tokens.positions.to(torch.float64)
+        is_sink = torch.arange(recency.shape[-1], device=recency.device) < self.sinks
+        return recency.masked_fill(is_sink, torch.inf)

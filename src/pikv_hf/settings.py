@@ -1,0 +1,41 @@
+"""Checks of the numbers that a user sets."""
+
+from typing import Any
+
+from .schedulers import Scheduler
+
+DEFAULT_WINDOW = 128
+
+
+def check_count(argument: str, value: Any) -> int:
+    """`value` as it is, if it is a positive whole number."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{argument}` is {value!r}; it must be a positive whole number.")
+    return value
+
+
+def check_budget(budget: Any, scheduler: Scheduler | None) -> None:
+    if budget is None:
+        return
+    if scheduler is None:
+        raise ValueError(f"`budget` is {budget!r}, but there is no `scheduler` to keep to it.")
+    is_share = isinstance(budget, float) and 0 < budget <= 1
+    is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget > 0
+    if not (is_share or is_count):
+        raise ValueError(
+            f"`budget` is {budget!r}; it must be a positive number of tokens (int) or a share of "
+            "them (float in (0, 1])."
+        )
+
+
+def default_window(window: int | None, budget: int | float | None) -> int:
+    """The newest tokens that stay open; they must fit into a budget given in tokens."""
+    if window is None:
+        return DEFAULT_WINDOW if not isinstance(budget, int) else min(DEFAULT_WINDOW, max(budget // 2, 1))
+    check_count("window", window)
+    if isinstance(budget, int) and window >= budget:
+        raise ValueError(
+            f"`window` is {window}, which leaves nothing of a budget of {budget} tokens; it must be "
+            "smaller."
+        )
+    return window

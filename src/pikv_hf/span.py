@@ -1,0 +1,84 @@
+"""Tokens of several rows, with all that is known of each token."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """T consecutive tokens of R rows and H KV heads: tensors [R or 1, H or 1, T, ...] by name.
+
+    A 1 stands for "the same in all rows" or "in all heads". Names in use: `keys` and `values`;
+    `positions`, the column of the sequence; `experts` and `weights`, the k experts that the model's
+    gate chose for the token and their weights as the gate returned them. No method changes a tensor.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values())).shape[2]
+
+    def without(self, *names: str) -> "Span":
+        return Span({k: v for k, v in self.tensors.items() if k not in names})
+
+    def joined(self, other: "Span") -> "Span":
+        """The same tokens with the tensors of `other` beside those of this one."""
+        return Span(self.tensors | other.tensors)
+
+    def rows(self, index: Tensor) -> "Span":
+        return self._map(
+            lambda t: t if t.shape[0] == 1 else t.index_select(0, index.to(t.device))
+        )
+
+    def tokens(self, index: Tensor) -> "Span":
+        return self._map(lambda t: t.index_select(2, index.to(t.device)))
+
+    def narrow(self, start: int, length: int) -> "Span":
+        return self._map(lambda t: t.narrow(2, start, length))
+
+    def gather(self, keep: Tensor) -> "Span":
+        """Tokens `keep` [R, H, K], chosen for each row and head apart."""
+
+        def take(t: Tensor) -> Tensor:
+            index = keep.to(t.device).reshape(*keep.shape, *[1] * (t.dim() - 3))
+            full = t.expand(*keep.shape[:2], *t.shape[2:])
+            return full.gather(2, index.expand(*keep.shape, *t.shape[3:]))
+
+        return self._map(take)
+
+    def then(self, newer: "Span") -> "Span":
+        """This span followed by `newer`, in the tensors that both have."""
+
+        def concatenate(name: str) -> Tensor:
+            a, b = self[name], newer[name].to(self[name].device)
+            lead = [max(x, y) for x, y in zip(a.shape[:2], b.shape[:2], strict=True)]
+            return torch.cat([t.expand(*lead, *t.shape[2:]) for t in (a, b)], dim=2)
+
+        return Span({name: concatenate(name) for name in self.tensors if name in newer})
+
+    def with_room(self, tokens: int) -> "Span":
+        """Copies long enough for `tokens`, the rest unwritten."""
+
+        def widen(t: Tensor) -> Tensor:
+            room = t.new_empty(*t.shape[:2], tokens, *t.shape[3:])
+            room.narrow(2, 0, t.shape[2]).copy_(t)
+            return room
+
+        return self._map(widen)
+
+    def write(self, start: int, newer: "Span") -> None:
+        """Overwrite the tokens from `start` on by those of `newer`, in place."""
+        for name, tensor in self.tensors.items():
+            tensor.narrow(2, start, len(newer)).copy_(newer[name])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Span":
+        return Span({name: change(tensor) for name, tensor in self.tensors.items()})
