@@ -9,7 +9,8 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from .attention import NAME
 from .checks import check_forward, check_generate
@@ -53,7 +54,8 @@ class Binding:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = weakref.ref(model)
         self.attention = attention_modules(model)
-        decoder = _innermost(model, [m for ms in self.attention.values() for m in ms])
+        paged = [module for modules in self.attention.values() for module in modules]
+        decoder = _innermost(model, paged) if paged else model.get_decoder()
         self.decoder = weakref.ref(decoder)
         self.gate_of = gates_of_layers(decoder, self.attention)
         self.users = 0
@@ -184,15 +186,27 @@ def _shadow(module: nn.Module) -> Callable[[], None]:
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
-    """Attention modules of the text decoder, by the cache layer that they use."""
-    text_type = type(model.config.get_text_config(decoder=True))
+    """The attention modules of the text decoder whose cache layer can be paged, by that layer."""
+    text_config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=model.config).layers
+    pageable = {i for i, layer in enumerate(layers) if type(layer) is DynamicLayer}
     found: dict[int, list[nn.Module]] = {}
     for module in _text_decoder(model).modules():
         is_attention = re.search(r"(Attention|MLA)\d*$", type(module).__name__)
         index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
-        if is_attention and isinstance(index, int) and isinstance(config, text_type):
+        if not is_attention or not isinstance(config, type(text_config)):
+            continue
+        if index in pageable and not _is_shared(text_config, index):
             found.setdefault(index, []).append(module)
     return found
+
+
+def _is_shared(text_config: PreTrainedConfig, idx: int) -> bool:
+    """Whether other layers reuse what this layer's `update` returns: it must return everything."""
+    modes = getattr(text_config, "kv_sharing_modes", None)
+    if modes is not None:
+        return modes[idx] == "store"
+    return bool(getattr(text_config, "num_kv_shared_layers", 0))
 
 
 def _text_decoder(model: PreTrainedModel) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .compressors import COMPRESSORS, Compressor, Identity
 from .layer import PagedLayer, Shared
@@ -77,7 +77,9 @@ class PiKVCache(Cache):
     ) -> None:
         if (model is None) == (config is None):
             given = "neither" if model is None else "both"
-            raise ValueError(f"`model` or `config` must be given: exactly one of them, not {given}.")
+            raise ValueError(
+                f"`model` or `config` must be given: exactly one of them, not {given}."
+            )
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise TypeError(
                 f"`config` is a {type(config).__name__}; it must be the PreTrainedConfig of a model."
@@ -157,14 +159,11 @@ class PiKVCache(Cache):
     def _fill(self, config: PreTrainedConfig, binding: Any = None) -> None:
         """Make the layers: transformers' own, with every plain full-attention layer paged."""
         layers = DynamicCache(config=config).layers
-        text_config = config.get_text_config(decoder=True)
-        for idx, layer in enumerate(layers):
-            module = None if binding is None else binding.attention.get(idx, [None])[0]
-            if module is not None and type(layer) is DynamicLayer and not _is_shared(text_config, idx):
-                layers[idx] = paged = PagedLayer(idx, self.shared)
-                paged.has_gate = idx in binding.gate_of
-                if hasattr(module, "kv_b_proj"):
-                    paged.expected_rank = getattr(module, "kv_lora_rank", None)
+        for idx, modules in {} if binding is None else binding.attention.items():
+            layers[idx] = paged = PagedLayer(idx, self.shared)
+            paged.has_gate = idx in binding.gate_of
+            if hasattr(modules[0], "kv_b_proj"):
+                paged.expected_rank = getattr(modules[0], "kv_lora_rank", None)
         self.shared.full_mask = any(_reads_full_mask(layer) for layer in layers)
         native = _native_of(type(self))
         if native is not None:
@@ -315,14 +314,6 @@ class PiKVCache(Cache):
         return new
 
 
-def _is_shared(text_config: PreTrainedConfig, idx: int) -> bool:
-    """Whether other layers reuse what this layer's `update` returns: it must return everything."""
-    modes = getattr(text_config, "kv_sharing_modes", None)
-    if modes is not None:
-        return modes[idx] == "store"
-    return bool(getattr(text_config, "num_kv_shared_layers", 0))
-
-
 def _reads_full_mask(layer: Any) -> bool:
     """Whether a layer that is not paged shares the mask of the paged ones."""
     return (
@@ -363,7 +354,16 @@ def _with_native(cls: type[PiKVCache], native: type[DynamicCache] | None) -> typ
 
 
 def _native_of(cls: type[PiKVCache]) -> type[DynamicCache] | None:
-    return next((c for c in cls.__mro__ if c is not DynamicCache and issubclass(c, DynamicCache) and not issubclass(c, PiKVCache)), None)
+    return next(
+        (
+            c
+            for c in cls.__mro__
+            if c is not DynamicCache
+            and issubclass(c, DynamicCache)
+            and not issubclass(c, PiKVCache)
+        ),
+        None,
+    )
 
 
 def _unattached(native: type[DynamicCache] | None) -> PiKVCache:

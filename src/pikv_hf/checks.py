@@ -41,9 +41,7 @@ def check_generate(
         _check_continuation(cache, ids, kwargs.get("attention_mask"), seen)
 
 
-def _check_continuation(
-    cache: "PiKVCache", ids: Tensor, mask: Tensor | None, seen: int
-) -> None:
+def _check_continuation(cache: "PiKVCache", ids: Tensor, mask: Tensor | None, seen: int) -> None:
     length = ids.shape[1]
     if mask is not None and mask.shape[1] != length:
         if mask.shape[1] != seen + length:
@@ -62,9 +60,7 @@ def _check_continuation(
         )
 
 
-def check_forward(
-    cache: "PiKVCache", model: "PreTrainedModel", kwargs: dict[str, Any]
-) -> None:
+def check_forward(cache: "PiKVCache", model: "PreTrainedModel", kwargs: dict[str, Any]) -> None:
     """Refuse a forward pass of the decoder whose inputs do not continue what the cache holds."""
     check_owner(cache, model)
     if kwargs.get("use_cache") is False:

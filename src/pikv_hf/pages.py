@@ -135,7 +135,10 @@ class Slab:
         at = torch.tensor([self.readers.index(row) for row in rows])
         blocks = list(self.read(compressor))
         states = Span(
-            {"keys": torch.cat([k for k, _ in blocks], 2), "values": torch.cat([v for _, v in blocks], 2)}
+            {
+                "keys": torch.cat([k for k, _ in blocks], 2),
+                "values": torch.cat([v for _, v in blocks], 2),
+            }
         )
         stored = torch.tensor([self.stored[i] for i in at.tolist()])
         return states.rows(at).joined(self.meta.narrow(0, self.length).rows(stored))
@@ -164,9 +167,16 @@ class PageTable:
         fields = self._encode(span)
         pages = next(iter(fields.values())).shape[2]
         meta = span.without("keys", "values")
-        meta = Span({"positions": meta["positions"].to(torch.int32)}).joined(meta.without("positions"))
+        meta = Span({"positions": meta["positions"].to(torch.int32)}).joined(
+            meta.without("positions")
+        )
         slab = self.slabs[-1] if self.slabs else None
-        if slab is not None and len(rows) == batch and slab.is_open(batch) and _alike(slab.meta, meta):
+        if (
+            slab is not None
+            and len(rows) == batch
+            and slab.is_open(batch)
+            and _alike(slab.meta, meta)
+        ):
             if slab.length + len(span) <= slab.capacity:
                 for name, tensor in fields.items():
                     slab.fields[name].narrow(2, slab.pages, pages).copy_(tensor)
@@ -191,16 +201,15 @@ class PageTable:
     def _encode(self, span: Span) -> dict[str, Tensor]:
         """The encoded pages [R, H, S, ...]; the last page is filled up with zeros."""
         rows, heads, length = span["keys"].shape[:3]
-        missing = -length % self.page_size
+        pages, missing = -(-length // self.page_size), -length % self.page_size
 
         def paged(tensor: Tensor) -> Tensor:
             if missing:
                 tensor = F.pad(tensor, (0, 0, 0, missing))
-            pages = rows * heads * ((length + missing) // self.page_size)
-            return tensor.reshape(pages, self.page_size, tensor.shape[3])
+            return tensor.reshape(rows * heads * pages, self.page_size, tensor.shape[3])
 
         encoded = self.compressor.encode(paged(span["keys"]), paged(span["values"]))
-        return {k: v.view(rows, heads, -1, *v.shape[1:]) for k, v in encoded.items()}
+        return {k: v.view(rows, heads, pages, *v.shape[1:]) for k, v in encoded.items()}
 
     def _growth(self) -> int:
         held = sum(slab.pages for slab in self.slabs)

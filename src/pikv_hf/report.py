@@ -149,7 +149,10 @@ def _runs(layers: list[LayerReport]) -> Iterator[list[LayerReport]]:
     run: list[LayerReport] = []
     for row in layers:
         same = run and (row.kind, row.why, row.pages, row.held_tokens) == (
-            run[-1].kind, run[-1].why, run[-1].pages, run[-1].held_tokens,
+            run[-1].kind,
+            run[-1].why,
+            run[-1].pages,
+            run[-1].held_tokens,
         )
         if run and not same:
             yield run

@@ -31,7 +31,11 @@ def check_budget(budget: Any, scheduler: Scheduler | None) -> None:
 def default_window(window: int | None, budget: int | float | None) -> int:
     """The newest tokens that stay open; they must fit into a budget given in tokens."""
     if window is None:
-        return DEFAULT_WINDOW if not isinstance(budget, int) else min(DEFAULT_WINDOW, max(budget // 2, 1))
+        return (
+            DEFAULT_WINDOW
+            if not isinstance(budget, int)
+            else min(DEFAULT_WINDOW, max(budget // 2, 1))
+        )
     check_count("window", window)
     if isinstance(budget, int) and window >= budget:
         raise ValueError(

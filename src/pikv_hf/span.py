@@ -35,9 +35,7 @@ class Span:
         return Span(self.tensors | other.tensors)
 
     def rows(self, index: Tensor) -> "Span":
-        return self._map(
-            lambda t: t if t.shape[0] == 1 else t.index_select(0, index.to(t.device))
-        )
+        return self._map(lambda t: t if t.shape[0] == 1 else t.index_select(0, index.to(t.device)))
 
     def tokens(self, index: Tensor) -> "Span":
         return self._map(lambda t: t.index_select(2, index.to(t.device)))

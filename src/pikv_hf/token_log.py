@@ -19,7 +19,9 @@ class TokenLog:
             return
         end = self.length + ids.shape[1]
         if self.ids is None or end > self.ids.shape[1]:
-            room = torch.empty(ids.shape[0], end + end // 8 + 64, dtype=torch.int32, device=ids.device)
+            room = torch.empty(
+                ids.shape[0], end + end // 8 + 64, dtype=torch.int32, device=ids.device
+            )
             if self.ids is not None:
                 room[:, : self.length] = self.ids[:, : self.length]
             self.ids = room
