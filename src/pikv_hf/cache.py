@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from typing_extensions import Self
 
 from .compressors import COMPRESSORS, Compressor, Identity
 from .layer import PagedLayer, Shared
@@ -54,7 +55,7 @@ class PiKVCache(Cache):
         TypeError, ValueError: an argument is not what it must be; the model is left as it was.
     """
 
-    def __new__(cls, model: Any = None, **kwargs: Any) -> "PiKVCache":
+    def __new__(cls, model: Any = None, **kwargs: Any) -> Self:
         native = None
         if model is not None:
             from .attach import unwrap
@@ -145,10 +146,10 @@ class PiKVCache(Cache):
             self._finalizer()
         self.binding, self.shared.attached, self._finalizer = None, False, None
 
-    def __enter__(self) -> "PiKVCache":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.detach()
 
     @property

@@ -47,9 +47,10 @@ class Shared:
     def remember(self, name: str, key: tuple[Any, ...], compute: Any) -> Any:
         """`compute()`, once per `key` (compared by identity of its parts) for all layers."""
         held = self.memo.get(name)
-        if held is not None and len(held[0]) == len(key):
-            if all(a is b or (isinstance(a, int) and a == b) for a, b in zip(held[0], key)):
-                return held[1]
+        if held is not None and all(
+            a is b or (isinstance(a, int) and a == b) for a, b in zip(held[0], key, strict=True)
+        ):
+            return held[1]
         value = compute()
         self.memo[name] = (key, value)
         return value

@@ -170,19 +170,13 @@ class PageTable:
         meta = Span({"positions": meta["positions"].to(torch.int32)}).joined(
             meta.without("positions")
         )
-        slab = self.slabs[-1] if self.slabs else None
-        if (
-            slab is not None
-            and len(rows) == batch
-            and slab.is_open(batch)
-            and _alike(slab.meta, meta)
-        ):
-            if slab.length + len(span) <= slab.capacity:
-                for name, tensor in fields.items():
-                    slab.fields[name].narrow(2, slab.pages, pages).copy_(tensor)
-                slab.meta.write(slab.length, meta)
-                slab.length += len(span)
-                return
+        slab = self._open_slab(meta, rows, batch)
+        if slab is not None:
+            for name, tensor in fields.items():
+                slab.fields[name].narrow(2, slab.pages, pages).copy_(tensor)
+            slab.meta.write(slab.length, meta)
+            slab.length += len(span)
+            return
         grows = len(rows) == batch and len(span) % self.page_size == 0
         room = max(pages, self._growth()) if grows else pages
         if room > pages:
@@ -210,6 +204,17 @@ class PageTable:
 
         encoded = self.compressor.encode(paged(span["keys"]), paged(span["values"]))
         return {k: v.view(rows, heads, pages, *v.shape[1:]) for k, v in encoded.items()}
+
+    def _open_slab(self, meta: Span, rows: list[int], batch: int) -> Slab | None:
+        """The last slab, if tokens like `meta` of all batch rows can be written behind its own."""
+        if not self.slabs or len(rows) < batch:
+            return None
+        slab = self.slabs[-1]
+        alike = meta.tensors.keys() == slab.meta.tensors.keys() and all(
+            slab.meta[name].shape[:2] == meta[name].shape[:2] for name in meta.tensors
+        )
+        fits = slab.length + len(meta) <= slab.capacity
+        return slab if alike and fits and slab.is_open(batch) else None
 
     def _growth(self) -> int:
         held = sum(slab.pages for slab in self.slabs)
@@ -258,9 +263,3 @@ class PageTable:
     def tensors(self) -> Iterator[Tensor]:
         for slab in self.slabs:
             yield from slab.tensors()
-
-
-def _alike(meta: Span, newer: Span) -> bool:
-    return meta.tensors.keys() == newer.tensors.keys() and all(
-        meta[name].shape[:2] == newer[name].shape[:2] for name in meta.tensors
-    )

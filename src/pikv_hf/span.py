@@ -1,6 +1,6 @@
 """Tokens of several rows, with all that is known of each token."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
