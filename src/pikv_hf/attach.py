@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -100,6 +101,7 @@ class Binding:
             model.generate = CheckedGenerate(model)
             self._undo.append(lambda ref=self.model: ref() and vars(ref()).pop("generate", None))
 
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         _forward.cache = None
         cache = _cache_of(kwargs.get("past_key_values"))
@@ -108,6 +110,7 @@ class Binding:
         check_forward(cache, self.model(), kwargs)
         _forward.cache = weakref.ref(cache)
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         cache = current_cache()
         _forward.cache = None
@@ -128,6 +131,7 @@ class _GateHook:
         self.gate = gate
         self.layers = layers
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         cache = current_cache()
         if cache is not None and cache.shared.router is not None:

@@ -5,11 +5,11 @@ included), D key dim, Dv value dim.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pikv_kernels import add_sink, merge_partials, partial_attention
+from pikv_kernels import add_sink, merge_partial, partial_attention
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,6 +23,7 @@ _HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}
 _SINKS = ("s_aux", "sinks")
 
 
+@torch.compiler.disable
 def pikv_attention(
     module: nn.Module,
     query: Tensor,
@@ -75,12 +76,12 @@ def attend(
         latent = LatentQuery(module, query, layer.latent_rank)
         query = latent.absorb(query)
     grouped = query.unflatten(1, (layer.tail.keys.shape[1], -1))
-    outs, lses = _attend_pages(layer, grouped, scale)
-    tail_out, tail_lse = _attend_tail(layer, grouped, mask, scale)
-    out, lse = merge_partials([*outs, tail_out], [*lses, tail_lse])
-    out = out.reshape(batch, heads, length, -1)
+    out, lse = _attend_tail(layer, grouped, mask, scale)
+    for more_out, more_lse in _attend_pages(layer, grouped, scale):
+        out, lse = merge_partial(out, lse, more_out, more_lse)
+    out = out.to(query.dtype).reshape(batch, heads, length, -1)
     if sink is not None:
-        out = add_sink(out, lse.view(batch, heads, length), sink.view(1, -1, 1))
+        out = add_sink(out, lse.reshape(batch, heads, length), sink.view(1, -1, 1))
     if latent is not None:
         out = latent.expand(out)
     return out.transpose(1, 2)
@@ -88,11 +89,9 @@ def attend(
 
 def _attend_pages(
     layer: PagedLayer, query: Tensor, scale: float
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Partial results over the pages; every query reads them all, since pages lie in the past."""
-    outs: list[Tensor] = []
-    lses: list[Tensor] = []
-    batch, length = query.shape[0], query.shape[3]
+    batch = query.shape[0]
     packed = query.flatten(2, 3)
     for slab in layer.pages.slabs:
         everyone = slab.is_read_by_all(batch)
@@ -103,15 +102,11 @@ def _attend_pages(
             selected = layer.shared.router.select(mine, meta, slab.pages)
         for keys, values in slab.read(layer.pages.compressor, selected):
             out, lse = _partial(mine, keys, values, None, scale)
-            if not everyone:
-                out, lse = _spread(out, lse, slab.index("readers", packed.device), batch)
-            outs.append(out)
-            lses.append(lse)
-            if length > 1 and len(outs) == 2:
-                # Long queries make large results: hold one of them, not one per slab.
-                out, lse = merge_partials(outs, lses)
-                outs, lses = [out], [lse]
-    return outs, lses
+            yield (
+                (out, lse)
+                if everyone
+                else _spread(out, lse, slab.index("readers", packed.device), batch)
+            )
 
 
 def _attend_tail(

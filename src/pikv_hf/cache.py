@@ -1,7 +1,6 @@
 """PiKVCache: the object that a user passes as `past_key_values`."""
 
 import copy
-import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 from typing_extensions import Self
 
 from .compressors import COMPRESSORS, Compressor, Identity
 from .layer import PagedLayer, Shared
 from .methods import resolve
+from .native import model_cache_class, reads_full_mask, release_prompt, with_native
 from .placement import PLACEMENTS, Local, Placement
 from .routers import ROUTERS, Router
 from .schedulers import SCHEDULERS, Scheduler
@@ -55,13 +55,17 @@ class PiKVCache(Cache):
         TypeError, ValueError: an argument is not what it must be; the model is left as it was.
     """
 
+    # Set where the model insists on a cache class of its own (MiniMax), which is then mixed in.
+    plain_class: "type[PiKVCache] | None" = None
+    native_class: type[DynamicCache] | None = None
+
     def __new__(cls, model: Any = None, **kwargs: Any) -> Self:
         native = None
         if model is not None:
             from .attach import unwrap
 
             native = model_cache_class(unwrap(model))
-        return object.__new__(_with_native(cls, native))
+        return object.__new__(with_native(cls, native))
 
     def __init__(
         self,
@@ -165,14 +169,23 @@ class PiKVCache(Cache):
             paged.has_gate = idx in binding.gate_of
             if hasattr(modules[0], "kv_b_proj"):
                 paged.expected_rank = getattr(modules[0], "kv_lora_rank", None)
-        self.shared.full_mask = any(_reads_full_mask(layer) for layer in layers)
-        native = _native_of(type(self))
-        if native is not None:
-            native.__init__(self)
+        self.shared.full_mask = any(reads_full_mask(layer) for layer in layers)
+        self._start(layers)
+
+    def _start(self, layers: list[Any]) -> None:
+        """Initialise the base classes, with these layers.
+
+        A model's own cache class expects layers to appear as they are first written.
+        """
+        self._unwritten: list[Any] = []
+        if self.native_class is not None:
+            self.native_class.__init__(self)
+            layers, self._unwritten = [], layers
         Cache.__init__(self, layers=layers)
 
     # ---- the Cache interface ----------------------------------------------------------------
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -185,10 +198,12 @@ class PiKVCache(Cache):
                     "this PiKVCache was given to a model that it is not attached to: make one for "
                     "this model with `PiKVCache(model)`."
                 )
+        while len(self.layers) <= layer_idx and self._unwritten:
+            self.layers.append(self._unwritten.pop(0))
         layer = self.layers[layer_idx]
         states = layer.update(key_states, value_states, *args, **kwargs)
         if not isinstance(layer, PagedLayer):
-            _release_prompt(layer)
+            release_prompt(layer)
         return states
 
     def end_forward(self) -> None:
@@ -226,11 +241,7 @@ class PiKVCache(Cache):
         """Forget everything; the cache can then be used for any batch."""
         super().reset()
         self.log = TokenLog()
-        native = _native_of(type(self))
-        if native is not None:
-            layers = self.layers
-            native.__init__(self)
-            Cache.__init__(self, layers=layers)
+        self._start(self.layers + self._unwritten)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let batch row i continue row `beam_idx[i]`; pages are shared, not copied."""
@@ -304,10 +315,11 @@ class PiKVCache(Cache):
         self.shared.attached = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unattached, (_native_of(type(self)),), self.__getstate__()
+        plain = self.plain_class or type(self)
+        return _unattached, (plain, self.native_class), self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":
-        new = _unattached(_native_of(type(self)))
+        new = object.__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         if self.model is not None:
@@ -315,57 +327,5 @@ class PiKVCache(Cache):
         return new
 
 
-def _reads_full_mask(layer: Any) -> bool:
-    """Whether a layer that is not paged shares the mask of the paged ones."""
-    return (
-        isinstance(layer, CacheLayerMixin)
-        and not isinstance(layer, PagedLayer)
-        and not getattr(layer, "is_sliding", False)
-    )
-
-
-def _release_prompt(layer: Any) -> None:
-    """A sliding layer keeps its window as a view of the whole prompt: keep the window alone."""
-    if not getattr(layer, "is_sliding", False) or getattr(layer, "record_past", False):
-        return
-    for name in ("keys", "values"):
-        states = getattr(layer, name)
-        if states.untyped_storage().nbytes() > states.numel() * states.element_size():
-            setattr(layer, name, states.clone())
-
-
-def model_cache_class(model: PreTrainedModel) -> type[DynamicCache] | None:
-    """The cache class that the model's own modeling file defines and insists on, if any."""
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            for member in vars(sys.modules[type(part).__module__]).values():
-                if (
-                    isinstance(member, type)
-                    and issubclass(member, DynamicCache)
-                    and member.__module__ == type(part).__module__
-                ):
-                    return member
-    return None
-
-
-def _with_native(cls: type[PiKVCache], native: type[DynamicCache] | None) -> type[PiKVCache]:
-    if native is None or issubclass(cls, native):
-        return cls
-    return type(cls.__name__, (cls, native), {"__module__": cls.__module__})
-
-
-def _native_of(cls: type[PiKVCache]) -> type[DynamicCache] | None:
-    return next(
-        (
-            c
-            for c in cls.__mro__
-            if c is not DynamicCache
-            and issubclass(c, DynamicCache)
-            and not issubclass(c, PiKVCache)
-        ),
-        None,
-    )
-
-
-def _unattached(native: type[DynamicCache] | None) -> PiKVCache:
-    return object.__new__(_with_native(PiKVCache, native))
+def _unattached(plain: type[PiKVCache], native: type[DynamicCache] | None) -> PiKVCache:
+    return object.__new__(with_native(plain, native))

@@ -2,19 +2,17 @@
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .compressors import Compressor
-from .pages import PageTable, is_writable
-from .placement import Placement
-from .routers import Router
-from .schedulers import Scheduler, Tokens
+from .pages import PageTable
+from .schedulers import Tokens
+from .shared import Shared, visible_columns
 from .span import Span
+from .tail import Tail
 
 # `update` leaves its layer here for the attention function, which the model calls next.
 _handle = threading.local()
@@ -25,111 +23,6 @@ def take_handle() -> "PagedLayer | None":
     layer = getattr(_handle, "layer", None)
     _handle.layer = None
     return layer
-
-
-@dataclass
-class Shared:
-    """What the layers of one cache have in common: its methods, and what one forward computed."""
-
-    compressor: Compressor
-    scheduler: Scheduler | None
-    router: Router | None
-    placement: Placement
-    page_size: int
-    window: int
-    budget: int | float | None = None
-    attached: bool = False
-    # A layer outside of our hands reads the same mask, which then spans the whole sequence.
-    full_mask: bool = False
-    recording: bool = False
-    memo: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-
-    def remember(self, name: str, key: tuple[Any, ...], compute: Any) -> Any:
-        """`compute()`, once per `key` (compared by identity of its parts) for all layers."""
-        held = self.memo.get(name)
-        if held is not None and all(
-            a is b or (isinstance(a, int) and a == b) for a, b in zip(held[0], key, strict=True)
-        ):
-            return held[1]
-        value = compute()
-        self.memo[name] = (key, value)
-        return value
-
-    def budget_of(self, seen: int) -> int:
-        """Tokens per row and KV head to hold after `seen`."""
-        assert self.scheduler is not None
-        if self.budget is None:
-            return self.scheduler.budget(seen)
-        return self.budget if isinstance(self.budget, int) else int(self.budget * seen)
-
-
-class Tail:
-    """The newest tokens in model dtype, in a buffer that is written in place."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """Starts with the model's own tensors, uncopied."""
-        self.keys, self.values = keys, values
-        self.length = keys.shape[2]
-        self.labels: Span | None = None
-
-    @property
-    def batch(self) -> int:
-        return self.keys.shape[0]
-
-    def append(self, keys: Tensor, values: Tensor, capacity: int) -> None:
-        """Write behind the tokens held, into a buffer for `capacity` tokens or what is needed."""
-        end = self.length + keys.shape[2]
-        if end > self.keys.shape[2] or not is_writable(self.keys):
-            self._rebuild(0, max(capacity, end))
-        self.keys.narrow(2, self.length, keys.shape[2]).copy_(keys)
-        self.values.narrow(2, self.length, keys.shape[2]).copy_(values)
-        self.length = end
-
-    def drop(self, count: int, capacity: int) -> None:
-        """Forget the oldest `count` tokens; the others move to a buffer for `capacity` tokens."""
-        self._rebuild(count, capacity)
-        self.length -= count
-        if self.labels is not None:
-            self.labels = self.labels.narrow(count, len(self.labels) - count)
-
-    def truncate(self, length: int) -> None:
-        self.length = length
-        if self.labels is not None:
-            self.labels = self.labels.narrow(0, length)
-
-    def label(self, labels: Span) -> None:
-        self.labels = labels if self.labels is None else self.labels.then(labels)
-
-    def map_rows(self, index: Tensor) -> None:
-        self.keys = self.keys.index_select(0, index.to(self.keys.device))
-        self.values = self.values.index_select(0, index.to(self.values.device))
-        self.labels = self.labels and self.labels.rows(index)
-
-    def view(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, length, D]."""
-        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
-
-    def span(self, start: int, count: int) -> Span:
-        """The oldest `count` tokens; `start` is the position of the first of them."""
-        keys, values = self.view()
-        states = Span({"keys": keys, "values": values}).narrow(0, count)
-        positions = torch.arange(start, start + count).view(1, 1, -1)
-        span = states.joined(Span({"positions": positions}))
-        return span if self.labels is None else span.joined(self.labels.narrow(0, count))
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield from (self.keys, self.values)
-        if self.labels is not None:
-            yield from self.labels.tensors.values()
-
-    def _rebuild(self, start: int, capacity: int) -> None:
-        """A buffer for `capacity` tokens that begins with token `start` of this one."""
-        keep = self.length - start
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], max(capacity, keep), old.shape[3])
-            new.narrow(2, 0, keep).copy_(old.narrow(2, start, keep))
-            setattr(self, name, new)
 
 
 class PagedLayer(DynamicLayer):
@@ -430,16 +323,3 @@ class PagedLayer(DynamicLayer):
         if self.tail is not None:
             yield from self.tail.tensors()
         yield from self.pages.tensors()
-
-
-def visible_columns(mask: Tensor | None, length: int) -> Tensor | None:
-    """Which of the last `length` columns the newest query sees: [B or 1, length] bool, None = all.
-
-    `mask` is what the model made: bool or additive [B, 1, q, columns], or bool-like [B, columns].
-    """
-    if mask is None:
-        return None
-    last = mask[:, -length:] if mask.dim() == 2 else mask[:, 0, -1, -length:]
-    if last.is_floating_point():
-        return last > torch.finfo(last.dtype).min / 2
-    return last.bool()

@@ -2,9 +2,9 @@
 
 from .partial_attention import (
     add_sink,
-    merge_partials,
+    merge_partial,
     partial_attention,
     partial_attention_reference,
 )
 
-__all__ = ["add_sink", "merge_partials", "partial_attention", "partial_attention_reference"]
+__all__ = ["add_sink", "merge_partial", "partial_attention", "partial_attention_reference"]

@@ -46,25 +46,23 @@ def partial_attention_reference(
     return torch.matmul(weights, value), lse
 
 
-def merge_partials(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """One partial result from several over disjoint keys: exact up to rounding in float32.
+def merge_partial(
+    out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One partial result from two over disjoint keys: exact up to rounding in float32.
 
     Args:
-        outs: each `[B, H, R, Dv]`.
-        lses: each `[B, H, R]`; -inf for a row that saw no key, whose `out` is then not read.
+        out, more_out: `[B, H, R, Dv]`.
+        lse, more_lse: `[B, H, R]` float32; `more_lse` may be -inf for a row that saw no key, `lse`
+            may not.
 
     Returns:
-        `[B, H, R, Dv]` in the dtype of `outs` and `[B, H, R]`.
+        `[B, H, R, Dv]` in float32 (float64 for float64), so that many results merge without loss,
+        and `[B, H, R]`.
     """
-    if len(outs) == 1:
-        return outs[0], lses[0]
-    stacked = torch.stack(lses)
-    lse = torch.logsumexp(stacked, dim=0)
-    weights = torch.exp(stacked - lse)
-    out = outs[0] * weights[0][..., None]
-    for part, weight in zip(outs[1:], weights[1:], strict=True):
-        out = out + part * weight[..., None]
-    return out.to(outs[0].dtype), lse
+    weight = torch.sigmoid(more_lse - lse)[..., None]
+    merged = torch.lerp(out.to(lse.dtype), more_out.to(lse.dtype), weight)
+    return merged, torch.logaddexp(lse, more_lse)
 
 
 def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:

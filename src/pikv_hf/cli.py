@@ -1,0 +1,303 @@
+"""The command `pikv`: `pikv demo` compares caches, `pikv generate` answers on one's own text."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import (
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+from transformers.utils import logging
+
+from . import PiKVCache, __version__, demo
+from .needles import NEEDLE_MODEL, Haystack
+from .options import DYNAMIC, LOSSLESS, METHODS, CacheOption, parse_cache
+from .plot import accuracy_against_memory
+
+app = typer.Typer(
+    help="PiKVCache: a paged KV cache for Mixture-of-Experts models in transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+CACHE_HELP = (
+    f"'{DYNAMIC}' (transformers' own), '{LOSSLESS}', or arguments of PiKVCache, for example "
+    "'compressor=int8,scheduler=streaming_llm,budget=0.25'. "
+    + " ".join(f"{name}: {', '.join(registry)}." for name, (registry, _) in METHODS.items())
+)
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Checkpoint: a folder or a name on the Hugging Face Hub.  [default: bundled]"
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="As in from_pretrained.  [default: 'auto' on a GPU, else CPU]")
+]
+
+
+HEADINGS = (
+    "exact\nanswers",
+    "KV held\nMiB",
+    "times\nsmaller",
+    "decode\ntokens/s",
+    "first\ntoken ms",
+)
+STREAMING = "scheduler=streaming_llm,budget=0.25"
+DEFAULTS = [LOSSLESS, "compressor=int8", STREAMING, f"{STREAMING},compressor=int8"]
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False):
+    if version:
+        out.print(f"pikv_hf {__version__}")
+        raise typer.Exit()
+
+
+@app.command("demo")
+def demo_command(
+    model: Model = None,
+    length: Annotated[int, typer.Option(min=64, help="Tokens of a haystack.")] = 2048,
+    needles: Annotated[int, typer.Option(min=1, help="Facts hidden in each haystack.")] = 8,
+    questions: Annotated[int, typer.Option(min=1, help="Haystacks, one question each.")] = 20,
+    seed: int = 0,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Repeatable; DynamicCache is always the first. {CACHE_HELP}  "
+            "[default: lossless, int8, streaming_llm at 25 %, both]"
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device_map: DeviceMap = None,
+    output: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path(
+        "pikv_demo"
+    ),
+) -> None:
+    """Hide needles in a haystack and find them with several caches: accuracy, memory, speed."""
+    caches = _parse_all([DYNAMIC, *(cache or DEFAULTS)])
+    _make_folder(output)
+    loaded, tokenizer = _load(model, dtype, device_map)
+    _check_length(loaded, length)
+    with _one_sentence():
+        stacks = demo.haystacks(
+            tokenizer, length=length, needles=needles, questions=questions, seed=seed
+        )
+        for option in caches:  # refuse what does not suit this model before the long work
+            option.make(loaded)
+    trials, interrupted = _collect(loaded, tokenizer, caches, stacks)
+    rows = demo.summarize(trials, caches)
+    if not rows:
+        _fail("interrupted before the first question was answered with every cache.", code=130)
+    done = (
+        f"{rows[0].questions} of {questions} questions" if interrupted else f"{questions} questions"
+    )
+    title = f"{model or 'bundled model'}: {needles} needles in {length} tokens, {done}"
+    labels = [option.label for option in caches]
+    out.print(_table(rows, labels, title))
+    out.print(_speed_note(loaded, bundled=model is None), style="dim")
+    job = {"model": model or "bundled", "length": length, "needles": needles}
+    job |= {"questions": questions, "seed": seed, "interrupted": interrupted}
+    results = demo.to_dict(loaded, job, rows, trials)
+    _write(output, results, rows, labels, title)
+    raise typer.Exit(130 if interrupted else 0)
+
+
+@app.command("generate")
+def generate_command(
+    prompt_file: Annotated[
+        typer.FileText, typer.Option(encoding="utf-8", help="The prompt; - for standard input.")
+    ],
+    model: Model = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    cache: Annotated[str, typer.Option(help=CACHE_HELP)] = LOSSLESS,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a chat message of the user.")
+    ] = False,
+    dtype: DtypeOption = Dtype.auto,
+    device_map: DeviceMap = None,
+) -> None:
+    """Answer on one's own text, greedily, and say what the cache holds afterwards."""
+    option = _parse_all([cache])[0]
+    text = _read(prompt_file)
+    loaded, tokenizer = _load(model, dtype, device_map)
+    text = _as_chat(tokenizer, text) if chat else text
+    with _one_sentence():
+        made = option.make(loaded)
+    inputs = demo.encode(loaded, tokenizer, text, special_tokens=not chat)
+    if not inputs["input_ids"].numel():
+        _fail("the prompt has no tokens.")
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    try:
+        result = loaded.generate(
+            **inputs,
+            past_key_values=made,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            return_dict_in_generate=True,
+        )
+    except KeyboardInterrupt:
+        err.print("\nInterrupted.")
+        _report(made)
+        raise typer.Exit(130) from None
+    _report(result.past_key_values if made is None else made)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    err.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """A user's mistake ends the command with what is wrong, not with a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        _fail(str(error))
+
+
+def _parse_all(texts: Sequence[str]) -> list[CacheOption]:
+    """One option for each text; the same cache named twice counts once."""
+    options: dict[str, CacheOption] = {}
+    for text in texts:
+        try:
+            option = parse_cache(text)
+        except (ValueError, TypeError) as error:
+            _fail(f"--cache: {error}")
+        options.setdefault(option.name, option)
+    return list(options.values())
+
+
+def _load(
+    name: str | None, dtype: Dtype, device_map: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name is None:
+        logging.disable_progress_bar()
+    else:
+        err.print(f"Loading {escape(name)} ...")
+    try:
+        return demo.load(name or str(NEEDLE_MODEL), dtype.value, device_map)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        _fail(f"--model: {name or NEEDLE_MODEL} could not be loaded: {reason}")
+
+
+def _check_length(model: PreTrainedModel, length: int) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and length > most:
+        _fail(f"--length is {length}, but the model reads at most {most} tokens.")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(f"--out: {path} cannot be made: {error.strerror}.")
+
+
+def _collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    caches: Sequence[CacheOption],
+    stacks: Sequence[Haystack],
+) -> tuple[list[demo.Trial], bool]:
+    """All trials, and whether Ctrl-C cut them short."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    trials: list[demo.Trial] = []
+    with Progress(TextColumn("answering"), *columns, console=err) as progress:
+        task = progress.add_task("", total=len(caches) * len(stacks))
+        try:
+            for trial in demo.run(model, tokenizer, caches, stacks):
+                trials.append(trial)
+                progress.advance(task)
+        except KeyboardInterrupt:
+            return trials, True
+    return trials, False
+
+
+def _table(rows: Sequence[demo.Row], labels: Sequence[str], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("cache")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, row in zip(labels, rows, strict=True):
+        speed = row.decode_tokens_per_s
+        table.add_row(
+            label,
+            f"{row.exact}/{row.questions}",
+            f"{row.nbytes / 2**20:.2f}",
+            f"{row.ratio:.2f}",
+            "-" if speed is None else f"{speed:.1f}",
+            f"{1000 * row.first_token_s:.0f}",
+        )
+    return table
+
+
+def _speed_note(model: PreTrainedModel, bundled: bool) -> str:
+    note = "exact: answers right to the word. KV held: after the answer; times: medians."
+    if bundled:
+        note += (
+            f" The bundled model has {model.num_parameters() / 1e6:.1f} million parameters: its "
+            "times show the overhead of each cache, not the speed of a real model (--model)."
+        )
+    return note
+
+
+def _write(
+    folder: Path, results: dict[str, Any], rows: Sequence[demo.Row], labels: list[str], title: str
+) -> None:
+    data, picture = folder / "results.json", folder / "accuracy_vs_memory.png"
+    data.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    accuracy = [100 * row.exact / row.questions for row in rows]
+    accuracy_against_memory(labels, [r.nbytes / 2**20 for r in rows], accuracy, title, picture)
+    out.print(f"Results: {data}\nPicture: {picture}", soft_wrap=True)
+
+
+def _read(file: Any) -> str:
+    try:
+        text = file.read()
+    except UnicodeDecodeError:
+        _fail("--prompt-file is not UTF-8 text.")
+    if not text.strip():
+        _fail("--prompt-file is empty.")
+    return text
+
+
+def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    if tokenizer.chat_template is None:
+        _fail("--chat: the tokenizer of this model has no chat template.")
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _report(cache: Cache | None) -> None:
+    if isinstance(cache, PiKVCache):
+        out.print(cache.report())
+    elif cache is not None:
+        held = f"{demo.held_bytes(cache) / 2**20:.2f} MiB"
+        out.print(f"{type(cache).__name__}: {cache.get_seq_length()} tokens seen, {held}")

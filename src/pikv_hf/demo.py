@@ -1,0 +1,234 @@
+"""The main job: needles in a haystack, found with several caches. Measures; prints nothing."""
+
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from .cache import PiKVCache
+from .needles import Haystack, make_haystack
+from .options import CacheOption
+
+SPARE_TOKENS = 2
+"""Tokens of a reply beyond those of the answer."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One question answered with one cache; times in seconds, `nbytes` after the last token."""
+
+    cache: str
+    question: int
+    answer: str
+    reply: str
+    exact: bool
+    nbytes: int
+    first_token_s: float
+    step_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache over all questions: sums of answers, medians of bytes and times."""
+
+    cache: str
+    questions: int
+    exact: int
+    nbytes: int
+    ratio: float
+    decode_tokens_per_s: float | None
+    first_token_s: float
+
+
+class Clock(BaseStreamer):
+    """The times at which `generate` took the prompt and handed over each new token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def load(
+    name: str, dtype: str = "auto", device_map: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, set to greedy decoding; on the GPU if there is one."""
+    if device_map is None and torch.cuda.is_available():
+        device_map = "auto"
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map).eval()
+    config = model.generation_config
+    config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
+    if config.pad_token_id is None:
+        end = config.eos_token_id
+        config.pad_token_id = end[0] if isinstance(end, list) else end
+    return model, tokenizer
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    special_tokens: bool = True,
+) -> dict[str, Tensor]:
+    """The inputs of `generate`."""
+    encoded = tokenizer(text, add_special_tokens=special_tokens, return_tensors="pt")
+    ids = encoded.input_ids.to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def haystacks(
+    tokenizer: PreTrainedTokenizerBase, *, length: int, needles: int, questions: int, seed: int
+) -> list[Haystack]:
+    """`questions` texts of `length` tokens with `needles` facts each, of which one is asked for."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(text).input_ids)
+
+    return [
+        make_haystack(length=length, needles=needles, seed=seed + i, count=count)
+        for i in range(questions)
+    ]
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    caches: Sequence[CacheOption],
+    stacks: Sequence[Haystack],
+) -> Iterator[Trial]:
+    """Every question with every cache. Caches take turns, so that a slow moment hits all alike."""
+    for number, stack in enumerate(stacks):
+        first = number % len(caches)
+        for option in (*caches[first:], *caches[:first]):
+            yield answer(model, tokenizer, option, stack, number)
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    option: CacheOption,
+    stack: Haystack,
+    number: int = 0,
+) -> Trial:
+    """Ask the first question of `stack`."""
+    inputs = encode(model, tokenizer, stack.prompt())
+    spare = len(tokenizer(stack.answers[0], add_special_tokens=False).input_ids) + SPARE_TOKENS
+    clock, cache = Clock(), option.make(model)
+    out = model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=spare,
+        streamer=clock,
+        return_dict_in_generate=True,
+    )
+    steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    new_tokens = out.sequences[0, inputs["input_ids"].shape[1] :]
+    reply = tokenizer.decode(new_tokens, skip_special_tokens=True)
+    trial = Trial(
+        cache=option.name,
+        question=number,
+        answer=stack.answers[0],
+        reply=reply,
+        exact=stack.is_exact(reply),
+        nbytes=held_bytes(out.past_key_values),
+        first_token_s=steps[0],
+        step_s=tuple(steps[1:]),
+    )
+    if cache is not None:
+        cache.detach()
+    return trial
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of the distinct storages that any cache keeps alive."""
+    if isinstance(cache, PiKVCache):
+        return cache.nbytes
+    tensors = _tensors([vars(layer) for layer in cache.layers])
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def summarize(trials: Sequence[Trial], caches: Sequence[CacheOption]) -> list[Row]:
+    """A row for each cache, over the questions that all caches have answered."""
+    names = [option.name for option in caches]
+    of_question: dict[int, dict[str, Trial]] = {}
+    for trial in trials:
+        of_question.setdefault(trial.question, {})[trial.cache] = trial
+    complete = [answers for answers in of_question.values() if len(answers) == len(names)]
+    if not complete:
+        return []
+    full = statistics.median(answers[names[0]].nbytes for answers in complete)
+    return [_row(name, [answers[name] for answers in complete], full) for name in names]
+
+
+def _row(name: str, trials: Sequence[Trial], full: float) -> Row:
+    steps = [step for trial in trials for step in trial.step_s]
+    nbytes = statistics.median(trial.nbytes for trial in trials)
+    return Row(
+        cache=name,
+        questions=len(trials),
+        exact=sum(trial.exact for trial in trials),
+        nbytes=round(nbytes),
+        ratio=full / nbytes,
+        decode_tokens_per_s=1 / statistics.median(steps) if steps else None,
+        first_token_s=statistics.median(trial.first_token_s for trial in trials),
+    )
+
+
+def to_dict(
+    model: PreTrainedModel,
+    job: dict[str, Any],
+    rows: Sequence[Row],
+    trials: Sequence[Trial],
+) -> dict[str, Any]:
+    """Everything that is needed to read and to repeat a run, ready for JSON."""
+    from . import __version__
+
+    on_gpu = model.device.type == "cuda"
+    return {
+        **job,
+        "versions": {
+            "pikv_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {
+            "device": torch.cuda.get_device_name(model.device) if on_gpu else str(model.device),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "dtype": str(model.dtype),
+        "parameters": model.num_parameters(),
+        "caches": [asdict(row) for row in rows],
+        "trials": [asdict(trial) for trial in trials],
+    }
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)

@@ -1,0 +1,123 @@
+"""From the text of `--cache` to a cache: what a user types is what `PiKVCache` takes."""
+
+import ast
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .cache import PiKVCache
+from .compressors import COMPRESSORS, Compressor
+from .methods import resolve
+from .placement import PLACEMENTS, Placement
+from .routers import ROUTERS, Router
+from .schedulers import SCHEDULERS, Scheduler
+from .settings import check_budget, check_count, default_window
+
+METHODS: dict[str, tuple[dict[str, type], type]] = {
+    "scheduler": (SCHEDULERS, Scheduler),
+    "compressor": (COMPRESSORS, Compressor),
+    "router": (ROUTERS, Router),
+    "placement": (PLACEMENTS, Placement),
+}
+NUMBERS = ("budget", "page_size", "window")
+DYNAMIC, LOSSLESS = "dynamic", "lossless"
+
+
+@dataclass(frozen=True)
+class CacheOption:
+    """A cache as a user names it; `arguments` of PiKVCache, or None for transformers' own cache."""
+
+    text: str
+    arguments: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        if self.arguments is None:
+            return "DynamicCache"
+        return f"PiKVCache({', '.join(f'{name}={value}' for name, value in self._parts())})"
+
+    @property
+    def label(self) -> str:
+        """The name in few words, for tables and pictures."""
+        if self.arguments is None:
+            return "DynamicCache"
+        words = [value if name in METHODS else f"{name}={value}" for name, value in self._parts()]
+        return ", ".join(words) or "PiKVCache, lossless"
+
+    def make(self, model: PreTrainedModel) -> PiKVCache | None:
+        """A new cache attached to `model`; None leaves the choice to `generate`."""
+        return None if self.arguments is None else PiKVCache(model, **self.arguments)
+
+    def _parts(self) -> list[tuple[str, str]]:
+        """Names and values as they were typed."""
+        return [(str(pair.arg), ast.unparse(pair.value)) for pair in _call(self.text).keywords]
+
+
+def parse_cache(text: str) -> CacheOption:
+    """`compressor=int8,budget=0.25`, `scheduler=streaming_llm(sinks=8)`, `lossless` or `dynamic`.
+
+    Raises:
+        ValueError: one sentence on what is wrong with `text`; nothing is loaded to find out.
+    """
+    text = text.strip()
+    if text == DYNAMIC:
+        return CacheOption(text, None)
+    body = "" if text == LOSSLESS else text
+    call = _call(body)
+    arguments = {str(pair.arg): _value(str(pair.arg), pair.value) for pair in call.keywords}
+    check_budget(arguments.get("budget"), arguments.get("scheduler"))
+    check_count("page_size", arguments.get("page_size", 1))
+    default_window(arguments.get("window"), arguments.get("budget"))
+    return CacheOption(body, arguments)
+
+
+def _call(text: str) -> ast.Call:
+    """`text` as the arguments of a call."""
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+    except SyntaxError:
+        call = None
+    if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+        raise ValueError(
+            f"{text!r} is not name=value[,name=value...], {LOSSLESS!r} or {DYNAMIC!r}."
+        )
+    return call
+
+
+def _value(name: str, node: ast.expr) -> Any:
+    if name in NUMBERS:
+        return _literal(name, node)
+    if name not in METHODS:
+        raise ValueError(f"{name!r} is no option of a cache; it has {[*METHODS, *NUMBERS]}.")
+    registry, base = METHODS[name]
+    try:
+        return resolve(name, _method(name, node, registry, base), registry, base)
+    except TypeError as error:  # an argument that the method does not have
+        raise ValueError(f"`{name}` is {ast.unparse(node)}: {error}.") from error
+
+
+def _method(name: str, node: ast.expr, registry: dict[str, type], base: type) -> Any:
+    """A name, or a name called with literals and other methods of the same kind."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        return _literal(name, node)
+    method = type(resolve(name, node.func.id, registry, base))
+    return method(
+        *(_argument(name, part, registry, base) for part in node.args),
+        **{str(k.arg): _argument(name, k.value, registry, base) for k in node.keywords},
+    )
+
+
+def _argument(name: str, node: ast.expr, registry: dict[str, type], base: type) -> Any:
+    if isinstance(node, ast.Call | ast.Name):
+        return resolve(name, _method(name, node, registry, base), registry, base)
+    return _literal(name, node)
+
+
+def _literal(name: str, node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"`{name}` is {ast.unparse(node)}, which is not a plain value.") from None

@@ -1,0 +1,78 @@
+"""The newest tokens of one layer, still open."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .pages import is_writable
+from .span import Span
+
+
+class Tail:
+    """The newest tokens in model dtype, in a buffer that is written in place."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """Starts with the model's own tensors, uncopied."""
+        self.keys, self.values = keys, values
+        self.length = keys.shape[2]
+        self.labels: Span | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[0]
+
+    def append(self, keys: Tensor, values: Tensor, capacity: int) -> None:
+        """Write behind the tokens held, into a buffer for `capacity` tokens or what is needed."""
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[2] or not is_writable(self.keys):
+            self._rebuild(0, max(capacity, end))
+        self.keys.narrow(2, self.length, keys.shape[2]).copy_(keys)
+        self.values.narrow(2, self.length, keys.shape[2]).copy_(values)
+        self.length = end
+
+    def drop(self, count: int, capacity: int) -> None:
+        """Forget the oldest `count` tokens; the others move to a buffer for `capacity` tokens."""
+        self._rebuild(count, capacity)
+        self.length -= count
+        if self.labels is not None:
+            self.labels = self.labels.narrow(count, len(self.labels) - count)
+
+    def truncate(self, length: int) -> None:
+        self.length = length
+        if self.labels is not None:
+            self.labels = self.labels.narrow(0, length)
+
+    def label(self, labels: Span) -> None:
+        self.labels = labels if self.labels is None else self.labels.then(labels)
+
+    def map_rows(self, index: Tensor) -> None:
+        self.keys = self.keys.index_select(0, index.to(self.keys.device))
+        self.values = self.values.index_select(0, index.to(self.values.device))
+        self.labels = self.labels and self.labels.rows(index)
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, length, D]."""
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+
+    def span(self, start: int, count: int) -> Span:
+        """The oldest `count` tokens; `start` is the position of the first of them."""
+        keys, values = self.view()
+        states = Span({"keys": keys, "values": values}).narrow(0, count)
+        positions = torch.arange(start, start + count).view(1, 1, -1)
+        span = states.joined(Span({"positions": positions}))
+        return span if self.labels is None else span.joined(self.labels.narrow(0, count))
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.keys, self.values)
+        if self.labels is not None:
+            yield from self.labels.tensors.values()
+
+    def _rebuild(self, start: int, capacity: int) -> None:
+        """A buffer for `capacity` tokens that begins with token `start` of this one."""
+        keep = self.length - start
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], max(capacity, keep), old.shape[3])
+            new.narrow(2, 0, keep).copy_(old.narrow(2, start, keep))
+            setattr(self, name, new)
