@@ -60,16 +60,20 @@ class Binding:
         self.decoder = weakref.ref(decoder)
         self.gate_of = gates_of_layers(decoder, self.attention)
         self.users = 0
+        self._has_gate_hooks = False
         self._undo: list[Callable[[], None]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
         return self  # a copied model's hooks find that they are not of their own model
 
-    def acquire(self) -> None:
+    def acquire(self, *, labels: bool) -> None:
+        """Count a cache in; the first one attaches, the first that needs labels hooks the gates."""
         with _LOCK:
             self.users += 1
             if self.users == 1:
                 self._attach()
+            if labels and not self._has_gate_hooks:
+                self._hook_gates()
 
     def release(self) -> None:
         with _LOCK:
@@ -77,6 +81,7 @@ class Binding:
             if self.users == 0:
                 while self._undo:
                     self._undo.pop()()
+                self._has_gate_hooks = False
                 model = self.model()
                 if model is not None:
                     _BINDINGS.pop(model, None)
@@ -91,15 +96,18 @@ class Binding:
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, always_call=True),
         ]
-        labels: dict[Gate, list[int]] = {}
-        for idx, gate in self.gate_of.items():
-            labels.setdefault(gate, []).append(idx)
-        for gate, layers in labels.items():
-            hooks.append(gate.module.register_forward_hook(_GateHook(gate, layers)))
         self._undo += [hook.remove for hook in hooks]
         if hasattr(model, "generate"):
             model.generate = CheckedGenerate(model)
             self._undo.append(lambda ref=self.model: ref() and vars(ref()).pop("generate", None))
+
+    def _hook_gates(self) -> None:
+        labels: dict[Gate, list[int]] = {}
+        for idx, gate in self.gate_of.items():
+            labels.setdefault(gate, []).append(idx)
+        for gate, layers in labels.items():
+            self._undo.append(gate.module.register_forward_hook(_GateHook(gate, layers)).remove)
+        self._has_gate_hooks = True
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -48,8 +48,8 @@ class PiKVCache(Cache):
             router, pages carry the experts that the model chose for their tokens.
         placement: where pages live: a name of `PLACEMENTS` or a `Placement`.
         page_size: tokens of a page.
-        window: newest tokens that are never sealed (nor compressed or dropped); None = 128, and at
-            most half of a budget given in tokens.
+        window: newest tokens that are never sealed (nor compressed or dropped); None = 128, at most
+            half of a budget given in tokens, and 512 without any method.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the model is left as it was.
@@ -107,7 +107,7 @@ class PiKVCache(Cache):
             router=resolve("router", router, ROUTERS, Router),
             placement=resolve("placement", placement, PLACEMENTS, Placement) or Local(),
             page_size=check_count("page_size", page_size),
-            window=default_window(window, tokens),
+            window=default_window(window, tokens, lossless=not any(methods.values())),
             budget=budget,
         )
         self.binding = None
@@ -139,7 +139,7 @@ class PiKVCache(Cache):
             )
         if not hasattr(self, "layers"):
             self._fill(model.config, binding)
-        binding.acquire()
+        binding.acquire(labels=self.shared.router is not None)
         self.binding, self.shared.attached = binding, True
         self._finalizer = weakref.finalize(self, binding.release)
         return self
@@ -163,6 +163,7 @@ class PiKVCache(Cache):
 
     def _fill(self, config: PreTrainedConfig, binding: Any = None) -> None:
         """Make the layers: transformers' own, with every plain full-attention layer paged."""
+        self.config = config
         layers = DynamicCache(config=config).layers
         for idx, modules in {} if binding is None else binding.attention.items():
             layers[idx] = paged = PagedLayer(idx, self.shared)
@@ -239,9 +240,15 @@ class PiKVCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the cache can then be used for any batch."""
-        super().reset()
+        layers = self.layers + self._unwritten
+        # Transformers' layers of fixed size keep their batch when they are reset: made anew.
+        for idx, fresh in enumerate(DynamicCache(config=self.config).layers):
+            if isinstance(layers[idx], PagedLayer):
+                layers[idx].reset()
+            else:
+                layers[idx] = fresh
         self.log = TokenLog()
-        self._start(self.layers + self._unwritten)
+        self._start(layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let batch row i continue row `beam_idx[i]`; pages are shared, not copied."""

@@ -177,7 +177,7 @@ def _one_sentence() -> Iterator[None]:
     """A user's mistake ends the command with what is wrong, not with a traceback."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         _fail(str(error))
 
 
@@ -187,7 +187,7 @@ def _parse_all(texts: Sequence[str]) -> list[CacheOption]:
     for text in texts:
         try:
             option = parse_cache(text)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             _fail(f"--cache: {error}")
         options.setdefault(option.name, option)
     return list(options.values())

@@ -63,7 +63,9 @@ class PagedLayer(DynamicLayer):
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self._stored(key_states.detach(), value_states.detach())
+        keys, values = self._stored(key_states, value_states)
+        if keys.requires_grad or values.requires_grad:
+            keys, values = keys.detach(), values.detach()
         self.is_first = self.seen == 0
         if self.is_first:
             self.tail = Tail(keys, values)

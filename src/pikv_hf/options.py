@@ -12,7 +12,7 @@ from .methods import resolve
 from .placement import PLACEMENTS, Placement
 from .routers import ROUTERS, Router
 from .schedulers import SCHEDULERS, Scheduler
-from .settings import check_budget, check_count, default_window
+from .settings import check_budget
 
 METHODS: dict[str, tuple[dict[str, type], type]] = {
     "scheduler": (SCHEDULERS, Scheduler),
@@ -67,8 +67,6 @@ def parse_cache(text: str) -> CacheOption:
     call = _call(body)
     arguments = {str(pair.arg): _value(str(pair.arg), pair.value) for pair in call.keywords}
     check_budget(arguments.get("budget"), arguments.get("scheduler"))
-    check_count("page_size", arguments.get("page_size", 1))
-    default_window(arguments.get("window"), arguments.get("budget"))
     return CacheOption(body, arguments)
 
 

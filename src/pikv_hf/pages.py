@@ -47,6 +47,7 @@ class Slab:
     readers: list[int]
     stored: list[int]
     _index: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _in_place: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @property
     def rows(self) -> int:
@@ -77,6 +78,10 @@ class Slab:
             and is_writable(next(iter(self.fields.values())))
         )
 
+    def changed(self) -> None:
+        """Forget what was derived from the rows or the length."""
+        self._index, self._in_place = {}, None
+
     def index(self, name: str, device: torch.device) -> Tensor:
         """`readers` or `stored` as an index tensor, made once."""
         if name not in self._index:
@@ -88,7 +93,7 @@ class Slab:
         old = dict(zip(self.readers, self.stored, strict=True))
         self.readers = [row for row, parent in enumerate(source) if parent in old]
         self.stored = [old[parent] for parent in source if parent in old]
-        self._index = {}
+        self.changed()
 
     def forget_unread_rows(self) -> None:
         """Free the pages of stored rows that no batch row reads any more."""
@@ -99,7 +104,7 @@ class Slab:
         self.fields = {k: v.index_select(0, keep.to(v.device)) for k, v in self.fields.items()}
         self.meta = self.meta.rows(keep)
         self.stored = [used.index(row) for row in self.stored]
-        self._index = {}
+        self.changed()
 
     def read(
         self, compressor: Compressor, pages: Tensor | None = None
@@ -108,6 +113,9 @@ class Slab:
 
         `pages` [len(readers), H, K] restricts the read to these pages, all of them full.
         """
+        if pages is None and self._in_place is not None:
+            yield self._in_place
+            return
         count = self.pages if pages is None else pages.shape[-1]
         step = count
         if compressor.block_tokens is not None:
@@ -115,10 +123,13 @@ class Slab:
         for start in range(0, count, step):
             block = {name: self._pages(t, start, step, pages) for name, t in self.fields.items()}
             keys, values = compressor.decode(block)
-            left = keys.shape[2] * self.page_size
+            tokens = keys.shape[2] * self.page_size
             if pages is None:
-                left = min(left, self.length - start * self.page_size)
-            yield _flat(keys, left), _flat(values, left)
+                tokens = min(tokens, self.length - start * self.page_size)
+            states = _flat(keys, tokens), _flat(values, tokens)
+            if pages is None and compressor.block_tokens is None and self.is_in_order():
+                self._in_place = states  # views: made once, not at every step
+            yield states
 
     def _pages(self, tensor: Tensor, start: int, step: int, pages: Tensor | None) -> Tensor:
         """Of one field, pages `start` to `start + step` as the readers see them."""
@@ -176,6 +187,7 @@ class PageTable:
                 slab.fields[name].narrow(2, slab.pages, pages).copy_(tensor)
             slab.meta.write(slab.length, meta)
             slab.length += len(span)
+            slab.changed()
             return
         grows = len(rows) == batch and len(span) % self.page_size == 0
         room = max(pages, self._growth()) if grows else pages
@@ -231,8 +243,10 @@ class PageTable:
         for slab in self.slabs:
             kept = [(r, s) for r, s in zip(slab.readers, slab.stored, strict=True) if r not in gone]
             slab.readers, slab.stored = [r for r, _ in kept], [s for _, s in kept]
-            slab._index = {}
-        self._forget()
+            slab.changed()
+        self.slabs = [slab for slab in self.slabs if slab.readers]
+        for slab in self.slabs:
+            slab.forget_unread_rows()
         taken = None
         for span in spans:
             taken = span if taken is None else taken.then(span)
@@ -243,6 +257,7 @@ class PageTable:
         for slab in self.slabs:
             columns = slab.meta["positions"][0, 0, : slab.length]
             slab.length = int((columns < position).sum())
+            slab.changed()
         self.slabs = [slab for slab in self.slabs if slab.length]
 
     def map_rows(self, source: list[int], *, free: bool) -> None:
@@ -252,13 +267,10 @@ class PageTable:
         """
         for slab in self.slabs:
             slab.map_rows(source)
-        if free:
-            self._forget()
-
-    def _forget(self) -> None:
         self.slabs = [slab for slab in self.slabs if slab.readers]
-        for slab in self.slabs:
-            slab.forget_unread_rows()
+        if free:
+            for slab in self.slabs:
+                slab.forget_unread_rows()
 
     def tensors(self) -> Iterator[Tensor]:
         for slab in self.slabs:

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 NEAR = 10
-OFFSETS = [(side * NEAR, height) for height in (9, -9, 24, -24, 39, -39) for side in (1, -1)]
+OFFSETS = [
+    (side * NEAR, height) for height in (9, -9, 24, -24, 39, -39, 54, 69) for side in (1, -1)
+]
 """Where a label may stand beside its point, in typographic points; the first free one is taken."""
 
 
@@ -44,13 +46,15 @@ def _label(axes: "Axes", points: list[tuple[float, float]], labels: Sequence[str
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
-    frame = axes.get_window_extent()
+    renderer = axes.figure.canvas.get_renderer()
+    frame = axes.get_window_extent(renderer)
     centers = [axes.transData.transform(point) for point in points]
-    taken = [Bbox.from_extents(*(center - 9), *(center + 9)) for center in centers]
+    taken = [Bbox.from_extents(*(center - 14), *(center + 14)) for center in centers]
     for index, (point, label) in enumerate(zip(points, labels, strict=True)):
         for offset in OFFSETS:
             text = _annotate(axes, point, label, offset, f"C{index}")
-            box = Text.get_window_extent(text)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # the text alone, without its line
             inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0
             if (inside and not any(box.overlaps(b) for b in taken)) or offset == OFFSETS[-1]:
                 taken.append(box)

@@ -5,6 +5,7 @@ from typing import Any
 from .schedulers import Scheduler
 
 DEFAULT_WINDOW = 128
+LOSSLESS_WINDOW = 512
 
 
 def check_count(argument: str, value: Any) -> int:
@@ -28,14 +29,14 @@ def check_budget(budget: Any, scheduler: Scheduler | None) -> None:
         )
 
 
-def default_window(window: int | None, budget: int | float | None) -> int:
-    """The newest tokens that stay open; they must fit into a budget given in tokens."""
+def default_window(window: int | None, budget: int | float | None, lossless: bool) -> int:
+    """The newest tokens that stay open; they must fit into a budget given in tokens.
+
+    Where pages save no memory, a longer tail is read in one piece and sealed less often.
+    """
     if window is None:
-        return (
-            DEFAULT_WINDOW
-            if not isinstance(budget, int)
-            else min(DEFAULT_WINDOW, max(budget // 2, 1))
-        )
+        default = LOSSLESS_WINDOW if lossless else DEFAULT_WINDOW
+        return default if not isinstance(budget, int) else min(default, max(budget // 2, 1))
     check_count("window", window)
     if isinstance(budget, int) and window >= budget:
         raise ValueError(

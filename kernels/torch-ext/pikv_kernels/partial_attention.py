@@ -6,7 +6,7 @@ Shapes: B rows, H KV heads, R query rows per KV head, T keys, D key dim, Dv valu
 import torch
 from torch import Tensor
 
-_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_cpu = torch._scaled_dot_product_flash_attention_for_cpu
 
 
 def partial_attention(
