@@ -12,17 +12,24 @@ import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    eager_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
 
 from .attention import NAME
 from .checks import check_forward, check_generate
 from .gates import Gate, gates_of_layers
+from .layer import take_handle
 
 if TYPE_CHECKING:
     from .cache import PiKVCache
 
 _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
-_SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+_READABLE_MASKS = (eager_mask, sdpa_mask, flash_attention_mask)
 # The cache of the forward pass that runs in this thread.
 _forward = threading.local()
 
@@ -69,22 +76,30 @@ class Binding:
     def acquire(self, *, labels: bool) -> None:
         """Count a cache in; the first one attaches, the first that needs labels hooks the gates."""
         with _LOCK:
+            try:
+                if self.users == 0:
+                    self._attach()
+                if labels and not self._has_gate_hooks:
+                    self._hook_gates()
+            except BaseException:
+                if self.users == 0:
+                    self._restore()
+                raise
             self.users += 1
-            if self.users == 1:
-                self._attach()
-            if labels and not self._has_gate_hooks:
-                self._hook_gates()
 
     def release(self) -> None:
         with _LOCK:
             self.users -= 1
             if self.users == 0:
-                while self._undo:
-                    self._undo.pop()()
-                self._has_gate_hooks = False
-                model = self.model()
-                if model is not None:
-                    _BINDINGS.pop(model, None)
+                self._restore()
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._has_gate_hooks = False
+        model = self.model()
+        if model is not None:
+            _BINDINGS.pop(model, None)
 
     def _attach(self) -> None:
         model = self.model()
@@ -94,7 +109,8 @@ class Binding:
         decoder = self.decoder()
         hooks = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after, always_call=True),
+            decoder.register_forward_hook(self._after),
+            decoder.register_forward_hook(self._leave, always_call=True),
         ]
         self._undo += [hook.remove for hook in hooks]
         if hasattr(model, "generate"):
@@ -112,18 +128,24 @@ class Binding:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         _forward.cache = None
+        take_handle()  # of a forward that failed half-way
         cache = _cache_of(kwargs.get("past_key_values"))
         if cache is None or module is not self.decoder():
             return
         check_forward(cache, self.model(), kwargs)
         _forward.cache = weakref.ref(cache)
+        _forward.ids = kwargs.get("input_ids")
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         cache = current_cache()
-        _forward.cache = None
         if cache is not None and module is self.decoder():
-            cache.end_forward()
+            cache.end_forward(_forward.ids)
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a forward pass, a failed one too."""
+        _forward.cache = _forward.ids = None
 
 
 def current_cache() -> "PiKVCache | None":
@@ -179,10 +201,11 @@ def _cache_of(past_key_values: Any) -> "PiKVCache | None":
 def _shadow(module: nn.Module) -> Callable[[], None]:
     """Give one attention module a config of its own that names our function; returns the undo."""
     original = module.config
-    if original._attn_implementation not in _SUPPORTED:
+    name = original._attn_implementation
+    if ALL_MASK_ATTENTION_FUNCTIONS.get(name) not in _READABLE_MASKS:
         raise ValueError(
-            f"`model` uses attn_implementation={original._attn_implementation!r}; PiKVCache supports "
-            f"{', '.join(_SUPPORTED)}."
+            f"`model` uses attn_implementation={name!r}, whose masks PiKVCache cannot read; load it "
+            "with 'sdpa', 'eager' or a flash-attention implementation."
         )
     shadow = copy.copy(original)
     shadow._attn_implementation_internal = NAME

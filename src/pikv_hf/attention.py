@@ -5,7 +5,7 @@ included), D key dim, Dv value dim.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,15 +40,11 @@ def pikv_attention(
     """
     layer = take_handle()
     if layer is None or layer.unpaged is not None:
-        return _original(module)(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        return _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if layer.is_first:
         layer.unpaged = _why_unpaged(layer, query, key, attention_mask, kwargs)
         layer.shared.full_mask |= layer.unpaged is not None
-        result = _original(module)(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        result = _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     else:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         sink = next((kwargs[name] for name in _SINKS if kwargs.get(name) is not None), None)
@@ -79,9 +75,10 @@ def attend(
     out, lse = _attend_tail(layer, grouped, mask, scale)
     for more_out, more_lse in _attend_pages(layer, grouped, scale):
         out, lse = merge_partial(out, lse, more_out, more_lse)
-    out = out.to(query.dtype).reshape(batch, heads, length, -1)
+    out = out.reshape(batch, heads, length, -1)
     if sink is not None:
         out = add_sink(out, lse.reshape(batch, heads, length), sink.view(1, -1, 1))
+    out = out.to(query.dtype)
     if latent is not None:
         out = latent.expand(out)
     return out.transpose(1, 2)
@@ -117,7 +114,9 @@ def _attend_tail(
     keys, values = layer.tail.view()
     tokens = keys.shape[2]
     additive = layer.shared.remember(
-        "mask", (mask, length, tokens, query.dtype), lambda: _additive(mask, length, tokens, query)
+        "mask",
+        (mask, length, tokens, query.dtype, query.device),
+        lambda: _additive(mask, length, tokens, query),
     )
     if length == 1:
         return _partial(query.flatten(2, 3), keys, values, additive, scale)
@@ -201,11 +200,20 @@ def _why_unpaged(
     return None
 
 
-def _original(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function that the module would have called without us."""
-    config = getattr(module.config, "_pikv_original", module.config)
+def _original(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """What the module would have called without us, with these arguments."""
+    shadow = module.config
+    config = getattr(shadow, "_pikv_original", shadow)
+    name = config._attn_implementation
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    if name in ("eager", "sdpa"):
+        return function(module, *args, **kwargs)
+    try:  # flash attention reads its own name from the module's config
+        module.config = config
+        return function(module, *args, **kwargs)
+    finally:
+        module.config = shadow
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, pikv_attention)

@@ -139,6 +139,13 @@ class PiKVCache(Cache):
             )
         if not hasattr(self, "layers"):
             self._fill(model.config, binding)
+        elif type(model.config) is not type(self.config) or self._paged() != list(
+            binding.attention
+        ):
+            raise ValueError(
+                f"this PiKVCache was made for a model of {type(self.config).__name__} with paged "
+                f"layers {self._paged()}; it cannot be attached to {type(model).__name__}."
+            )
         binding.acquire(labels=self.shared.router is not None)
         self.binding, self.shared.attached = binding, True
         self._finalizer = weakref.finalize(self, binding.release)
@@ -184,6 +191,16 @@ class PiKVCache(Cache):
             layers, self._unwritten = [], layers
         Cache.__init__(self, layers=layers)
 
+    def _paged(self) -> list[int]:
+        layers = self.layers + self._unwritten
+        return [idx for idx, layer in enumerate(layers) if isinstance(layer, PagedLayer)]
+
+    @property
+    def rows(self) -> int | None:
+        """Batch rows that the cache holds, as far as its paged layers tell."""
+        tails = (layer.tail for layer in self.layers if isinstance(layer, PagedLayer))
+        return next((tail.batch for tail in tails if tail is not None), None)
+
     # ---- the Cache interface ----------------------------------------------------------------
 
     @torch.compiler.disable
@@ -191,14 +208,7 @@ class PiKVCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the new states of one layer; returns what its attention function expects."""
-        if self.shared.attached:
-            from .attach import current_cache
-
-            if current_cache() is not self:
-                raise ValueError(
-                    "this PiKVCache was given to a model that it is not attached to: make one for "
-                    "this model with `PiKVCache(model)`."
-                )
+        self._check_use()
         while len(self.layers) <= layer_idx and self._unwritten:
             self.layers.append(self._unwritten.pop(0))
         layer = self.layers[layer_idx]
@@ -207,8 +217,36 @@ class PiKVCache(Cache):
             release_prompt(layer)
         return states
 
-    def end_forward(self) -> None:
-        """Check that every attention layer and every gate was heard in the forward that ended."""
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_use()
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_use()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def update_indexer(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_use()
+        return super().update_indexer(*args, **kwargs)
+
+    def _check_use(self) -> None:
+        """Refuse, before anything is written, a model that this cache is not attached to."""
+        if not self.shared.attached:
+            if any(isinstance(layer, PagedLayer) for layer in self.layers):
+                raise RuntimeError(
+                    "this PiKVCache is not attached to a model: call `cache.attach(model)` first."
+                )
+            return
+        from .attach import current_cache
+
+        if current_cache() is not self:
+            raise ValueError(
+                "this PiKVCache was given to a model that it is not attached to: make one for "
+                "this model with `PiKVCache(model)`."
+            )
+
+    def end_forward(self, ids: Tensor | None) -> None:
+        """A forward pass of the token `ids` has ended: was every attention and gate heard?"""
         self.shared.memo.clear()
         for layer in self.layers:
             if isinstance(layer, PagedLayer) and layer.awaits is not None:
@@ -217,6 +255,7 @@ class PiKVCache(Cache):
                     "forward pass. If a kernel or quantized module replaced the model's own "
                     "(`use_kernels=True`, MXFP4), load the model without it or use router=None."
                 )
+        self.log.append(ids)
 
     def label(self, layer_idx: int, experts: Tensor, weights: Tensor) -> None:
         """Label the newest tokens of a layer: `experts` and `weights` [B * q, k]."""

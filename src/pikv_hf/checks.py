@@ -73,6 +73,15 @@ def check_forward(cache: "PiKVCache", model: "PreTrainedModel", kwargs: dict[str
             "`output_attentions` is True; PiKVCache computes no attention weights: pass False."
         )
     seen = cache.get_seq_length()
+    inputs = (
+        kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    )
+    if inputs is not None and cache.rows not in (None, inputs.shape[0]):
+        raise ValueError(
+            f"the batch has {inputs.shape[0]} rows, but `past_key_values` holds {cache.rows}: call "
+            "`cache.batch_repeat_interleave(n)` before generating n sequences or beams from each "
+            "row of a filled cache, or `cache.reset()` for another batch."
+        )
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if seen and isinstance(positions, Tensor) and positions.dim() == 2:
         _check_positions(positions, mask, seen)

@@ -13,12 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import (
-    Cache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
 from . import PiKVCache, __version__, demo
@@ -43,23 +38,19 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-CACHE_HELP = (
-    f"'{DYNAMIC}' (transformers' own), '{LOSSLESS}', or arguments of PiKVCache, for example "
-    "'compressor=int8,scheduler=streaming_llm,budget=0.25'. "
-    + " ".join(f"{name}: {', '.join(registry)}." for name, (registry, _) in METHODS.items())
+CACHES = (
+    f"A cache is '{DYNAMIC}' (transformers' own), '{LOSSLESS}' (PiKVCache as it is), or arguments of "
+    "PiKVCache, such as 'compressor=int8,scheduler=streaming_llm(sinks=8),budget=0.25'.  \n"
+    + "  \n".join(f"{name}: {', '.join(registry)}." for name, (registry, _) in METHODS.items())
 )
 Model = Annotated[
     str | None,
-    typer.Option(
-        help="Checkpoint: a folder or a name on the Hugging Face Hub.  [default: bundled]"
-    ),
+    typer.Option(help="A folder or a name on the Hugging Face Hub. Default: the bundled model."),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.", metavar="DTYPE")]
 DeviceMap = Annotated[
-    str | None, typer.Option(help="As in from_pretrained.  [default: 'auto' on a GPU, else CPU]")
+    str | None, typer.Option(help="As in from_pretrained. Default: 'auto' on a GPU, else the CPU.")
 ]
-
-
 HEADINGS = (
     "exact\nanswers",
     "KV held\nMiB",
@@ -78,7 +69,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit()
 
 
-@app.command("demo")
+@app.command("demo", epilog=CACHES)
 def demo_command(
     model: Model = None,
     length: Annotated[int, typer.Option(min=64, help="Tokens of a haystack.")] = 2048,
@@ -88,8 +79,8 @@ def demo_command(
     cache: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Repeatable; DynamicCache is always the first. {CACHE_HELP}  "
-            "[default: lossless, int8, streaming_llm at 25 %, both]"
+            help="A cache to compare with DynamicCache; repeatable. "
+            "Default: lossless, int8, streaming_llm at 25 %, and both of these."
         ),
     ] = None,
     dtype: DtypeOption = Dtype.auto,
@@ -127,14 +118,14 @@ def demo_command(
     raise typer.Exit(130 if interrupted else 0)
 
 
-@app.command("generate")
+@app.command("generate", epilog=CACHES)
 def generate_command(
     prompt_file: Annotated[
         typer.FileText, typer.Option(encoding="utf-8", help="The prompt; - for standard input.")
     ],
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    cache: Annotated[str, typer.Option(help=CACHE_HELP)] = LOSSLESS,
+    cache: Annotated[str, typer.Option(help="The cache to use.")] = LOSSLESS,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a chat message of the user.")
     ] = False,

@@ -48,6 +48,7 @@ class PagedLayer(DynamicLayer):
         self.is_first = False
         self.awaits: str | None = None
         self._mask: Tensor | None = None
+        self._geometry: tuple[Any, ...] = ()
         self.record_past = False
 
     # ---- the model's side -------------------------------------------------------------------
@@ -91,24 +92,20 @@ class PagedLayer(DynamicLayer):
         return torch.cat([keys, values], dim=-1), keys[..., :0]
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
-        if not self.shared.attached:
-            raise RuntimeError(
-                "this PiKVCache is not attached to a model: call `cache.attach(model)` first."
-            )
         if self.awaits is not None:
             raise RuntimeError(
                 f"layer {self.layer_idx}: the model cached new tokens before PiKVCache saw the "
                 f"{self.awaits} of the last ones; the model's forward was changed after the cache "
                 "was attached, or was interrupted (then call `cache.reset()`)."
             )
-        if self.seen == 0:
-            return
-        held, got = self.tail.keys, (keys.shape[0], keys.shape[1], keys.dtype)
-        if got != (held.shape[0], held.shape[1], held.dtype):
+        got = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.shape[0])
+        if self.tail is None:
+            self._geometry = got[:4]
+        elif got != (*self._geometry, self.tail.batch):
             raise ValueError(
-                f"layer {self.layer_idx}: keys of (batch, heads, dtype) = {got} were given to a "
-                f"cache that holds {(held.shape[0], held.shape[1], held.dtype)}; use a new "
-                "PiKVCache or `cache.reset()` for another batch."
+                f"layer {self.layer_idx}: keys and values of (heads, key dim, value dim, dtype, batch) "
+                f"= {got} were given to a cache of {(*self._geometry, self.tail.batch)}; use a new "
+                "PiKVCache, or `cache.reset()`, for another batch."
             )
 
     @property

@@ -19,12 +19,15 @@ def reads_full_mask(layer: Any) -> bool:
 
 
 def release_prompt(layer: Any) -> None:
-    """A sliding layer keeps its window as a view of the whole prompt: keep the window alone."""
+    """A sliding layer keeps its window as a view of the whole prompt: keep the window alone.
+
+    Not of one new token, which every decode step leaves behind the view.
+    """
     if not getattr(layer, "is_sliding", False) or getattr(layer, "record_past", False):
         return
     for name in ("keys", "values"):
         states = getattr(layer, name)
-        if states.untyped_storage().nbytes() > states.numel() * states.element_size():
+        if states.untyped_storage().nbytes() > 2 * states.numel() * states.element_size():
             setattr(layer, name, states.clone())
 
 

@@ -76,7 +76,8 @@ def _call(text: str) -> ast.Call:
         call = ast.parse(f"f({text})", mode="eval").body
     except SyntaxError:
         call = None
-    if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+    names = [pair.arg for pair in call.keywords] if isinstance(call, ast.Call) else []
+    if call is None or call.args or None in names or len(set(names)) < len(names):
         raise ValueError(
             f"{text!r} is not name=value[,name=value...], {LOSSLESS!r} or {DYNAMIC!r}."
         )
@@ -92,7 +93,8 @@ def _value(name: str, node: ast.expr) -> Any:
     try:
         return resolve(name, _method(name, node, registry, base), registry, base)
     except TypeError as error:  # an argument that the method does not have
-        raise ValueError(f"`{name}` is {ast.unparse(node)}: {error}.") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(f"`{name}` is {ast.unparse(node)}: {reason}.") from error
 
 
 def _method(name: str, node: ast.expr, registry: dict[str, type], base: type) -> Any:

@@ -34,7 +34,8 @@ class Shared:
         """`compute()`, once per `key` (compared by identity of its parts) for all layers."""
         held = self.memo.get(name)
         if held is not None and all(
-            a is b or (isinstance(a, int) and a == b) for a, b in zip(held[0], key, strict=True)
+            a is b or (isinstance(a, int | torch.device) and a == b)
+            for a, b in zip(held[0], key, strict=True)
         ):
             return held[1]
         value = compute()

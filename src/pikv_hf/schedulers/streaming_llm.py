@@ -22,10 +22,10 @@ class StreamingLLM(Scheduler):
     window: int = 1020
 
     def __post_init__(self) -> None:
-        if self.sinks < 0:
-            raise ValueError(f"`sinks` is {self.sinks}; it must be 0 or more.")
-        if self.window <= 0:
-            raise ValueError(f"`window` is {self.window}; it must be 1 or more.")
+        if not isinstance(self.sinks, int) or self.sinks < 0:
+            raise ValueError(f"`sinks` is {self.sinks!r}; it must be a whole number, 0 or more.")
+        if not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"`window` is {self.window!r}; it must be a whole number, 1 or more.")
 
     def budget(self, seen: int) -> int:
         return self.sinks + self.window
