@@ -1,6 +1,7 @@
 """Binding caches to a model: shadow configs, gate hooks, checks; and taking it all back."""
 
 import copy
+import functools
 import re
 import threading
 import weakref
@@ -9,7 +10,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import (
@@ -122,7 +123,7 @@ class Binding:
         for idx, gate in self.gate_of.items():
             labels.setdefault(gate, []).append(idx)
         for gate, layers in labels.items():
-            self._undo.append(gate.module.register_forward_hook(_GateHook(gate, layers)).remove)
+            self._undo.append(gate.hook(functools.partial(_label, layers)).remove)
         self._has_gate_hooks = True
 
     @torch.compiler.disable
@@ -154,20 +155,12 @@ def current_cache() -> "PiKVCache | None":
     return None if ref is None else ref()
 
 
-class _GateHook:
-    """Hands the experts that a gate chose to the layers that it labels."""
-
-    def __init__(self, gate: Gate, layers: list[int]) -> None:
-        self.gate = gate
-        self.layers = layers
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        cache = current_cache()
-        if cache is not None and cache.shared.router is not None:
-            experts, weights = self.gate.choice(output)
-            for idx in self.layers:
-                cache.label(idx, experts, weights)
+def _label(layers: list[int], experts: Tensor, weights: Tensor) -> None:
+    """A gate has spoken: hand its choice to the layers that it labels."""
+    cache = current_cache()
+    if cache is not None and cache.shared.router is not None:
+        for idx in layers:
+            cache.label(idx, experts, weights)
 
 
 class CheckedGenerate:
@@ -233,7 +226,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
             continue
         if index in pageable and not _is_shared(text_config, index):
             found.setdefault(index, []).append(module)
-    return found
+    # Attention classes that share a layer read each other's tensors in it (diffusion decoders).
+    return {idx: modules for idx, modules in found.items() if len(set(map(type, modules))) == 1}
 
 
 def _is_shared(text_config: PreTrainedConfig, idx: int) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,17 @@ from .routers import ROUTERS, Router
 from .schedulers import SCHEDULERS, Scheduler
 from .settings import check_budget, check_count, default_window
 from .token_log import TokenLog
+
+
+def _checked(name: str) -> Callable[..., Any]:
+    """The method `name` of transformers' Cache, for the model that the cache is attached to."""
+
+    def method(self: "PiKVCache", *args: Any, **kwargs: Any) -> Any:
+        self._check_use()
+        return getattr(super(PiKVCache, self), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
 
 
 class PiKVCache(Cache):
@@ -177,6 +188,7 @@ class PiKVCache(Cache):
             paged.has_gate = idx in binding.gate_of
             if hasattr(modules[0], "kv_b_proj"):
                 paged.expected_rank = getattr(modules[0], "kv_lora_rank", None)
+        self._has_paged = any(isinstance(layer, PagedLayer) for layer in layers)
         self.shared.full_mask = any(reads_full_mask(layer) for layer in layers)
         self._start(layers)
 
@@ -217,26 +229,20 @@ class PiKVCache(Cache):
             release_prompt(layer)
         return states
 
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._check_use()
-        return super().update_conv_state(*args, **kwargs)
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._check_use()
-        return super().update_recurrent_state(*args, **kwargs)
-
-    def update_indexer(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._check_use()
-        return super().update_indexer(*args, **kwargs)
+    get_conv_state = _checked("get_conv_state")  # whose result a model may write to
+    get_recurrent_state = _checked("get_recurrent_state")
+    update_conv_state = _checked("update_conv_state")
+    update_recurrent_state = _checked("update_recurrent_state")
+    update_indexer = _checked("update_indexer")
 
     def _check_use(self) -> None:
         """Refuse, before anything is written, a model that this cache is not attached to."""
-        if not self.shared.attached:
-            if any(isinstance(layer, PagedLayer) for layer in self.layers):
-                raise RuntimeError(
-                    "this PiKVCache is not attached to a model: call `cache.attach(model)` first."
-                )
+        if not self._has_paged:
             return
+        if not self.shared.attached:
+            raise RuntimeError(
+                "this PiKVCache is not attached to a model: call `cache.attach(model)` first."
+            )
         from .attach import current_cache
 
         if current_cache() is not self:

@@ -24,13 +24,15 @@ def check_generate(
     """Refuse a call of `generate` that would ignore the cache or misread what it holds."""
     check_owner(cache, model)
     config = kwargs.get("generation_config") or model.generation_config
-    implementation = kwargs.get("cache_implementation", config.cache_implementation)
+    implementation = kwargs.get(
+        "cache_implementation", getattr(config, "cache_implementation", None)
+    )
     if implementation is not None:
         raise ValueError(
             f"`cache_implementation` is {implementation!r}, with which `generate` would not use the "
             "PiKVCache in `past_key_values`: pass only one of the two."
         )
-    if kwargs.get("use_cache", config.use_cache) is False:
+    if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
         raise ValueError(
             "`use_cache` is False, but `past_key_values` holds a PiKVCache: pass use_cache=True, or "
             "no cache."

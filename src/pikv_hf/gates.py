@@ -1,43 +1,66 @@
 """The model's own gates (its MoE routers): where they are, which layer's tokens each one labels."""
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+# Called with the experts and their weights, [B * q, k] each, of the tokens of a forward pass.
+Listener = Callable[[Tensor, Tensor], None]
 
-@dataclass(frozen=True)
-class Gate:
-    """A gate module, where its output holds the logits, and how many experts a token gets."""
+_EXPERT_ARGUMENTS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertsCall:
+    """An experts module that is called with the gate's choice: what really runs."""
+
+    module: nn.Module
+    names: tuple[str, str]
+    places: tuple[int, int]
+
+    def hook(self, listener: Listener) -> RemovableHandle:
+        def heard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            experts, weights = (
+                kwargs[name] if name in kwargs else args[place]
+                for name, place in zip(self.names, self.places, strict=True)
+            )
+            listener(experts, weights)
+
+        return self.module.register_forward_pre_hook(heard, with_kwargs=True)
+
+
+@dataclass(frozen=True, eq=False)
+class GateOutput:
+    """A gate whose output tells its choice, where the experts' call does not."""
 
     module: nn.Module
     logits_index: int
     top_k: int
 
-    def __hash__(self) -> int:
-        return id(self.module)
+    def hook(self, listener: Listener) -> RemovableHandle:
+        def heard(module: nn.Module, args: Any, output: Any) -> None:
+            listener(*self._choice(output))
 
-    def choice(self, output: Any) -> tuple[Tensor, Tensor]:
-        """Expert ids and their weights, both [tokens, k], out of what the gate returned.
+        return self.module.register_forward_hook(heard)
 
-        Ids and weights as the gate chose them where it says so; else the k largest logits and
-        their softmax.
-        """
+    def _choice(self, output: Any) -> tuple[Tensor, Tensor]:
+        """The k largest logits, with the gate's own scores of all experts or else the softmax."""
         parts = [output] if isinstance(output, Tensor) else list(output)
-        tensors = [part for part in parts if isinstance(part, Tensor)]
-        for experts in tensors:
-            if experts.dim() == 2 and experts.dtype == torch.int64:
-                same = [t for t in tensors if t.is_floating_point() and t.shape == experts.shape]
-                if same:
-                    return experts, same[0]
-        logits = parts[self.logits_index] if len(parts) > 1 else tensors[0]
+        logits = parts.pop(self.logits_index if len(parts) > 1 else 0)
         logits = logits.reshape(-1, logits.shape[-1])
-        weights, experts = logits.float().softmax(-1).topk(self.top_k, dim=-1)
-        return experts, weights.to(logits.dtype)
+        experts = logits.topk(self.top_k, dim=-1).indices
+        own = [p for p in parts if isinstance(p, Tensor) and p.shape == logits.shape]
+        scores = own[0] if own else logits.float().softmax(-1)
+        return experts, scores.gather(1, experts).to(logits.dtype)
+
+
+Gate = ExpertsCall | GateOutput
 
 
 def gates_of_layers(
@@ -45,17 +68,15 @@ def gates_of_layers(
 ) -> dict[int, Gate]:
     """For each cache layer the gate that labels its tokens: the first that runs after its attention
     and before the next paged attention. Layers without one (dense ones) are left out."""
-    gates = {_block(name): gate for name, gate in reversed(list(_find(decoder)))}
+    gates = {_block(name): gate for name, gate in _declared_gates(decoder)}
+    gates |= {_block(name): gate for name, gate in _experts_calls(decoder)}
     names = {id(module): name for name, module in decoder.named_modules()}
-    block_of: dict[int, int] = {}
+    layer_of: dict[int, int] = {}
     for idx, modules in sorted(attention.items()):
-        block = _block(names[id(modules[0])])
-        if block not in block_of.values():
-            block_of[idx] = block
-    starts = sorted(block_of.values())
+        layer_of.setdefault(_block(names[id(modules[0])]), idx)
     found = {}
-    for idx, block in block_of.items():
-        end = next((start for start in starts if start > block), max(gates, default=0) + 1)
+    for block, idx in layer_of.items():
+        end = min((other for other in layer_of if other > block), default=len(names))
         own = [b for b in sorted(gates) if block <= b < end]
         if own:
             found[idx] = gates[own[0]]
@@ -68,7 +89,16 @@ def _block(name: str) -> int:
     return int(numbers[0]) if numbers else -1
 
 
-def _find(decoder: PreTrainedModel) -> Iterator[tuple[str, Gate]]:
+def _experts_calls(decoder: PreTrainedModel) -> Iterator[tuple[str, ExpertsCall]]:
+    for name, module in decoder.named_modules():
+        parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+        for names in _EXPERT_ARGUMENTS:
+            if set(names) <= set(parameters):
+                places = (parameters.index(names[0]), parameters.index(names[1]))
+                yield name, ExpertsCall(module, names, places)
+
+
+def _declared_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, GateOutput]]:
     """The gates that the model classes declare in `_can_record_outputs["router_logits"]`."""
     top_k = _experts_per_token(decoder.config)
     declared: list[Any] = []
@@ -81,7 +111,7 @@ def _find(decoder: PreTrainedModel) -> Iterator[tuple[str, Gate]]:
             target = getattr(entry, "target_class", entry)
             layer_name = getattr(entry, "layer_name", None)
             if isinstance(module, target) and (layer_name is None or layer_name in name):
-                yield name, Gate(module, getattr(entry, "index", 0), top_k)
+                yield name, GateOutput(module, getattr(entry, "index", 0), top_k)
                 break
 
 

@@ -76,8 +76,8 @@ def _call(text: str) -> ast.Call:
         call = ast.parse(f"f({text})", mode="eval").body
     except SyntaxError:
         call = None
-    names = [pair.arg for pair in call.keywords] if isinstance(call, ast.Call) else []
-    if call is None or call.args or None in names or len(set(names)) < len(names):
+    names = [pair.arg for pair in call.keywords] if isinstance(call, ast.Call) else [None]
+    if None in names or len(set(names)) < len(names) or call.args:
         raise ValueError(
             f"{text!r} is not name=value[,name=value...], {LOSSLESS!r} or {DYNAMIC!r}."
         )

@@ -28,6 +28,7 @@ def partial_attention(
         `[B, H, R, Dv]` in the dtype of the query and the log-sum-exp `[B, H, R]` in float32
         (natural logarithm).
     """
+    assert key.shape[2] > 0, "torch's CPU kernel ends the process without a key"
     if query.device.type == "cpu" and key.shape[-1] == value.shape[-1] and _is_flash_dtype(query):
         out, lse = _flash_cpu(query, key, value, attn_mask=mask, scale=scale)
         return out, lse
