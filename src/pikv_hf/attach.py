@@ -128,10 +128,12 @@ class Binding:
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module is not self.decoder():
+            return  # a copy of the model, with a copy of this hook
         _forward.cache = None
         take_handle()  # of a forward that failed half-way
         cache = _cache_of(kwargs.get("past_key_values"))
-        if cache is None or module is not self.decoder():
+        if cache is None:
             return
         check_forward(cache, self.model(), kwargs)
         _forward.cache = weakref.ref(cache)
@@ -193,7 +195,7 @@ def _cache_of(past_key_values: Any) -> "PiKVCache | None":
 
 def _shadow(module: nn.Module) -> Callable[[], None]:
     """Give one attention module a config of its own that names our function; returns the undo."""
-    original = module.config
+    original = getattr(module.config, "_pikv_original", module.config)  # of a copied model
     name = original._attn_implementation
     if ALL_MASK_ATTENTION_FUNCTIONS.get(name) not in _READABLE_MASKS:
         raise ValueError(
