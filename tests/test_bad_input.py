@@ -237,14 +237,15 @@ def test_a_cache_of_another_model(name, entry, fresh) -> None:
 
 @families
 def test_a_detached_cache(filled) -> None:
-    model, _, tokens, mask, cache = filled
+    model, first, tokens, mask, cache = filled
     cache.detach()
     inputs = {"input_ids": tokens, "attention_mask": mask}
     with pytest.raises((RuntimeError, ValueError), match=r"cache\.attach\(model\)"):
         generate(model, inputs, cache)
     cache.attach(model)
-    fresh = {"input_ids": tokens, "attention_mask": mask}
-    assert_same(generate(model, inputs, cache), generate(model, fresh, dynamic(model)))
+    reference = dynamic(model)
+    generate(model, first, reference)
+    assert_same(generate(model, inputs, cache), generate(model, inputs, reference))
 
 
 def test_attached_twice() -> None:

@@ -22,8 +22,8 @@ from transformers.masking_utils import (
 
 from .attention import NAME
 from .checks import check_forward, check_generate
+from .context import CONTEXT
 from .gates import Gate, gates_of_layers
-from .layer import take_handle
 
 if TYPE_CHECKING:
     from .cache import PiKVCache
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
 _READABLE_MASKS = (eager_mask, sdpa_mask, flash_attention_mask)
-# The cache of the forward pass that runs in this thread.
-_forward = threading.local()
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -130,36 +128,27 @@ class Binding:
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if module is not self.decoder():
             return  # a copy of the model, with a copy of this hook
-        _forward.cache = None
-        take_handle()  # of a forward that failed half-way
+        CONTEXT.cache = CONTEXT.layer = None  # of a forward that failed half-way
         cache = _cache_of(kwargs.get("past_key_values"))
         if cache is None:
             return
         check_forward(cache, self.model(), kwargs)
-        _forward.cache = weakref.ref(cache)
-        _forward.ids = kwargs.get("input_ids")
+        CONTEXT.cache, CONTEXT.ids = cache, kwargs.get("input_ids")
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        cache = current_cache()
-        if cache is not None and module is self.decoder():
-            cache.end_forward(_forward.ids)
+        if CONTEXT.cache is not None and module is self.decoder():
+            CONTEXT.cache.end_forward(CONTEXT.ids)
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After a forward pass, a failed one too."""
-        _forward.cache = _forward.ids = None
-
-
-def current_cache() -> "PiKVCache | None":
-    """The PiKVCache of the forward pass that runs in this thread."""
-    ref = getattr(_forward, "cache", None)
-    return None if ref is None else ref()
+        CONTEXT.cache = CONTEXT.ids = None
 
 
 def _label(layers: list[int], experts: Tensor, weights: Tensor) -> None:
     """A gate has spoken: hand its choice to the layers that it labels."""
-    cache = current_cache()
+    cache = CONTEXT.cache
     if cache is not None and cache.shared.router is not None:
         for idx in layers:
             cache.label(idx, experts, weights)

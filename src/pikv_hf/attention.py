@@ -13,8 +13,10 @@ from pikv_kernels import add_sink, merge_partial, partial_attention
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .context import take_layer
 from .latent import LatentQuery
-from .layer import PagedLayer, take_handle
+from .layer import PagedLayer
+from .pages import Slab
 
 NAME = "pikv"
 
@@ -38,7 +40,7 @@ def pikv_attention(
     Whatever does not come from a paged layer, and the first tokens of one, which have nothing
     behind them, go to the model's own implementation.
     """
-    layer = take_handle()
+    layer = take_layer()
     if layer is None or layer.unpaged is not None:
         return _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if layer.is_first:
@@ -71,10 +73,12 @@ def attend(
     if layer.latent_rank is not None:
         latent = LatentQuery(module, query, layer.latent_rank)
         query = latent.absorb(query)
-    grouped = query.unflatten(1, (layer.tail.keys.shape[1], -1))
-    out, lse = _attend_tail(layer, grouped, mask, scale)
-    for more_out, more_lse in _attend_pages(layer, grouped, scale):
-        out, lse = merge_partial(out, lse, more_out, more_lse)
+    # The queries of one KV head stand side by side, so that a key is read once for all of them.
+    packed = query.reshape(batch, layer.tail.keys.shape[1], -1, query.shape[3])
+    out, lse = _attend_tail(layer, packed, length, mask, scale)
+    for slab in layer.pages.slabs:
+        for more_out, more_lse in _attend_slab(layer, slab, packed, scale):
+            out, lse = merge_partial(out, lse, more_out, more_lse)
     out = out.reshape(batch, heads, length, -1)
     if sink is not None:
         out = add_sink(out, lse.reshape(batch, heads, length), sink.view(1, -1, 1))
@@ -84,53 +88,64 @@ def attend(
     return out.transpose(1, 2)
 
 
-def _attend_pages(
-    layer: PagedLayer, query: Tensor, scale: float
+def _attend_slab(
+    layer: PagedLayer, slab: Slab, query: Tensor, scale: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Partial results over the pages; every query reads them all, since pages lie in the past."""
-    batch = query.shape[0]
-    packed = query.flatten(2, 3)
-    for slab in layer.pages.slabs:
-        everyone = slab.is_read_by_all(batch)
-        mine = packed if everyone else packed.index_select(0, slab.index("readers", packed.device))
-        selected = None
-        if layer.shared.router is not None and slab.length % slab.page_size == 0:
-            meta = slab.meta.narrow(0, slab.length)
-            selected = layer.shared.router.select(mine, meta, slab.pages)
-        for keys, values in slab.read(layer.pages.compressor, selected):
-            out, lse = _partial(mine, keys, values, None, scale)
-            yield (
-                (out, lse)
-                if everyone
-                else _spread(out, lse, slab.index("readers", packed.device), batch)
-            )
+    """Partial results [B, H, R, Dv] over pages, which all queries see, since they lie in the past."""
+    batch, compressor = query.shape[0], layer.pages.compressor
+    selected = _selected_pages(layer, slab, query)
+    if selected is not None:
+        mine = query.index_select(0, slab.index("readers", query.device))
+        for keys, values in slab.read_selected(compressor, selected):
+            yield _spread(*_partial(mine, keys, values, None, scale), slab, batch)
+    elif slab.is_read_by_all(batch) and slab.is_in_order():
+        for keys, values in slab.read(compressor):
+            yield _partial(query, keys, values, None, scale)
+    else:
+        # Rows that share a stored row (beams, forks) ask together: it is read once, in place.
+        asked = query.index_select(0, slab.index("asked", query.device))
+        asked = asked.unflatten(0, (slab.rows, -1)).transpose(1, 2)
+        for keys, values in slab.read(compressor):
+            both = _partial(asked.flatten(2, 3), keys, values, None, scale)
+            each = (t.unflatten(2, asked.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)
+            mine = (t.index_select(0, slab.index("places", t.device)) for t in each)
+            yield _spread(*mine, slab, batch)
+
+
+def _selected_pages(layer: PagedLayer, slab: Slab, query: Tensor) -> Tensor | None:
+    """Which pages of a slab the router lets `query` [B, H, R, D] read; None = all."""
+    router = layer.shared.router
+    if router is None or slab.length % slab.page_size:
+        return None
+    meta = slab.meta.narrow(0, slab.length).rows(slab.index("stored", query.device))
+    readers = slab.index("readers", query.device)
+    return router.select(query.index_select(0, readers), meta, slab.pages)
 
 
 def _attend_tail(
-    layer: PagedLayer, query: Tensor, mask: Tensor | None, scale: float
+    layer: PagedLayer, query: Tensor, length: int, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The partial result over the tail, causal among the new tokens."""
-    batch, heads, groups, length, _ = query.shape
+    """The partial result of `query` [B, H, G * q, D] over the tail, causal among the new tokens."""
     keys, values = layer.tail.view()
-    tokens = keys.shape[2]
-    additive = layer.shared.remember(
-        "mask",
-        (mask, length, tokens, query.dtype, query.device),
-        lambda: _additive(mask, length, tokens, query),
-    )
     if length == 1:
-        return _partial(query.flatten(2, 3), keys, values, additive, scale)
+        additive = None if mask is None else _tail_mask(layer, query, mask, length)
+        return _partial(query, keys, values, additive, scale)
     # One attention head per query head, all of a group on the same keys: a mask of q x n serves.
+    heads = query.shape[1]
+    additive = _tail_mask(layer, query, mask, length)
     if additive.shape[0] > 1:
-        additive = additive.expand(batch, heads, -1, -1).reshape(-1, 1, length, tokens)
-    out, lse = _partial(
-        query.flatten(0, 1),
-        _one_per_query_head(keys, groups),
-        _one_per_query_head(values, groups),
-        additive,
-        scale,
-    )
-    return out.reshape(batch, heads, -1, out.shape[-1]), lse.reshape(batch, heads, -1)
+        additive = additive.expand(-1, heads, -1, -1).flatten(0, 1)[:, None]
+    apart = query.unflatten(2, (-1, length)).flatten(0, 1)
+    keys, values = (_one_per_query_head(t, apart.shape[1]) for t in (keys, values))
+    out, lse = _partial(apart, keys, values, additive, scale)
+    return out.reshape(*query.shape[:3], -1), lse.reshape(query.shape[:3])
+
+
+def _tail_mask(layer: PagedLayer, query: Tensor, mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask of the tail's columns, computed once for all layers of a forward pass."""
+    tokens = layer.tail.length
+    key = (mask, length, tokens, query.dtype, query.device)
+    return layer.shared.remember("mask", key, lambda: _additive(mask, length, tokens, query))
 
 
 def _partial(
@@ -147,8 +162,11 @@ def _one_per_query_head(states: Tensor, groups: int) -> Tensor:
     return states.flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
 
 
-def _spread(out: Tensor, lse: Tensor, readers: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """Results of some batch rows as results of all: the others saw no key."""
+def _spread(out: Tensor, lse: Tensor, slab: Slab, batch: int) -> tuple[Tensor, Tensor]:
+    """Results of the slab's readers as results of all batch rows: the others saw no key."""
+    if slab.is_read_by_all(batch):
+        return out, lse
+    readers = slab.index("readers", out.device)
     all_out = out.new_zeros(batch, *out.shape[1:])
     all_lse = lse.new_full((batch, *lse.shape[1:]), -torch.inf)
     return all_out.index_copy_(0, readers, out), all_lse.index_copy_(0, readers, lse)

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from typing_extensions import Self
 
 from .compressors import COMPRESSORS, Compressor, Identity
+from .context import CONTEXT
 from .layer import PagedLayer, Shared
 from .methods import resolve
 from .native import model_cache_class, reads_full_mask, release_prompt, with_native
@@ -243,9 +244,7 @@ class PiKVCache(Cache):
             raise RuntimeError(
                 "this PiKVCache is not attached to a model: call `cache.attach(model)` first."
             )
-        from .attach import current_cache
-
-        if current_cache() is not self:
+        if CONTEXT.cache is not self:
             raise ValueError(
                 "this PiKVCache was given to a model that it is not attached to: make one for "
                 "this model with `PiKVCache(model)`."

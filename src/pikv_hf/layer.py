@@ -1,6 +1,5 @@
 """One full-attention layer of the cache: an open tail and sealed pages."""
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,21 +7,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from .context import CONTEXT
 from .pages import PageTable
 from .schedulers import Tokens
 from .shared import Shared, visible_columns
 from .span import Span
 from .tail import Tail
-
-# `update` leaves its layer here for the attention function, which the model calls next.
-_handle = threading.local()
-
-
-def take_handle() -> "PagedLayer | None":
-    """The layer whose `update` ran last in this thread and whose attention has not run yet."""
-    layer = getattr(_handle, "layer", None)
-    _handle.layer = None
-    return layer
 
 
 class PagedLayer(DynamicLayer):
@@ -76,7 +66,7 @@ class PagedLayer(DynamicLayer):
         if self.unpaged is not None:
             return self.tail.view()
         self.awaits = "attention"
-        _handle.layer = self
+        CONTEXT.layer = self
         return key_states, value_states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -83,10 +83,28 @@ class Slab:
         self._index, self._in_place = {}, None
 
     def index(self, name: str, device: torch.device) -> Tensor:
-        """`readers` or `stored` as an index tensor, made once."""
+        """An index tensor, made once: `readers`; `stored`; or, to read each stored row once,
+
+        `asked` [R * m]: the batch rows that read stored row 0, then 1, ..., filled up to m each,
+        and `places` [len(readers)]: where in `asked` each reader stands.
+        """
         if name not in self._index:
-            self._index[name] = torch.tensor(getattr(self, name), device=device)
+            members = getattr(self, name) if hasattr(self, name) else self._sharing()[name]
+            self._index[name] = torch.tensor(members, dtype=torch.int64, device=device)
         return self._index[name]
+
+    def _sharing(self) -> dict[str, list[int]]:
+        readers_of: list[list[int]] = [[] for _ in range(self.rows)]
+        slots = []
+        for reader, row in zip(self.readers, self.stored, strict=True):
+            slots.append(len(readers_of[row]))
+            readers_of[row].append(reader)
+        most = max(map(len, readers_of))
+        filled = [readers + self.readers[:1] * (most - len(readers)) for readers in readers_of]
+        return {
+            "asked": [reader for readers in filled for reader in readers],
+            "places": [row * most + slot for row, slot in zip(self.stored, slots, strict=True)],
+        }
 
     def map_rows(self, source: list[int]) -> None:
         """New batch row i reads what old batch row `source[i]` read."""
@@ -106,53 +124,48 @@ class Slab:
         self.stored = [used.index(row) for row in self.stored]
         self.changed()
 
-    def read(
-        self, compressor: Compressor, pages: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys [len(readers), H, t, Dk] and values, block by block; in place where possible.
-
-        `pages` [len(readers), H, K] restricts the read to these pages, all of them full.
-        """
-        if pages is None and self._in_place is not None:
+    def read(self, compressor: Compressor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys [R, H, t, Dk] and values of the stored rows, block by block; in place if possible."""
+        if self._in_place is not None:
             yield self._in_place
             return
-        count = self.pages if pages is None else pages.shape[-1]
-        step = count
-        if compressor.block_tokens is not None:
-            step = max(1, compressor.block_tokens // self.page_size)
-        for start in range(0, count, step):
-            block = {name: self._pages(t, start, step, pages) for name, t in self.fields.items()}
+        step = self._pages_per_block(compressor)
+        for start in range(0, self.pages, step):
+            stop = min(start + step, self.pages)
+            block = {name: tensor[:, :, start:stop] for name, tensor in self.fields.items()}
             keys, values = compressor.decode(block)
-            tokens = keys.shape[2] * self.page_size
-            if pages is None:
-                tokens = min(tokens, self.length - start * self.page_size)
+            tokens = min(stop * self.page_size, self.length) - start * self.page_size
             states = _flat(keys, tokens), _flat(values, tokens)
-            if pages is None and compressor.block_tokens is None and self.is_in_order():
+            if compressor.block_tokens is None:
                 self._in_place = states  # views: made once, not at every step
             yield states
 
-    def _pages(self, tensor: Tensor, start: int, step: int, pages: Tensor | None) -> Tensor:
-        """Of one field, pages `start` to `start + step` as the readers see them."""
-        if pages is None:
-            tensor = tensor[:, :, start : min(start + step, self.pages)]
-        if not self.is_in_order():
-            tensor = tensor.index_select(0, self.index("stored", tensor.device))
-        if pages is not None:
-            tensor = Span({"field": tensor}).gather(pages[:, :, start : start + step])["field"]
-        return tensor
+    def read_selected(
+        self, compressor: Compressor, pages: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys [len(readers), H, t, Dk] and values of `pages` [len(readers), H, K], all full ones."""
+        step = self._pages_per_block(compressor)
+        fields = {
+            name: tensor.index_select(0, self.index("stored", tensor.device))
+            for name, tensor in self.fields.items()
+        }
+        for start in range(0, pages.shape[2], step):
+            chosen = pages[:, :, start : start + step]
+            keys, values = compressor.decode(Span(fields).gather(chosen).tensors)
+            tokens = chosen.shape[2] * self.page_size
+            yield _flat(keys, tokens), _flat(values, tokens)
+
+    def _pages_per_block(self, compressor: Compressor) -> int:
+        if compressor.block_tokens is None:
+            return self.pages
+        return max(1, compressor.block_tokens // self.page_size)
 
     def span(self, compressor: Compressor, rows: list[int]) -> Span:
         """All tokens of the given batch rows, decoded."""
-        at = torch.tensor([self.readers.index(row) for row in rows])
-        blocks = list(self.read(compressor))
-        states = Span(
-            {
-                "keys": torch.cat([k for k, _ in blocks], 2),
-                "values": torch.cat([v for _, v in blocks], 2),
-            }
-        )
-        stored = torch.tensor([self.stored[i] for i in at.tolist()])
-        return states.rows(at).joined(self.meta.narrow(0, self.length).rows(stored))
+        stored = torch.tensor([self.stored[self.readers.index(row)] for row in rows])
+        keys, values = zip(*self.read(compressor), strict=True)
+        states = Span({"keys": torch.cat(keys, dim=2), "values": torch.cat(values, dim=2)})
+        return states.joined(self.meta.narrow(0, self.length)).rows(stored)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.fields.values()

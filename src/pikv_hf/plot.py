@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
 
-NEAR = 10
+NEAR = 11
 OFFSETS = [
-    (side * NEAR, height) for height in (9, -9, 24, -24, 39, -39, 54, 69) for side in (1, -1)
+    (side * NEAR, height) for height in (NEAR, -NEAR, 26, -26, 41, -41, 56, 71) for side in (1, -1)
 ]
 """Where a label may stand beside its point, in typographic points; the first free one is taken."""
 
@@ -49,7 +49,7 @@ def _label(axes: "Axes", points: list[tuple[float, float]], labels: Sequence[str
     renderer = axes.figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     centers = [axes.transData.transform(point) for point in points]
-    taken = [Bbox.from_extents(*(center - 14), *(center + 14)) for center in centers]
+    taken = [Bbox.from_extents(*(center - 10), *(center + 10)) for center in centers]
     for index, (point, label) in enumerate(zip(points, labels, strict=True)):
         for offset in OFFSETS:
             text = _annotate(axes, point, label, offset, f"C{index}")
@@ -66,13 +66,14 @@ def _annotate(
     axes: "Axes", point: tuple[float, float], label: str, offset: tuple[int, int], color: str
 ) -> "Annotation":
     """`label` at `offset` from `point`, with a line between them when it stands apart."""
-    line = {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 0, "shrinkB": 4}
+    side = 0 if offset[0] > 0 else 1
+    line = {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkB": 4, "relpos": (side, 0.5)}
     return axes.annotate(
         label,
         point,
         offset,
         textcoords="offset points",
-        ha="left" if offset[0] > 0 else "right",
+        ha=("left", "right")[side],
         va="center",
         fontsize=9,
         color=color,

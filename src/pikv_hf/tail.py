@@ -27,8 +27,8 @@ class Tail:
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2] or not is_writable(self.keys):
             self._rebuild(0, max(capacity, end))
-        self.keys.narrow(2, self.length, keys.shape[2]).copy_(keys)
-        self.values.narrow(2, self.length, keys.shape[2]).copy_(values)
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
         self.length = end
 
     def drop(self, count: int, capacity: int) -> None:
@@ -49,7 +49,8 @@ class Tail:
     def map_rows(self, index: Tensor) -> None:
         self.keys = self.keys.index_select(0, index.to(self.keys.device))
         self.values = self.values.index_select(0, index.to(self.values.device))
-        self.labels = self.labels and self.labels.rows(index)
+        if self.labels is not None:
+            self.labels = self.labels.rows(index)
 
     def view(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, length, D]."""

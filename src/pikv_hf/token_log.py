@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .pages import is_writable
+
 
 class TokenLog:
     """The ids of all cached tokens, or nothing once any of them is unknown (`inputs_embeds`)."""
@@ -18,7 +20,7 @@ class TokenLog:
             self.is_complete, self.ids = False, None
             return
         end = self.length + ids.shape[1]
-        if self.ids is None or end > self.ids.shape[1]:
+        if self.ids is None or end > self.ids.shape[1] or not is_writable(self.ids):
             room = torch.empty(
                 ids.shape[0], end + end // 8 + 64, dtype=torch.int32, device=ids.device
             )

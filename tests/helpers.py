@@ -1,0 +1,109 @@
+"""What the tests of `generate`, attaching, methods and placement share."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from zoo import build, prompt
+
+from pikv_hf import PiKVCache
+from pikv_hf.layer import PagedLayer
+
+FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_next")  # GQA, MLA, sinks + sliding, hybrid
+ONE_ROW, PADDED = (29,), (30, 27, 23)
+SMALL = {"page_size": 4, "window": 4}
+NEW_TOKENS = 14
+TOLERANCE = 1e-4
+
+
+class Generated(NamedTuple):
+    tokens: Tensor
+    logits: Tensor  # [step, row, vocabulary]
+
+
+@functools.cache
+def tiny(name: str, attn: str = "eager", **fields: Any) -> PreTrainedModel:
+    """A tiny model that tests share: none may change it."""
+    return build(name, attn, **fields)
+
+
+def generate(
+    model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, **options: Any
+) -> Generated:
+    torch.manual_seed(0)
+    options = {"max_new_tokens": NEW_TOKENS, **options}
+    out = model.generate(
+        **inputs,
+        past_key_values=cache,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    assert out.past_key_values is cache
+    return Generated(out.sequences, torch.stack(out.logits).float())
+
+
+def dynamic(model: PreTrainedModel) -> DynamicCache:
+    return DynamicCache(config=model.config)
+
+
+def assert_same(actual: Generated, expected: Generated) -> None:
+    assert torch.equal(actual.tokens, expected.tokens)
+    assert_close(actual.logits, expected.logits)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert expected.isfinite().all()
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max().item()
+    assert error <= TOLERANCE, f"differs by {error:.1e}"
+
+
+def paged(cache: PiKVCache) -> list[PagedLayer]:
+    layers = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
+    assert layers and all(layer.unpaged is None for layer in layers)
+    return layers
+
+
+def sealed(layer: PagedLayer, row: int) -> list[int]:
+    """Positions of the sealed tokens of a batch row, the same in all heads."""
+    found: list[int] = []
+    for slab in layer.pages.slabs:
+        if row in slab.readers:
+            positions = slab.meta["positions"][:, :, : slab.length]
+            stored = min(slab.stored[slab.readers.index(row)], positions.shape[0] - 1)
+            assert (positions[stored] == positions[stored, :1]).all()
+            found += positions[stored, 0].tolist()
+    return found
+
+
+def assert_sealed_in_prefill_and_decode(cache: PiKVCache, prompt_length: int) -> None:
+    for layer in paged(cache):
+        for row in range(layer.tail.batch):
+            positions = sealed(layer, row)
+            assert positions, "no page was sealed"
+            assert positions[0] < prompt_length <= positions[-1], (positions, prompt_length)
+
+
+def forward(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, **options: Any
+) -> Tensor:
+    """Logits of one forward pass over `ids` [B, q]; `mask` [B, cached + q], 0 at padding."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    options = {"attention_mask": mask, **options}
+    with torch.no_grad():
+        return model(input_ids=ids, position_ids=positions, past_key_values=cache, **options).logits
+
+
+def chunks(length: int, first: int, step: int = 1) -> list[tuple[int, int]]:
+    """A prefill of `first` tokens and steps of `step`: (start, end) of each."""
+    starts = [0, *range(first, length, step)]
+    return list(zip(starts, [*starts[1:], length], strict=True))
+
+
+def padded_prompt(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    inputs = prompt(model, lengths)
+    return inputs["input_ids"], inputs["attention_mask"]

@@ -1,0 +1,277 @@
+"""`pikv demo` and `pikv generate` on the bundled model, and what they say to a user's mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from typer.testing import CliRunner, Result
+
+from pikv_hf import PiKVCache, __version__, demo
+from pikv_hf.cli import app
+from pikv_hf.compressors import Int8
+from pikv_hf.needles import NEEDLE_MODEL, make_haystack
+from pikv_hf.options import parse_cache
+from pikv_hf.schedulers import StreamingLLM
+
+SMALL = ("--length", "384", "--needles", "2", "--questions", "2")
+
+
+def pikv(*args: str | Path, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return demo.load(str(NEEDLE_MODEL))
+
+
+# ---- demo ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    result = pikv(
+        "demo", *SMALL, "--out", folder, "--cache", "lossless", "--cache", "compressor=int8"
+    )
+    assert result.exit_code == 0, result.output
+    assert "DynamicCache" in result.stdout
+    assert str(folder / "results.json") in result.stdout
+    return folder
+
+
+def test_demo_writes_a_picture(folder: Path):
+    picture = (folder / "accuracy_vs_memory.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 10_000
+
+
+def test_demo_writes_all_that_is_needed_to_read_and_repeat_it(folder: Path):
+    results = json.loads((folder / "results.json").read_text())
+    assert results["versions"]["pikv_hf"] == __version__
+    assert results["versions"]["torch"] == torch.__version__
+    job = {"model": "bundled", "length": 384, "needles": 2, "questions": 2, "seed": 0}
+    assert job.items() <= results.items()
+    assert not results["interrupted"]
+    names = [row["cache"] for row in results["caches"]]
+    assert names == ["DynamicCache", "PiKVCache()", "PiKVCache(compressor=int8)"]
+    assert len(results["trials"]) == 6
+    full, lossless, int8 = results["caches"]
+    assert full["ratio"] == 1
+    assert lossless["exact"] == full["exact"]
+    assert int8["nbytes"] < full["nbytes"]
+    for row in results["caches"]:
+        assert row["first_token_s"] > 0
+        assert row["decode_tokens_per_s"] > 0
+
+
+def test_demo_interrupted_keeps_what_every_cache_has_answered(tmp_path, monkeypatch):
+    run = demo.run
+
+    def interrupted(*args):
+        for number, trial in enumerate(run(*args)):
+            if number == 3:  # in the middle of question 1
+                raise KeyboardInterrupt
+            yield trial
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    result = pikv("demo", *SMALL, "--out", tmp_path, "--cache", "lossless")
+    assert result.exit_code == 130
+    assert "1 of 2 questions" in result.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["interrupted"]
+    assert [row["questions"] for row in results["caches"]] == [1, 1]
+
+
+def test_demo_interrupted_at_once_has_nothing_to_show(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    result = pikv("demo", *SMALL, "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "interrupted before" in result.stderr
+
+
+def test_caches_take_turns_on_each_question(bundled):
+    caches = [parse_cache(text) for text in ("dynamic", "lossless")]
+    stacks = demo.haystacks(bundled[1], length=128, needles=1, questions=3, seed=1)
+    trials = list(demo.run(*bundled, caches, stacks))
+    assert [trial.question for trial in trials] == [0, 0, 1, 1, 2, 2]
+    firsts = [trial.cache for trial in trials[::2]]
+    assert firsts == ["DynamicCache", "PiKVCache()", "DynamicCache"]
+    again = [t.reply for t in demo.run(*bundled, caches, stacks)]
+    assert again == [t.reply for t in trials]
+
+
+def test_a_trial_measures_the_cache_that_generate_leaves_behind(bundled):
+    model, tokenizer = bundled
+    stack = make_haystack(length=256, needles=2, seed=3)
+    trial = demo.answer(model, tokenizer, parse_cache("dynamic"), stack)
+    config = model.config
+    kept = 256 - 4 + len(trial.step_s)  # the prompt and every reply token but the last
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert trial.nbytes == kept * per_token
+    assert trial.reply.startswith(trial.answer) == trial.exact
+
+
+def test_held_bytes_of_a_view_are_those_of_its_storage():
+    cache = DynamicCache()
+    whole = torch.zeros(1, 2, 100, 8)
+    cache.update(whole, whole.clone(), 0)
+    cache.layers[0].keys = whole[:, :, -10:]
+    assert demo.held_bytes(cache) == 2 * whole.nbytes
+
+
+def test_attaching_leaves_the_model_as_it_was(bundled):
+    model, tokenizer = bundled
+    before = {
+        name: module.config for name, module in model.named_modules() if hasattr(module, "config")
+    }
+    stack = make_haystack(length=256, needles=2, seed=3)
+    demo.answer(model, tokenizer, parse_cache("compressor=int8"), stack)
+    after = {
+        name: module.config for name, module in model.named_modules() if hasattr(module, "config")
+    }
+    assert all(after[name] is config for name, config in before.items())
+
+
+# ---- generate -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompt(tmp_path: Path) -> tuple[Path, str]:
+    stack = make_haystack(length=400, needles=2, seed=5)
+    path = tmp_path / "prompt.txt"
+    path.write_text(stack.prompt())
+    return path, stack.answers[0]
+
+
+@pytest.mark.parametrize("cache", ["lossless", "compressor=int8"])
+def test_generate_answers_and_reports(prompt, cache):
+    result = pikv("generate", "--prompt-file", prompt[0], "--cache", cache)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(prompt[1])
+    assert "tokens seen" in result.stdout
+    assert "full attention" in result.stdout
+
+
+def test_generate_reads_standard_input_and_knows_the_baseline(prompt):
+    args = ("generate", "--prompt-file", "-", "--cache", "dynamic", "--max-new-tokens", "2")
+    result = pikv(*args, stdin=prompt[0].read_text())
+    assert result.stdout.startswith(prompt[1])
+    assert "DynamicCache: 397 tokens seen" in result.stdout
+
+
+def test_generate_applies_the_chat_template(tmp_path, prompt):
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(NEEDLE_MODEL),
+        AutoTokenizer.from_pretrained(NEEDLE_MODEL),
+    )
+    tokenizer.chat_template = "anna and {{ messages[0].content }}"
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    args = ("generate", "--model", tmp_path / "chat", "--prompt-file", prompt[0], "--chat")
+    result = pikv(*args, "--cache", "dynamic", "--max-new-tokens", "2")
+    assert result.exit_code == 0, result.output
+    assert "DynamicCache: 399 tokens seen" in result.stdout
+
+
+# ---- the text of --cache ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "label"),
+    [
+        ("dynamic", None, "DynamicCache"),
+        ("lossless", {}, "PiKVCache, lossless"),
+        ("compressor=int8", {"compressor": Int8()}, "int8"),
+        (
+            " scheduler=streaming_llm, budget=0.25,compressor='int8' ",
+            {"scheduler": StreamingLLM(), "budget": 0.25, "compressor": Int8()},
+            "streaming_llm, budget=0.25, 'int8'",
+        ),
+        (
+            "scheduler=streaming_llm(sinks=8, window=56),page_size=16",
+            {"scheduler": StreamingLLM(sinks=8, window=56), "page_size": 16},
+            "streaming_llm(sinks=8, window=56), page_size=16",
+        ),
+    ],
+)
+def test_text_of_a_cache(text, arguments, label):
+    option = parse_cache(text)
+    assert option.arguments == arguments
+    assert option.label == label
+
+
+def test_cache_is_made_with_its_arguments(bundled):
+    cache = parse_cache("compressor=int8,page_size=32").make(bundled[0])
+    assert isinstance(cache, PiKVCache)
+    assert cache.shared.compressor == Int8()
+    assert cache.shared.page_size == 32
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--cache", "compressor=int9"), "'int9'; it must be one of"),
+        (("--cache", "color=red"), "'color' is no option of a cache; it has"),
+        (("--cache", "int8"), "'int8' is not name=value"),
+        (("--cache", "**x"), "'**x' is not name=value"),
+        (("--cache", "compressor=int8,compressor=int8"), "is not name=value"),
+        (("--cache", "compressor=3"), "`compressor` is 3"),
+        (("--cache", "compressor=a-b"), "`compressor` is a - b"),
+        (("--cache", "budget=0.5"), "there is no `scheduler`"),
+        (("--cache", "scheduler=streaming_llm,budget=2.0"), "`budget` is 2.0"),
+        (("--cache", "scheduler=streaming_llm(sink=1)"), "argument 'sink'"),
+        (("--cache", "scheduler=streaming_llm(sinks=-1)"), "`sinks` is -1"),
+        (("--cache", "page_size=0"), "`page_size` is 0"),
+        (("--model", "/no/such/model"), "--model: /no/such/model could not be loaded"),
+        (("--length", "1000000"), "the model reads at most"),
+        (("--needles", "60", "--length", "128"), "ask for fewer needles"),
+        (("--out", "/dev/null/x"), "--out: /dev/null/x cannot be made"),
+    ],
+)
+def test_demo_says_what_is_wrong_in_one_sentence(args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = pikv("demo", *args)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.output
+    assert len([line for line in result.stderr.splitlines() if "Loading" not in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "args", "says"),
+    [
+        (b"", (), "--prompt-file is empty"),
+        (b"\xff\xfe", (), "not UTF-8"),
+        (b"the cat waits .", ("--chat",), "no chat template"),
+        (b"the cat waits .", ("--cache", "router=nope"), "`router` is 'nope'"),
+    ],
+)
+def test_generate_says_what_is_wrong_in_one_sentence(content, args, says, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(content)
+    result = pikv("generate", "--prompt-file", path, *args)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_missing_prompt_file_is_a_usage_error():
+    assert pikv("generate", "--prompt-file", "/no/such/file").exit_code == 2
+
+
+def test_module_and_command_are_the_same():
+    done = subprocess.run(
+        [sys.executable, "-m", "pikv_hf", "--version"], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"pikv_hf {__version__}"

@@ -1,0 +1,454 @@
+"""One method of every other stage, against a computation that knows nothing of pages."""
+
+import pytest
+import torch
+from helpers import (
+    PADDED,
+    SMALL,
+    assert_close,
+    assert_same,
+    assert_sealed_in_prefill_and_decode,
+    chunks,
+    dynamic,
+    forward,
+    generate,
+    paged,
+    tiny,
+)
+from transformers.cache_utils import DynamicLayer
+from zoo import build, prompt
+
+from pikv_hf import PiKVCache
+from pikv_hf.compressors import Int8
+from pikv_hf.pages import Slab
+from pikv_hf.schedulers import StreamingLLM
+
+# ---- int8 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["gaussian", "outlier_channel", "outlier_token", "tiny", "zero"])
+def test_int8_error(dtype, kind) -> None:
+    """Half a step of the token's own scale, in float64; in a 16-bit dtype also its rounding."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(6, 8, 64, generator=generator, dtype=torch.float64)
+    values = torch.randn(6, 8, 48, generator=generator, dtype=torch.float64)
+    for states in (keys, values):
+        if kind == "outlier_channel":
+            states[..., 5] *= 100
+        if kind == "outlier_token":
+            states[:, 3] *= 1000
+        if kind == "tiny":
+            states *= 1e-4
+        if kind == "zero":
+            states[:, ::2] = 0
+    keys, values = keys.to(dtype), values.to(dtype)
+    before = keys.clone(), values.clone()
+    fields = Int8().encode(keys, values)
+    assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+    for original, decoded in zip((keys, values), Int8().decode(fields), strict=True):
+        assert decoded.dtype == dtype and decoded.shape == original.shape
+        exact, decoded = original.double(), decoded.double()
+        largest = exact.abs().amax(-1, keepdim=True)
+        rounding = 3 * torch.finfo(dtype).eps * largest + torch.finfo(dtype).smallest_normal
+        error = (decoded - exact).abs()
+        assert (error <= largest / 254 + rounding).all()
+        assert (decoded[(exact == 0).all(-1)] == 0).all()
+    if kind == "gaussian":  # the bound is reached: these are not the original values
+        assert error.max() > largest.min() / 300
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize("dims", [(64, 64), (72, 0), (128, 96)], ids=str)
+def test_int8_bytes(dtype, size, dims) -> None:
+    keys, values = (torch.randn(5, 16, dim, dtype=dtype) for dim in dims)
+    fields = Int8().encode(keys, values)
+    measured = sum(t.numel() * t.element_size() for t in fields.values()) / (5 * 16)
+    assert measured == Int8().bytes_per_token(*dims, size)
+    assert measured == sum(dim + size for dim in dims if dim)
+    assert {name: len(t) for name, t in fields.items()} == dict.fromkeys(fields, 5)
+
+
+class FakeQuantized(DynamicLayer):
+    """A DynamicLayer that returns, of all but the open tokens, what int8 makes of them."""
+
+    page_size, window, is_latent = 4, 4, False
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        seen = self.get_seq_length()
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        count = max(seen - self.window, 0) // self.page_size * self.page_size
+        old = keys[:, :, :count], values[:, :, :count]
+        if self.is_latent:  # latent and rotary key are one key with one scale
+            joint = fake_quantized(torch.cat(old, dim=-1))
+            old = joint.split([keys.shape[-1], values.shape[-1]], dim=-1)
+        else:
+            old = [fake_quantized(states) for states in old]
+        new = keys[:, :, count:], values[:, :, count:]
+        return tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+
+
+def fake_quantized(states):
+    step = states.abs().amax(dim=-1, keepdim=True) / 127
+    return (states / step.clamp_min(1e-30)).round().clamp(-127, 127) * step
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "jamba"])
+@pytest.mark.parametrize("lengths", [(29,), PADDED], ids=["one_row", "left_padded"])
+def test_int8_on_the_whole_path(name, lengths) -> None:
+    """The logits of a model whose default cache quantizes and decodes the same tokens."""
+    model = tiny(name)
+    inputs = prompt(model, lengths)
+    oracle = dynamic(model)
+    for idx, layer in enumerate(oracle.layers):
+        if type(layer) is DynamicLayer:
+            oracle.layers[idx] = FakeQuantized()
+            oracle.layers[idx].is_latent = name == "deepseek_v3"
+    cache = PiKVCache(model, compressor="int8", **SMALL)
+    expected = generate(model, inputs, oracle)
+    assert_same(generate(model, inputs, cache), expected)
+    assert_sealed_in_prefill_and_decode(cache, max(lengths))
+    exact = generate(model, inputs, dynamic(model))
+    assert (expected.logits[1:] - exact.logits[1:]).abs().max() > 1e-3, "nothing was quantized"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_int8_in_memory(name) -> None:
+    """Measured bytes of the pages: those of the codes and scales, and nothing beside them."""
+    model = build(name, dtype=torch.bfloat16, num_hidden_layers=2)
+    ids = prompt(model, (1024 + 32,))["input_ids"]
+    held = {}
+    for compressor in (None, "int8"):
+        cache = PiKVCache(model, compressor=compressor, page_size=32, window=32)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        held[compressor] = cache.nbytes
+        layer = paged(cache)[0]
+        assert sum(slab.length for slab in layer.pages.slabs) == 1024
+    per_token = (32 + 8) if name == "deepseek_v3" else 2 * 2 * 16  # all KV heads
+    scales = 1 if name == "deepseek_v3" else 2 * 2
+    saved = 2 * 1024 * (2 * per_token - (per_token + 2 * scales))
+    assert held[None] - held["int8"] == saved
+
+
+def test_int8_stays_encoded() -> None:
+    """A page is encoded once: its codes do not drift while tokens are added."""
+    model = tiny("mixtral")
+    ids = prompt(model, (90,))["input_ids"]
+    cache = PiKVCache(model, compressor="int8", **SMALL)
+    with torch.no_grad():
+        model(ids[:, :24], past_key_values=cache)
+        codes = paged(cache)[1].pages.slabs[0].fields["key_codes"][:, :, :5].clone()
+        for token in ids[:, 24:].split(1, dim=1):
+            model(token, past_key_values=cache)
+    assert torch.equal(paged(cache)[1].pages.slabs[0].fields["key_codes"][:, :, :5], codes)
+
+
+# ---- streaming_llm ------------------------------------------------------------------------------
+
+
+def streaming(mask, seen, sinks, window, open_tokens, page_size):
+    """Who stays, [B, seen] bool: of each row's real tokens the first `sinks` and the last `window`,
+    and, since tokens leave in pages, those that wait for their page to be full."""
+    waiting = (seen - open_tokens) % page_size if seen >= open_tokens else 0
+    columns = torch.arange(seen)
+    real = mask[:, :seen].bool()
+    is_sink = real & (real.cumsum(-1) <= sinks)
+    return real & (is_sink | (columns >= seen - window - waiting))
+
+
+def kept(cache, mask):
+    """Who is held, [layer, B, seen] bool, and that all heads hold the same."""
+    out = []
+    for layer in paged(cache):
+        seen = torch.zeros(layer.tail.batch, layer.seen, dtype=torch.int64)
+        seen[:, layer.seen - layer.tail.length :] += mask[:, -layer.tail.length :]
+        for slab in layer.pages.slabs:
+            positions = slab.meta["positions"][:, :, : slab.length].long()
+            assert (positions == positions[:, :1]).all()
+            for reader, stored in zip(slab.readers, slab.stored, strict=True):
+                row = positions[min(stored, len(positions) - 1), 0]
+                seen[reader].index_add_(0, row, torch.ones_like(row))
+        assert seen.max() <= 1, "a token is held twice"
+        out.append(seen.bool())
+    return torch.stack(out)
+
+
+STREAMS = {
+    "exact": {"sinks": 3, "window": 11, "page_size": 1, "open": 4, "prefill": 26},
+    "pages": {"sinks": 4, "window": 12, "page_size": 4, "open": 4, "prefill": 26},
+    "window_is_open": {"sinks": 2, "window": 8, "page_size": 3, "open": 8, "prefill": 31},
+    "no_sinks": {"sinks": 0, "window": 10, "page_size": 5, "open": 5, "prefill": 18},
+    "short_prompt": {"sinks": 4, "window": 12, "page_size": 2, "open": 6, "prefill": 5},
+    "many_sinks": {"sinks": 20, "window": 9, "page_size": 4, "open": 5, "prefill": 24},
+}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "olmoe"])
+@pytest.mark.parametrize("lengths", [(48,), (48, 41, 30)], ids=["one_row", "left_padded"])
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("case", STREAMS)
+def test_streaming_llm(name, lengths, step, case) -> None:
+    """Tokens and logits of a full cache under a mask that shows exactly the tokens that stay."""
+    case = STREAMS[case]
+    sinks, window, size, open_ = (case[k] for k in ("sinks", "window", "page_size", "open"))
+    model = tiny(name)
+    inputs = prompt(model, lengths)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    method = StreamingLLM(sinks, window)
+    cache = PiKVCache(model, scheduler=method, page_size=size, window=open_)
+    reference = dynamic(model)
+    stays = torch.ones(len(ids), 0, dtype=torch.bool)
+    for start, end in chunks(48, case["prefill"], step):
+        new = end - start
+        visible = torch.cat([stays, mask[:, start:end].bool()], dim=1)
+        causal = torch.arange(end) <= torch.arange(start, end)[:, None]
+        shown = visible[:, None, None] & causal
+        bias = torch.zeros(shown.shape).masked_fill_(~shown, torch.finfo(torch.float32).min)
+        positions = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, start:]
+        with torch.no_grad():
+            expected = model(
+                ids[:, start:end],
+                attention_mask=bias,
+                position_ids=positions,
+                past_key_values=reference,
+            ).logits
+        actual = forward(model, ids[:, start:end], mask[:, :end], cache)
+        real = mask[:, start:end].bool()
+        assert_close(actual[real], expected[real])
+        # Who was dropped before stays dropped: a late and long chunk cannot bring it back.
+        stays = streaming(mask, end, sinks, window, open_, size) & torch.cat(
+            [stays, torch.ones(len(ids), new, dtype=torch.bool)], dim=1
+        )
+        assert torch.equal(kept(cache, mask[:, :end]), stays.expand(len(paged(cache)), -1, -1))
+        assert cache.get_seq_length() == end
+    assert not stays.all(), "nothing was dropped"
+
+
+def test_streaming_llm_budget_given_to_the_cache() -> None:
+    """`budget` overrides the method's own: sinks and the newest, together `budget` tokens."""
+    model = tiny("mixtral")
+    ids, mask = prompt(model, (60,))["input_ids"], torch.ones(1, 60, dtype=torch.int64)
+    cache = PiKVCache(model, scheduler=StreamingLLM(3, 999), budget=20, page_size=1, window=5)
+    for start, end in chunks(60, 40):
+        forward(model, ids[:, start:end], mask[:, :end], cache)
+        assert torch.equal(kept(cache, mask[:, :end])[0], streaming(mask, end, 3, 17, 5, 1))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("router", [None, "all"])
+def test_constant_bytes(name, router) -> None:
+    """2,000 tokens one by one: after the window is full the layers' bytes never change again."""
+    model = build(name, num_hidden_layers=2)
+    cache = PiKVCache(model, scheduler=StreamingLLM(4, 60), page_size=8, window=16, router=router)
+    ids = torch.randint(3, 100, (2000, 1, 1), generator=torch.Generator().manual_seed(0))
+    layer_bytes, totals = [], []
+    with torch.no_grad():
+        for token in ids:
+            model(token, past_key_values=cache)
+            layer_bytes.append(sum(row.nbytes for row in cache.report().layers))
+            totals.append(cache.nbytes)
+    assert cache.get_seq_length() == 2000
+    assert max(layer_bytes[200:1100]) == max(layer_bytes[1100:])
+    assert max(layer_bytes) == max(layer_bytes[:200]) or max(layer_bytes[200:]) <= max(
+        layer_bytes[:200]
+    )
+    ids_held = totals[-1] - layer_bytes[-1]
+    assert ids_held <= 5 * 2000 + 1024, "more than the ids of the tokens grows with the text"
+    held = max(row.held_tokens for row in cache.report().layers)
+    assert held <= 64 + 8
+
+
+# ---- labels -------------------------------------------------------------------------------------
+
+GATED = [
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "jamba"),
+    *("qwen3_next", "granitemoe", "glm4_moe", "phimoe", "dbrx", "llama4"),
+]
+
+BOUNDED = ("gpt_oss", "jamba", "qwen3_next", "llama4")  # with layers that cannot always be cropped
+
+
+class Witness:
+    """Records what the model's gates return, by hooks that know nothing of pikv_hf."""
+
+    def __init__(self, model) -> None:
+        self.calls: dict[int, list] = {}
+        self.handles = []
+        decoder = getattr(model, "model", None) or model.transformer
+        for idx, block in enumerate(getattr(decoder, "layers", None) or decoder.blocks):
+            gate = gate_of(block)
+            if gate is not None:
+                self.handles.append(gate.register_forward_hook(self._recorder(idx)))
+
+    def _recorder(self, idx):
+        def record(module, args, output):
+            self.calls.setdefault(idx, []).append(output)
+
+        return record
+
+    def choice(self, idx, batch, top_k):
+        """Experts and weights [B, T, k] of a block, over all forwards."""
+        chosen = [read(output, top_k) for output in self.calls[idx]]
+        parts = [[t.reshape(batch, -1, t.shape[-1]) for t in pair] for pair in chosen]
+        return [torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)]
+
+
+def gate_of(block):
+    for name, module in block.named_modules():
+        if name.rpartition(".")[2] in ("gate", "router") and name.count(".") <= 2:
+            return module
+    return None
+
+
+def read(output, top_k):
+    """What this family's gate says: (logits, weights, ids), (scores, logits) or logits alone."""
+    if isinstance(output, tuple) and output[-1].dtype == torch.int64:
+        return output[-1], output[-2]
+    scores = output[0] if isinstance(output, tuple) else output.softmax(-1)
+    weights, experts = scores.topk(top_k, dim=-1)
+    return experts, weights
+
+
+@pytest.mark.parametrize(
+    "name, mode",
+    [(name, mode) for name in GATED for mode in ("steps", "padded")]
+    + [(name, "drafts") for name in GATED if name not in BOUNDED],
+)
+def test_labels(name, mode) -> None:
+    """Experts and weights of every held token, in pages and in the tail, are the gate's own."""
+    model = build(name)
+    inputs = prompt(model, PADDED if mode == "padded" else (30,))
+    cache = PiKVCache(model, router="all", **SMALL)
+    witness = Witness(model)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    batch = len(ids)
+    columns: list[int] = []  # of the witness's tokens, those that are still in the text
+    if mode == "drafts":
+        cache.activate_past_recording()
+    told = 0
+    for start, end in chunks(30, 17, 3 if mode == "drafts" else 1):
+        forward(model, ids[:, start:end], mask[:, :end], cache)
+        columns += range(told, told + end - start)
+        told += end - start
+        if mode == "drafts":
+            cache.crop(-2)
+            del columns[-2:]
+            forward(model, ids[:, end - 2 : end], mask[:, :end], cache)
+            cache.crop(0)
+            columns += range(told, told + 2)
+            told += 2
+    checked = 0
+    for layer in paged(cache):
+        if not layer.has_gate:
+            assert layer.layer_idx not in witness.calls
+            continue
+        experts, weights = witness.choice(
+            layer.layer_idx, batch, layer.tail.labels["experts"].shape[-1]
+        )
+        experts, weights = experts[:, columns], weights[:, columns]
+        sealed_end = layer.seen - layer.tail.length
+        assert torch.equal(layer.tail.labels["experts"][:, 0].long(), experts[:, sealed_end:])
+        assert torch.equal(layer.tail.labels["weights"][:, 0], weights[:, sealed_end:])
+        assert layer.pages.slabs
+        for slab in layer.pages.slabs:
+            meta = slab.meta.narrow(0, slab.length)
+            for row, stored in zip(slab.readers, slab.stored, strict=True):
+                at = meta["positions"][min(stored, len(meta["positions"]) - 1), 0].long()
+                assert mask[row, at].all(), "padding was sealed"
+                assert torch.equal(meta["experts"][stored, 0].long(), experts[row, at])
+                assert torch.equal(meta["weights"][stored, 0], weights[row, at])
+                checked += len(at)
+    assert checked
+
+
+def test_labels_follow_what_a_scheduler_keeps() -> None:
+    model = build("mixtral")
+    inputs = prompt(model, (40, 33))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    cache = PiKVCache(model, router="all", scheduler=StreamingLLM(3, 12), **SMALL)
+    witness = Witness(model)
+    for start, end in chunks(40, 25):
+        forward(model, ids[:, start:end], mask[:, :end], cache)
+    for layer in paged(cache):
+        experts, weights = witness.choice(layer.layer_idx, 2, 2)
+        for slab in layer.pages.slabs:
+            meta = slab.meta.narrow(0, slab.length)
+            for row, stored in zip(slab.readers, slab.stored, strict=True):
+                for head in range(meta["positions"].shape[1]):
+                    at = meta["positions"][min(stored, len(meta["positions"]) - 1), head].long()
+                    own = [meta[k][min(stored, len(meta[k]) - 1)] for k in ("experts", "weights")]
+                    own = [t[min(head, len(t) - 1)] for t in own]
+                    assert torch.equal(own[0].long(), experts[row, at])
+                    assert torch.equal(own[1], weights[row, at])
+
+
+def test_no_labels_without_a_router() -> None:
+    model = build("mixtral")
+    cache = PiKVCache(model, **SMALL)
+    generate(model, prompt(model, PADDED), cache)
+    assert all(layer.tail.labels is None for layer in paged(cache))
+    assert all("experts" not in slab.meta for layer in paged(cache) for slab in layer.pages.slabs)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "jamba"])
+def test_a_gate_that_never_fires_is_an_error(name) -> None:
+    """As with kernels that compute the routing themselves: the block runs, its gate does not."""
+    model = build(name)
+    gates = [gate for gate in map(gate_of, model.model.layers) if gate is not None]
+    cache = PiKVCache(model, router="all", **SMALL)
+    for gate in gates:
+        owner, key = owner_of(model, gate)
+        setattr(owner, key, Bypassed(gate))
+    ids = prompt(model, (20,))["input_ids"]
+    match = r"layer \d.*did not see the experts.*router=None"
+    with pytest.raises(RuntimeError, match=match), torch.no_grad():
+        model(ids, past_key_values=cache)
+    with torch.no_grad():  # without labels the same model works
+        plain = PiKVCache(model, **SMALL)
+        assert_close(
+            model(ids, past_key_values=plain).logits,
+            model(ids, past_key_values=dynamic(model)).logits,
+        )
+
+
+class Bypassed(torch.nn.Module):
+    """Calls the gate's `forward` past its hooks."""
+
+    def __init__(self, gate) -> None:
+        super().__init__()
+        self.inner = gate
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.inner.forward(*args, **kwargs)
+
+
+def owner_of(model, part):
+    for module in model.modules():
+        for key, child in module.named_children():
+            if child is part:
+                return module, key
+    raise LookupError
+
+
+def test_a_lost_page_is_seen(monkeypatch) -> None:
+    """The comparison of logits fails when attention does not read the oldest page."""
+    model = tiny("mixtral")
+    inputs = prompt(model, (29,))
+    expected = generate(model, inputs, dynamic(model))
+    read = Slab.read
+
+    def short(slab, compressor, pages=None):
+        for keys, values in read(slab, compressor, pages):
+            first = slice(4 if keys.shape[2] > 4 else 0, None)
+            yield keys[:, :, first], values[:, :, first]
+
+    monkeypatch.setattr(Slab, "read", short)
+    with pytest.raises(AssertionError, match="differs by|assert"):
+        assert_close(generate(model, inputs, PiKVCache(model, **SMALL)).logits, expected.logits)
