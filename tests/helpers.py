@@ -1,7 +1,7 @@
 """What the tests of `generate`, attaching, methods and placement share."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,13 +71,19 @@ def paged(cache: PiKVCache) -> list[PagedLayer]:
 def sealed(layer: PagedLayer, row: int) -> list[int]:
     """Positions of the sealed tokens of a batch row, the same in all heads."""
     found: list[int] = []
-    for slab in layer.pages.slabs:
-        if row in slab.readers:
-            positions = slab.meta["positions"][:, :, : slab.length]
-            stored = min(slab.stored[slab.readers.index(row)], positions.shape[0] - 1)
-            assert (positions[stored] == positions[stored, :1]).all()
-            found += positions[stored, 0].tolist()
+    for reader, tokens in page_contents(layer):
+        if reader == row:
+            assert (tokens["positions"] == tokens["positions"][:1]).all()
+            found += tokens["positions"][0].tolist()
     return found
+
+
+def page_contents(layer: PagedLayer) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """What is known of sealed tokens: a batch row, and [H or 1, T, ...] by name; in turn."""
+    for slab in layer.pages.slabs:
+        known = slab.meta.narrow(0, slab.length).tensors
+        for row, stored in zip(slab.readers, slab.stored, strict=True):
+            yield row, {k: t[0 if len(t) == 1 else stored] for k, t in known.items()}
 
 
 def assert_sealed_in_prefill_and_decode(cache: PiKVCache, prompt_length: int) -> None:

@@ -12,7 +12,9 @@ from helpers import (
     dynamic,
     forward,
     generate,
+    page_contents,
     paged,
+    sealed,
     tiny,
 )
 from transformers.cache_utils import DynamicLayer
@@ -163,12 +165,9 @@ def kept(cache, mask):
     for layer in paged(cache):
         seen = torch.zeros(layer.tail.batch, layer.seen, dtype=torch.int64)
         seen[:, layer.seen - layer.tail.length :] += mask[:, -layer.tail.length :]
-        for slab in layer.pages.slabs:
-            positions = slab.meta["positions"][:, :, : slab.length].long()
-            assert (positions == positions[:, :1]).all()
-            for reader, stored in zip(slab.readers, slab.stored, strict=True):
-                row = positions[min(stored, len(positions) - 1), 0]
-                seen[reader].index_add_(0, row, torch.ones_like(row))
+        for row in range(layer.tail.batch):
+            at = torch.tensor(sealed(layer, row), dtype=torch.int64)
+            seen[row].index_add_(0, at, torch.ones_like(at))
         assert seen.max() <= 1, "a token is held twice"
         out.append(seen.bool())
     return torch.stack(out)
@@ -351,14 +350,12 @@ def test_labels(name, mode) -> None:
         assert torch.equal(layer.tail.labels["experts"][:, 0].long(), experts[:, sealed_end:])
         assert torch.equal(layer.tail.labels["weights"][:, 0], weights[:, sealed_end:])
         assert layer.pages.slabs
-        for slab in layer.pages.slabs:
-            meta = slab.meta.narrow(0, slab.length)
-            for row, stored in zip(slab.readers, slab.stored, strict=True):
-                at = meta["positions"][min(stored, len(meta["positions"]) - 1), 0].long()
-                assert mask[row, at].all(), "padding was sealed"
-                assert torch.equal(meta["experts"][stored, 0].long(), experts[row, at])
-                assert torch.equal(meta["weights"][stored, 0], weights[row, at])
-                checked += len(at)
+        for row, tokens in page_contents(layer):
+            at = tokens["positions"][0].long()
+            assert mask[row, at].all(), "padding was sealed"
+            assert torch.equal(tokens["experts"][0].long(), experts[row, at])
+            assert torch.equal(tokens["weights"][0], weights[row, at])
+            checked += len(at)
     assert checked
 
 
@@ -372,15 +369,11 @@ def test_labels_follow_what_a_scheduler_keeps() -> None:
         forward(model, ids[:, start:end], mask[:, :end], cache)
     for layer in paged(cache):
         experts, weights = witness.choice(layer.layer_idx, 2, 2)
-        for slab in layer.pages.slabs:
-            meta = slab.meta.narrow(0, slab.length)
-            for row, stored in zip(slab.readers, slab.stored, strict=True):
-                for head in range(meta["positions"].shape[1]):
-                    at = meta["positions"][min(stored, len(meta["positions"]) - 1), head].long()
-                    own = [meta[k][min(stored, len(meta[k]) - 1)] for k in ("experts", "weights")]
-                    own = [t[min(head, len(t) - 1)] for t in own]
-                    assert torch.equal(own[0].long(), experts[row, at])
-                    assert torch.equal(own[1], weights[row, at])
+        for row, tokens in page_contents(layer):
+            for head, at in enumerate(tokens["positions"].long()):
+                own = [tokens[k].expand(2, -1, -1)[head] for k in ("experts", "weights")]
+                assert torch.equal(own[0].long(), experts[row, at])
+                assert torch.equal(own[1], weights[row, at])
 
 
 def test_no_labels_without_a_router() -> None:
@@ -444,8 +437,8 @@ def test_a_lost_page_is_seen(monkeypatch) -> None:
     expected = generate(model, inputs, dynamic(model))
     read = Slab.read
 
-    def short(slab, compressor, pages=None):
-        for keys, values in read(slab, compressor, pages):
+    def short(slab, *args):
+        for keys, values in read(slab, *args):
             first = slice(4 if keys.shape[2] > 4 else 0, None)
             yield keys[:, :, first], values[:, :, first]
 

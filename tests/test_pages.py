@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, sealed, tiny
+from helpers import assert_close, page_contents, sealed, tiny
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -10,7 +10,8 @@ from pikv_kernels import partial_attention
 from transformers.cache_utils import DynamicLayer
 
 from pikv_hf import PiKVCache
-from pikv_hf.layer import PagedLayer, take_handle
+from pikv_hf.context import take_layer
+from pikv_hf.layer import PagedLayer
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 3, 2
 
@@ -71,7 +72,7 @@ class CacheOperations(RuleBasedStateMachine):
         values = torch.randn(*shape, VALUE_DIM, generator=self.generator)
         assert self.layer.update(keys, values) == (keys, values)
         self.oracle.update(keys, values)
-        assert take_handle() is self.layer
+        assert take_layer() is self.layer
         self.layer.finish(None if self.mask.all() else self.mask)
         experts = torch.randint(0, 8, (*new.shape, 2), generator=self.generator)
         self.experts = torch.cat([self.experts, experts], dim=1)
@@ -178,11 +179,9 @@ class CacheOperations(RuleBasedStateMachine):
         start = self.seen - self.layer.tail.length
         tail = self.layer.tail.labels["experts"][:, 0].long()
         assert torch.equal(tail.expand(self.batch, -1, -1), self.experts[:, start:])
-        for slab in self.layer.pages.slabs:
-            meta = slab.meta.narrow(0, slab.length)
-            for row, stored in zip(slab.readers, slab.stored, strict=True):
-                at = meta["positions"][min(stored, len(meta["positions"]) - 1), 0].long()
-                assert torch.equal(meta["experts"][stored, 0].long(), self.experts[row, at])
+        for row, tokens in page_contents(self.layer):
+            at = tokens["positions"][0].long()
+            assert torch.equal(tokens["experts"][0].long(), self.experts[row, at])
 
 
 TestCacheOperations = CacheOperations.TestCase

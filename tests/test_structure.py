@@ -23,11 +23,12 @@ ORDER = [
     {"compressors", "schedulers", "routers", "placement"},
     {"pages"},
     {"layer"},
+    {"attached"},
     {"cache"},
     {"attach", "report", "plot", "options", "demo", "integrations", "cli"},
 ]
 # `PiKVCache(model)` and `cache.report()` need later parts: inside functions, and only these.
-UPWARD = {("cache", "attach"), ("cache", "report"), ("cache", "plot"), ("report", "plot")}
+UPWARD = {("attached", "attach"), ("cache", "report"), ("cache", "plot"), ("report", "plot")}
 
 REGISTRIES = {
     "scheduler": SCHEDULERS,

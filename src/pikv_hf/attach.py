@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,15 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from .attached import AttachedCache
 from .attention import NAME
 from .checks import check_forward, check_generate
 from .context import CONTEXT
 from .gates import Gate, gates_of_layers
 
-if TYPE_CHECKING:
-    from .cache import PiKVCache
-
 _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
-_LOCK = threading.RLock()
+# Held from looking a binding up to counting a cache in, and while one is counted out.
+LOCK = threading.RLock()
 _READABLE_MASKS = (eager_mask, sdpa_mask, flash_attention_mask)
 
 
@@ -47,12 +46,12 @@ def unwrap(model: Any) -> PreTrainedModel:
 
 
 def binding_of(model: PreTrainedModel) -> "Binding":
-    """The binding of `model`, made if it has none; a cache that uses it calls `acquire`."""
-    with _LOCK:
-        binding = _BINDINGS.get(model)
-        if binding is None:
-            binding = _BINDINGS[model] = Binding(model)
-        return binding
+    """The binding of `model`, made if it has none; a cache that uses it calls `acquire`, under the
+    same hold of `LOCK`."""
+    binding = _BINDINGS.get(model)
+    if binding is None or not binding.users:
+        binding = _BINDINGS[model] = Binding(model)
+    return binding
 
 
 class Binding:
@@ -74,20 +73,19 @@ class Binding:
 
     def acquire(self, *, labels: bool) -> None:
         """Count a cache in; the first one attaches, the first that needs labels hooks the gates."""
-        with _LOCK:
-            try:
-                if self.users == 0:
-                    self._attach()
-                if labels and not self._has_gate_hooks:
-                    self._hook_gates()
-            except BaseException:
-                if self.users == 0:
-                    self._restore()
-                raise
-            self.users += 1
+        try:
+            if self.users == 0:
+                self._attach()
+            if labels and not self._has_gate_hooks:
+                self._hook_gates()
+        except BaseException:
+            if self.users == 0:
+                self._restore()
+            raise
+        self.users += 1
 
     def release(self) -> None:
-        with _LOCK:
+        with LOCK:
             self.users -= 1
             if self.users == 0:
                 self._restore()
@@ -174,12 +172,10 @@ class CheckedGenerate:
         return MethodType(type(copied).generate, copied)
 
 
-def _cache_of(past_key_values: Any) -> "PiKVCache | None":
-    from .cache import PiKVCache
-
+def _cache_of(past_key_values: Any) -> AttachedCache | None:
     if isinstance(past_key_values, EncoderDecoderCache):
         past_key_values = past_key_values.self_attention_cache
-    return past_key_values if isinstance(past_key_values, PiKVCache) else None
+    return past_key_values if isinstance(past_key_values, AttachedCache) else None
 
 
 def _shadow(module: nn.Module) -> Callable[[], None]:

@@ -1,40 +1,23 @@
 """PiKVCache: the object that a user passes as `past_key_values`."""
 
-import copy
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
-from typing_extensions import Self
+from transformers import DynamicCache, PreTrainedConfig
 
-from .compressors import COMPRESSORS, Compressor, Identity
-from .context import CONTEXT
-from .layer import PagedLayer, Shared
-from .methods import resolve
-from .native import model_cache_class, reads_full_mask, release_prompt, with_native
-from .placement import PLACEMENTS, Local, Placement
-from .routers import ROUTERS, Router
-from .schedulers import SCHEDULERS, Scheduler
-from .settings import check_budget, check_count, default_window
+from .attached import AttachedCache
+from .compressors import Compressor, Identity
+from .layer import PagedLayer
+from .placement import Placement
+from .routers import Router
+from .schedulers import Scheduler
+from .settings import check_count, make_shared
 from .token_log import TokenLog
 
 
-def _checked(name: str) -> Callable[..., Any]:
-    """The method `name` of transformers' Cache, for the model that the cache is attached to."""
-
-    def method(self: "PiKVCache", *args: Any, **kwargs: Any) -> Any:
-        self._check_use()
-        return getattr(super(PiKVCache, self), name)(*args, **kwargs)
-
-    method.__name__ = name
-    return method
-
-
-class PiKVCache(Cache):
+class PiKVCache(AttachedCache):
     """A paged KV cache for Mixture-of-Experts models; pass it to the unchanged model.
 
     ```python
@@ -67,18 +50,6 @@ class PiKVCache(Cache):
         TypeError, ValueError: an argument is not what it must be; the model is left as it was.
     """
 
-    # Set where the model insists on a cache class of its own (MiniMax), which is then mixed in.
-    plain_class: "type[PiKVCache] | None" = None
-    native_class: type[DynamicCache] | None = None
-
-    def __new__(cls, model: Any = None, **kwargs: Any) -> Self:
-        native = None
-        if model is not None:
-            from .attach import unwrap
-
-            native = model_cache_class(unwrap(model))
-        return object.__new__(with_native(cls, native))
-
     def __init__(
         self,
         model: Any = None,
@@ -101,173 +72,21 @@ class PiKVCache(Cache):
             raise TypeError(
                 f"`config` is a {type(config).__name__}; it must be the PreTrainedConfig of a model."
             )
-        methods = {"scheduler": scheduler, "compressor": compressor, "router": router}
-        if config is not None:
-            needing = [name for name, method in methods.items() if method is not None]
-            if needing or budget is not None:
-                name = (needing or ["budget"])[0]
-                raise ValueError(
-                    f"`{name}` needs an attached cache: pass the model, `PiKVCache(model, ...)`, "
-                    "instead of its config."
-                )
-        scheduler = resolve("scheduler", scheduler, SCHEDULERS, Scheduler)
-        check_budget(budget, scheduler)
-        tokens = scheduler.budget(0) if scheduler is not None and budget is None else budget
-        self.shared = Shared(
-            compressor=resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity(),
-            scheduler=scheduler,
-            router=resolve("router", router, ROUTERS, Router),
-            placement=resolve("placement", placement, PLACEMENTS, Placement) or Local(),
-            page_size=check_count("page_size", page_size),
-            window=default_window(window, tokens, lossless=not any(methods.values())),
-            budget=budget,
+        self.shared = make_shared(
+            scheduler, budget, compressor, router, placement, page_size, window
         )
-        self.binding = None
+        if config is not None and not self.shared.is_lossless:
+            raise ValueError(
+                "`scheduler`, `budget`, `compressor` and `router` need an attached cache: pass the "
+                "model, `PiKVCache(model, ...)`, instead of its config."
+            )
         self.log = TokenLog()
-        self._finalizer: Any = None
         if config is not None:
             self._fill(config)
         else:
             self.attach(model)
 
-    # ---- attaching --------------------------------------------------------------------------
-
-    def attach(self, model: Any) -> "PiKVCache":
-        """Attach to `model`: a cache that was detached, loaded, or not yet attached. Returns self.
-
-        A cache that holds tokens must be attached to the model, or a copy of the model, that made
-        them.
-        """
-        from .attach import binding_of, unwrap
-
-        if self.binding is not None:
-            raise RuntimeError("this PiKVCache is attached already: call `cache.detach()` first.")
-        model = unwrap(model)
-        binding = binding_of(model)
-        if self.shared.router is not None and not binding.gate_of:
-            raise ValueError(
-                f"`router` is {self.shared.router}, which needs the gates of an MoE model; "
-                f"{type(model).__name__} declares none in `_can_record_outputs`."
-            )
-        if not hasattr(self, "layers"):
-            self._fill(model.config, binding)
-        elif type(model.config) is not type(self.config) or self._paged() != list(
-            binding.attention
-        ):
-            raise ValueError(
-                f"this PiKVCache was made for a model of {type(self.config).__name__} with paged "
-                f"layers {self._paged()}; it cannot be attached to {type(model).__name__}."
-            )
-        binding.acquire(labels=self.shared.router is not None)
-        self.binding, self.shared.attached = binding, True
-        self._finalizer = weakref.finalize(self, binding.release)
-        return self
-
-    def detach(self) -> None:
-        """Let go of the model, which is as it was before once its last cache has done so."""
-        if self._finalizer is not None:
-            self._finalizer()
-        self.binding, self.shared.attached, self._finalizer = None, False, None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.detach()
-
-    @property
-    def model(self) -> PreTrainedModel | None:
-        """The model that this cache is attached to."""
-        return None if self.binding is None else self.binding.model()
-
-    def _fill(self, config: PreTrainedConfig, binding: Any = None) -> None:
-        """Make the layers: transformers' own, with every plain full-attention layer paged."""
-        self.config = config
-        layers = DynamicCache(config=config).layers
-        for idx, modules in {} if binding is None else binding.attention.items():
-            layers[idx] = paged = PagedLayer(idx, self.shared)
-            paged.has_gate = idx in binding.gate_of
-            if hasattr(modules[0], "kv_b_proj"):
-                paged.expected_rank = getattr(modules[0], "kv_lora_rank", None)
-        self._has_paged = any(isinstance(layer, PagedLayer) for layer in layers)
-        self.shared.full_mask = any(reads_full_mask(layer) for layer in layers)
-        self._start(layers)
-
-    def _start(self, layers: list[Any]) -> None:
-        """Initialise the base classes, with these layers.
-
-        A model's own cache class expects layers to appear as they are first written.
-        """
-        self._unwritten: list[Any] = []
-        if self.native_class is not None:
-            self.native_class.__init__(self)
-            layers, self._unwritten = [], layers
-        Cache.__init__(self, layers=layers)
-
-    def _paged(self) -> list[int]:
-        layers = self.layers + self._unwritten
-        return [idx for idx, layer in enumerate(layers) if isinstance(layer, PagedLayer)]
-
-    @property
-    def rows(self) -> int | None:
-        """Batch rows that the cache holds, as far as its paged layers tell."""
-        tails = (layer.tail for layer in self.layers if isinstance(layer, PagedLayer))
-        return next((tail.batch for tail in tails if tail is not None), None)
-
     # ---- the Cache interface ----------------------------------------------------------------
-
-    @torch.compiler.disable
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append the new states of one layer; returns what its attention function expects."""
-        self._check_use()
-        while len(self.layers) <= layer_idx and self._unwritten:
-            self.layers.append(self._unwritten.pop(0))
-        layer = self.layers[layer_idx]
-        states = layer.update(key_states, value_states, *args, **kwargs)
-        if not isinstance(layer, PagedLayer):
-            release_prompt(layer)
-        return states
-
-    get_conv_state = _checked("get_conv_state")  # whose result a model may write to
-    get_recurrent_state = _checked("get_recurrent_state")
-    update_conv_state = _checked("update_conv_state")
-    update_recurrent_state = _checked("update_recurrent_state")
-    update_indexer = _checked("update_indexer")
-
-    def _check_use(self) -> None:
-        """Refuse, before anything is written, a model that this cache is not attached to."""
-        if not self._has_paged:
-            return
-        if not self.shared.attached:
-            raise RuntimeError(
-                "this PiKVCache is not attached to a model: call `cache.attach(model)` first."
-            )
-        if CONTEXT.cache is not self:
-            raise ValueError(
-                "this PiKVCache was given to a model that it is not attached to: make one for "
-                "this model with `PiKVCache(model)`."
-            )
-
-    def end_forward(self, ids: Tensor | None) -> None:
-        """A forward pass of the token `ids` has ended: was every attention and gate heard?"""
-        self.shared.memo.clear()
-        for layer in self.layers:
-            if isinstance(layer, PagedLayer) and layer.awaits is not None:
-                raise RuntimeError(
-                    f"layer {layer.layer_idx}: PiKVCache did not see the {layer.awaits} of this "
-                    "forward pass. If a kernel or quantized module replaced the model's own "
-                    "(`use_kernels=True`, MXFP4), load the model without it or use router=None."
-                )
-        self.log.append(ids)
-
-    def label(self, layer_idx: int, experts: Tensor, weights: Tensor) -> None:
-        """Label the newest tokens of a layer: `experts` and `weights` [B * q, k]."""
-        layer = self.layers[layer_idx]
-        if isinstance(layer, PagedLayer) and layer.awaits == "experts":
-            shape = (layer.tail.batch, -1, experts.shape[-1])
-            layer.label(experts.view(shape), weights.detach().view(shape))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens.
@@ -354,29 +173,3 @@ class PiKVCache(Cache):
             f"PiKVCache({model}{set_ones}, page_size={shared.page_size}, window={shared.window}, "
             f"layers={len(self.layers)}, paged={paged}, seq_length={self.get_seq_length()})"
         )
-
-    # ---- copies -----------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self), binding=None, _finalizer=None)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A loaded cache holds its tokens and waits for `attach`."""
-        vars(self).update(state)
-        self.shared.attached = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        plain = self.plain_class or type(self)
-        return _unattached, (plain, self.native_class), self.__getstate__()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":
-        new = object.__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if self.model is not None:
-            new.attach(self.model)
-        return new
-
-
-def _unattached(plain: type[PiKVCache], native: type[DynamicCache] | None) -> PiKVCache:
-    return object.__new__(with_native(plain, native))

@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .cache import PiKVCache
+    from .attached import AttachedCache
 
 _CONTINUE = (
     "to continue it pass the full token ids (cached ones included), or only the new ids with an "
@@ -19,7 +19,7 @@ _CONTINUE = (
 
 
 def check_generate(
-    cache: "PiKVCache", model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+    cache: "AttachedCache", model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Refuse a call of `generate` that would ignore the cache or misread what it holds."""
     check_owner(cache, model)
@@ -43,7 +43,9 @@ def check_generate(
         _check_continuation(cache, ids, kwargs.get("attention_mask"), seen)
 
 
-def _check_continuation(cache: "PiKVCache", ids: Tensor, mask: Tensor | None, seen: int) -> None:
+def _check_continuation(
+    cache: "AttachedCache", ids: Tensor, mask: Tensor | None, seen: int
+) -> None:
     length = ids.shape[1]
     if mask is not None and mask.shape[1] != length:
         if mask.shape[1] != seen + length:
@@ -62,7 +64,7 @@ def _check_continuation(cache: "PiKVCache", ids: Tensor, mask: Tensor | None, se
         )
 
 
-def check_forward(cache: "PiKVCache", model: "PreTrainedModel", kwargs: dict[str, Any]) -> None:
+def check_forward(cache: "AttachedCache", model: "PreTrainedModel", kwargs: dict[str, Any]) -> None:
     """Refuse a forward pass of the decoder whose inputs do not continue what the cache holds."""
     check_owner(cache, model)
     if kwargs.get("use_cache") is False:
@@ -108,7 +110,7 @@ def _check_positions(positions: Tensor, mask: Any, seen: int) -> None:
         )
 
 
-def check_owner(cache: "PiKVCache", model: "PreTrainedModel") -> None:
+def check_owner(cache: "AttachedCache", model: "PreTrainedModel") -> None:
     """Refuse a cache that is attached to another model, or to none."""
     owner = cache.model
     if cache.binding is not None and owner is not model:

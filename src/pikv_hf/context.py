@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .cache import PiKVCache
+    from .attached import AttachedCache
     from .layer import PagedLayer
 
 
 class _Context(threading.local):
-    cache: "PiKVCache | None" = None
+    cache: "AttachedCache | None" = None
     ids: Tensor | None = None
     layer: "PagedLayer | None" = None
 

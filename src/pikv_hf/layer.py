@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 from .context import CONTEXT
 from .pages import PageTable
 from .schedulers import Tokens
-from .shared import Shared, visible_columns
+from .shared import Shared, rows_by_visibility
 from .span import Span
 from .tail import Tail
 
@@ -156,10 +156,7 @@ class PagedLayer(DynamicLayer):
         if len(span) <= budget:
             return span
         positions = span["positions"].expand(*span["keys"].shape[:3])
-        scores = self.shared.scheduler.scores(Tokens(positions, self.seen))
-        # Of equal scores the later token stays: a stable sort, from the newest to the oldest.
-        order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :budget]
-        return span.gather((len(span) - 1 - order).sort(dim=-1).values)
+        return span.gather(self.shared.scheduler.keep(Tokens(positions, self.seen), budget))
 
     def _groups(self, count: int) -> list[tuple[list[int], Tensor | None]]:
         """Batch rows whose first `count` tail columns are alike: (rows, visible columns or None).
@@ -169,7 +166,9 @@ class PagedLayer(DynamicLayer):
         batch = self.tail.batch
         length = self.tail.length
         groups = self.shared.remember(
-            "groups", (self._mask, length, count, batch), lambda: self._visible_groups(count)
+            "groups",
+            (self._mask, length, count, batch),
+            lambda: rows_by_visibility(self._mask, length, count, batch),
         )
         if self.shared.scheduler is None or not self.pages.slabs:
             return groups
@@ -178,21 +177,6 @@ class PagedLayer(DynamicLayer):
             for row in rows:
                 split.setdefault((number, self.pages.signature(row)), []).append(row)
         return [(rows, groups[number][1]) for (number, _), rows in split.items()]
-
-    def _visible_groups(self, count: int) -> list[tuple[list[int], Tensor | None]]:
-        batch = self.tail.batch
-        visible = visible_columns(self._mask, self.tail.length)
-        if visible is None:
-            return [(list(range(batch)), None)]
-        rows = visible[:, :count].expand(batch, -1).cpu()
-        groups: dict[tuple[bool, ...], list[int]] = {}
-        for row, pattern in enumerate(rows.tolist()):
-            groups.setdefault(tuple(pattern), []).append(row)
-        return [
-            (members, None if all(pattern) else torch.tensor(pattern).nonzero().flatten())
-            for pattern, members in groups.items()
-            if any(pattern)
-        ]
 
     # ---- the Cache interface ----------------------------------------------------------------
 

@@ -1,8 +1,13 @@
-"""Checks of the numbers that a user sets."""
+"""From a user's arguments to the settings of a cache; what is wrong with them is said here."""
 
 from typing import Any
 
-from .schedulers import Scheduler
+from .compressors import COMPRESSORS, Compressor, Identity
+from .methods import resolve
+from .placement import PLACEMENTS, Local, Placement
+from .routers import ROUTERS, Router
+from .schedulers import SCHEDULERS, Scheduler
+from .shared import Shared
 
 DEFAULT_WINDOW = 128
 LOSSLESS_WINDOW = 512
@@ -44,3 +49,31 @@ def default_window(window: int | None, budget: int | float | None, lossless: boo
             "smaller."
         )
     return window
+
+
+def make_shared(
+    scheduler: str | Scheduler | None,
+    budget: int | float | None,
+    compressor: str | Compressor | None,
+    router: str | Router | None,
+    placement: str | Placement | None,
+    page_size: int,
+    window: int | None,
+) -> Shared:
+    """The arguments of `PiKVCache`, checked and with names resolved."""
+    scheduler = resolve("scheduler", scheduler, SCHEDULERS, Scheduler)
+    compressor = resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity()
+    router = resolve("router", router, ROUTERS, Router)
+    check_budget(budget, scheduler)
+    tokens = scheduler.budget(0) if scheduler is not None and budget is None else budget
+    shared = Shared(
+        compressor=compressor,
+        scheduler=scheduler,
+        router=router,
+        placement=resolve("placement", placement, PLACEMENTS, Placement) or Local(),
+        page_size=check_count("page_size", page_size),
+        window=0,
+        budget=budget,
+    )
+    shared.window = default_window(window, tokens, shared.is_lossless)
+    return shared

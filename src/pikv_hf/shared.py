@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compressors import Compressor
+from .compressors import Compressor, Identity
 from .placement import Placement
 from .routers import Router
 from .schedulers import Scheduler
@@ -42,6 +42,12 @@ class Shared:
         self.memo[name] = (key, value)
         return value
 
+    @property
+    def is_lossless(self) -> bool:
+        """Whether there is no method at all: everything is kept as it is and read."""
+        methods = (self.scheduler, self.router)
+        return self.compressor == Identity() and all(method is None for method in methods)
+
     def budget_of(self, seen: int) -> int:
         """Tokens per row and KV head to hold after `seen`."""
         assert self.scheduler is not None
@@ -61,3 +67,24 @@ def visible_columns(mask: Tensor | None, length: int) -> Tensor | None:
     if last.is_floating_point():
         return last > torch.finfo(last.dtype).min / 2
     return last.bool()
+
+
+def rows_by_visibility(
+    mask: Tensor | None, length: int, count: int, batch: int
+) -> list[tuple[list[int], Tensor | None]]:
+    """Batch rows that see the same of the oldest `count` of the last `length` columns.
+
+    Each group: its rows, and the columns they see (None = all). A column that the newest query may
+    not see is padding. Rows that see nothing are left out.
+    """
+    visible = visible_columns(mask, length)
+    if visible is None:
+        return [(list(range(batch)), None)]
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for row, pattern in enumerate(visible[:, :count].expand(batch, -1).tolist()):
+        groups.setdefault(tuple(pattern), []).append(row)
+    return [
+        (rows, None if all(pattern) else torch.tensor(pattern).nonzero().flatten())
+        for pattern, rows in groups.items()
+        if any(pattern)
+    ]

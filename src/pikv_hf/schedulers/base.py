@@ -31,3 +31,10 @@ class Scheduler(ABC):
     @abstractmethod
     def scores(self, tokens: Tokens) -> Tensor:
         """[R, H, T] float; the highest stay, of equal ones the later. Changes nothing."""
+
+    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+        """Indices [R, H, budget] of the tokens that stay, ascending; changes nothing."""
+        scores = self.scores(tokens)
+        # Of equal scores the later token stays: a stable sort, from the newest to the oldest.
+        newest_first = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
+        return (scores.shape[-1] - 1 - newest_first[..., :budget]).sort(dim=-1).values
