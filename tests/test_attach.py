@@ -120,6 +120,28 @@ def test_caches_share_one_binding(order) -> None:
     assert fingerprint(model) == before
 
 
+def test_the_last_cache_goes_while_another_comes(monkeypatch) -> None:
+    """As a thread, or the garbage collector, may have it: in the middle of a construction."""
+    model = build("mixtral")
+    before = fingerprint(model)
+    inputs = prompt(model, PADDED)
+    expected = generate(model, inputs, dynamic(model))
+    old, fill = PiKVCache(model, **SMALL), PiKVCache._fill
+
+    def interrupted(*args):
+        old.detach()
+        return fill(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PiKVCache, "_fill", interrupted)
+        first = PiKVCache(model, **SMALL)
+    second = PiKVCache(model, **SMALL)
+    second.detach()
+    assert_same(generate(model, inputs, first), expected)
+    first.detach()
+    assert fingerprint(model) == before
+
+
 def test_collected_with_its_model() -> None:
     """A cache does not keep its model alive, nor the binding the cache."""
     model = build("mixtral")

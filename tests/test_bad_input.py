@@ -5,7 +5,6 @@ import types
 import pytest
 import torch
 from helpers import (
-    FAMILIES,
     PADDED,
     SMALL,
     assert_close,
@@ -22,7 +21,7 @@ from zoo import build, prompt
 from pikv_hf import COMPRESSORS, PLACEMENTS, ROUTERS, SCHEDULERS, PiKVCache
 from pikv_hf.schedulers import StreamingLLM
 
-families = pytest.mark.parametrize("name", FAMILIES)
+families = pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_next"])
 
 
 # ---- a used cache, passed in a way that transformers turns into wrong tokens ------------------

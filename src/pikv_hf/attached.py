@@ -142,8 +142,8 @@ class AttachedCache(Cache):
     @property
     def rows(self) -> int | None:
         """Batch rows that the cache holds, as far as its paged layers tell."""
-        tails = (layer.tail for layer in self.layers if isinstance(layer, PagedLayer))
-        return next((tail.batch for tail in tails if tail is not None), None)
+        paged = (layer for layer in self.layers if isinstance(layer, PagedLayer))
+        return next((layer.tail.batch for layer in paged if layer.is_initialized), None)
 
     @torch.compiler.disable
     def update(

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .context import CONTEXT
 from .pages import PageTable
-from .schedulers import Tokens
+from .schedulers import Scheduler, Tokens
 from .shared import Shared, rows_by_visibility
 from .span import Span
 from .tail import Tail
@@ -27,7 +27,7 @@ class PagedLayer(DynamicLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.shared = shared
-        self.tail: Tail | None = None
+        self._tail: Tail | None = None
         self.pages = PageTable(shared.compressor, shared.page_size)
         self.seen = 0
         self.unpaged: str | None = None
@@ -41,6 +41,12 @@ class PagedLayer(DynamicLayer):
         self._geometry: tuple[Any, ...] = ()
         self.record_past = False
 
+    @property
+    def tail(self) -> Tail:
+        """The open tokens, once the layer has been written to (`is_initialized`)."""
+        assert self._tail is not None, "nothing has been cached yet"
+        return self._tail
+
     # ---- the model's side -------------------------------------------------------------------
 
     def update(
@@ -52,14 +58,14 @@ class PagedLayer(DynamicLayer):
         unpaged layer. Stored tensors carry no gradient.
         """
         self._check(key_states, value_states)
-        if not self.is_initialized:
+        if self.seen == 0:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._stored(key_states, value_states)
         if keys.requires_grad or values.requires_grad:
             keys, values = keys.detach(), values.detach()
         self.is_first = self.seen == 0
         if self.is_first:
-            self.tail = Tail(keys, values)
+            self._tail = Tail(keys, values)
         else:
             self.tail.append(keys, values, self._capacity)
         self.seen += key_states.shape[2]
@@ -73,6 +79,7 @@ class PagedLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, self.shared.placement.pool_of(key_states)
         is_latent = key_states.shape[1] == 1 and key_states.shape[3] == self.expected_rank
         self.latent_rank = self.expected_rank if is_latent else None
+        self._tail = Tail(*self._stored(key_states[:, :, :0], value_states[:, :, :0]))
         self.is_initialized = True
 
     def _stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +96,7 @@ class PagedLayer(DynamicLayer):
                 "was attached, or was interrupted (then call `cache.reset()`)."
             )
         got = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.shape[0])
-        if self.tail is None:
+        if self.seen == 0:
             self._geometry = got[:4]
         elif got != (*self._geometry, self.tail.batch):
             raise ValueError(
@@ -144,10 +151,10 @@ class PagedLayer(DynamicLayer):
             if columns is not None:
                 span = span.tokens(columns)
             if self.shared.scheduler is not None:
-                span = self._kept(rows, span)
+                span = self._kept(rows, span, self.shared.scheduler)
             self.pages.append(span, rows, self.tail.batch)
 
-    def _kept(self, rows: list[int], new: Span) -> Span:
+    def _kept(self, rows: list[int], new: Span, scheduler: Scheduler) -> Span:
         """Of the sealed tokens of `rows` and the `new` ones, those that the scheduler keeps."""
         sealed = self.pages.take(rows)
         span = new if sealed is None else sealed.then(new)
@@ -156,7 +163,7 @@ class PagedLayer(DynamicLayer):
         if len(span) <= budget:
             return span
         positions = span["positions"].expand(*span["keys"].shape[:3])
-        return span.gather(self.shared.scheduler.keep(Tokens(positions, self.seen), budget))
+        return span.gather(scheduler.keep(Tokens(positions, self.seen), budget))
 
     def _groups(self, count: int) -> list[tuple[list[int], Tensor | None]]:
         """Batch rows whose first `count` tail columns are alike: (rows, visible columns or None).
@@ -188,7 +195,7 @@ class PagedLayer(DynamicLayer):
         """Length and offset of the mask's columns: the tail and the new tokens."""
         if self.shared.full_mask:
             return self.seen + query_length, 0
-        tail = self.tail.length if self.tail is not None else 0
+        tail = self._tail.length if self._tail is not None else 0
         return tail + query_length, self.seen - tail
 
     def activate_past_recording(self) -> None:
@@ -227,7 +234,7 @@ class PagedLayer(DynamicLayer):
             raise ValueError(
                 f"`tokens_to_remove` is {tokens_to_remove}, but the cache has seen {self.seen} tokens."
             )
-        tail = self.tail.length if self.tail is not None else 0
+        tail = self._tail.length if self._tail is not None else 0
         if -tokens_to_remove > tail and self.shared.scheduler is not None:
             raise ValueError(
                 f"`tokens_to_remove` is {tokens_to_remove}, but only the newest {tail} tokens can be "
@@ -236,7 +243,7 @@ class PagedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens; the layer can be used for another batch, dtype or device."""
-        self.tail, self.seen, self.is_first = None, 0, False
+        self._tail, self.seen, self.is_first = None, 0, False
         self.pages = PageTable(self.shared.compressor, self.shared.page_size)
         self.record_past, self.awaits, self._mask = False, None, None
         self.is_initialized = False
@@ -262,7 +269,7 @@ class PagedLayer(DynamicLayer):
 
     def held_tokens(self) -> int:
         """Tokens of the fullest row and KV head."""
-        if self.tail is None:
+        if self._tail is None:
             return 0
         per_row = [0] * self.tail.batch
         for slab in self.pages.slabs:
@@ -272,7 +279,7 @@ class PagedLayer(DynamicLayer):
 
     def states(self) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values [B, H, T, D] as `update` was given them, zero at padding: a copy."""
-        if self.tail is None:
+        if self._tail is None:
             return None, None
         if self.shared.scheduler is not None:
             raise RuntimeError("keys and values of a cache that drops tokens cannot be listed.")
@@ -288,11 +295,12 @@ class PagedLayer(DynamicLayer):
                 states[rows[:, None], :, columns[None]] = span[name].transpose(1, 2)
             full.append(states)
         if self.latent_rank is not None:
-            return full[0].tensor_split([self.latent_rank], dim=-1)
+            rank = self.latent_rank
+            return full[0][..., :rank], full[0][..., rank:]
         return full[0], full[1]
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything this layer holds."""
-        if self.tail is not None:
+        if self._tail is not None:
             yield from self.tail.tensors()
         yield from self.pages.tensors()

@@ -105,11 +105,11 @@ def _layer_report(idx: int, layer: Any) -> LayerReport:
         why = "transformers' own layer"
         return LayerReport(idx, type(layer).__name__, False, why, 0, held, nbytes)
     if layer.unpaged is not None:
-        held = layer.tail.length if layer.tail is not None else 0
+        held = layer.tail.length if layer.is_initialized else 0
         return LayerReport(idx, "full attention", False, layer.unpaged, 0, held, nbytes)
     kind = "full attention" if layer.latent_rank is None else "latent attention"
     pages = sum(slab.pages * len(set(slab.stored)) for slab in layer.pages.slabs)
-    heads = layer.tail.keys.shape[1] if layer.tail is not None else 0
+    heads = layer.tail.keys.shape[1] if layer.is_initialized else 0
     return LayerReport(idx, kind, True, None, pages * heads, layer.held_tokens(), nbytes)
 
 
@@ -121,7 +121,7 @@ def _layer_tensors(layer: Any) -> Iterator[Tensor]:
 
 
 def _full_nbytes(layer: PagedLayer) -> int:
-    if layer.tail is None:
+    if not layer.is_initialized:
         return 0
     keys, values = layer.tail.keys, layer.tail.values
     per_token = (keys.shape[3] + values.shape[3]) * keys.element_size()
