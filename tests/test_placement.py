@@ -1,5 +1,10 @@
 """Pages live where accelerate runs their layer, wherever the weights are."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
@@ -74,3 +79,21 @@ def test_methods_on_an_offloaded_model(name, method, tmp_path) -> None:
     model = disk_offload(model, tmp_path, torch.device("cpu"))
     assert is_offloaded(model)
     assert_same(generate_with(model, inputs, PiKVCache(model, **options)), expected)
+
+
+@pytest.mark.parametrize(
+    "name, method",
+    [("mixtral", "default"), ("deepseek_v3", "int8"), ("gpt_oss", "streaming")],
+)
+def test_several_devices(name, method) -> None:
+    """The model spread over two logical devices, in a process that may register them."""
+    script = Path(__file__).with_name("on_fakegpu.py")
+    done = subprocess.run(
+        [sys.executable, script, name, method],
+        env=os.environ | {"PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

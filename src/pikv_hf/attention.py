@@ -96,17 +96,17 @@ def _attend_slab(
     selected = _selected_pages(layer, slab, query)
     if selected is not None:
         mine = query.index_select(0, slab.index("readers", query.device))
-        for keys, values in slab.read_selected(compressor, selected):
-            yield _spread(*_partial(mine, keys, values, None, scale), slab, batch)
+        for fields, tokens in slab.selected_blocks(compressor, selected):
+            yield _spread(*compressor.attend(mine, fields, tokens, scale), slab, batch)
     elif slab.is_read_by_all(batch) and slab.is_in_order():
-        for keys, values in slab.read(compressor):
-            yield _partial(query, keys, values, None, scale)
+        for fields, tokens in slab.blocks(compressor):
+            yield compressor.attend(query, fields, tokens, scale)
     else:
         # Rows that share a stored row (beams, forks) ask together: it is read once, in place.
         asked = query.index_select(0, slab.index("asked", query.device))
         asked = asked.unflatten(0, (slab.rows, -1)).transpose(1, 2)
-        for keys, values in slab.read(compressor):
-            both = _partial(asked.flatten(2, 3), keys, values, None, scale)
+        for fields, tokens in slab.blocks(compressor):
+            both = compressor.attend(asked.flatten(2, 3), fields, tokens, scale)
             each = (t.unflatten(2, asked.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)
             mine = (t.index_select(0, slab.index("places", t.device)) for t in each)
             yield _spread(*mine, slab, batch)

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compressors import Compressor
+from .compressors import Compressor, flat_tokens
 from .span import Span
 
 # A slab that grows page by page is made for 1/16 of the pages held: few slabs, little unused room.
 GROWTH = 16
 MIN_GROWTH, MAX_GROWTH = 4, 32
+
+# Encoded pages [R, H, s, ...] and how many of their tokens are valid.
+Block = tuple[dict[str, Tensor], int]
 
 
 def own(tensor: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ class Slab:
     readers: list[int]
     stored: list[int]
     _index: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    _in_place: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _whole: Block | None = field(default=None, repr=False)
 
     @property
     def rows(self) -> int:
@@ -80,7 +83,7 @@ class Slab:
 
     def changed(self) -> None:
         """Forget what was derived from the rows or the length."""
-        self._index, self._in_place = {}, None
+        self._index, self._whole = {}, None
 
     def index(self, name: str, device: torch.device) -> Tensor:
         """An index tensor, made once: `readers`; `stored`; or, to read each stored row once,
@@ -124,36 +127,27 @@ class Slab:
         self.stored = [used.index(row) for row in self.stored]
         self.changed()
 
-    def read(self, compressor: Compressor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys [R, H, t, Dk] and values of the stored rows, block by block; in place if possible."""
-        if self._in_place is not None:
-            yield self._in_place
+    def blocks(self, compressor: Compressor) -> Iterator[Block]:
+        """The pages of the stored rows, as many at a time as the compressor decodes: views."""
+        if self._whole is not None:
+            yield self._whole
             return
         step = self._pages_per_block(compressor)
         for start in range(0, self.pages, step):
             stop = min(start + step, self.pages)
-            block = {name: tensor[:, :, start:stop] for name, tensor in self.fields.items()}
-            keys, values = compressor.decode(block)
-            tokens = min(stop * self.page_size, self.length) - start * self.page_size
-            states = _flat(keys, tokens), _flat(values, tokens)
-            if compressor.block_tokens is None:
-                self._in_place = states  # views: made once, not at every step
-            yield states
+            fields = {name: tensor[:, :, start:stop] for name, tensor in self.fields.items()}
+            block = fields, min(stop * self.page_size, self.length) - start * self.page_size
+            if step >= self.pages:
+                self._whole = block  # made once, not at every step
+            yield block
 
-    def read_selected(
-        self, compressor: Compressor, pages: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys [len(readers), H, t, Dk] and values of `pages` [len(readers), H, K], all full ones."""
+    def selected_blocks(self, compressor: Compressor, pages: Tensor) -> Iterator[Block]:
+        """Copies of the pages `pages` [len(readers), H, K], all full ones, for each reader."""
         step = self._pages_per_block(compressor)
-        fields = {
-            name: tensor.index_select(0, self.index("stored", tensor.device))
-            for name, tensor in self.fields.items()
-        }
+        rows = Span(self.fields).rows(self.index("stored", pages.device))
         for start in range(0, pages.shape[2], step):
             chosen = pages[:, :, start : start + step]
-            keys, values = compressor.decode(Span(fields).gather(chosen).tensors)
-            tokens = chosen.shape[2] * self.page_size
-            yield _flat(keys, tokens), _flat(values, tokens)
+            yield rows.gather(chosen).tensors, chosen.shape[2] * self.page_size
 
     def _pages_per_block(self, compressor: Compressor) -> int:
         if compressor.block_tokens is None:
@@ -163,19 +157,20 @@ class Slab:
     def span(self, compressor: Compressor, rows: list[int]) -> Span:
         """All tokens of the given batch rows, decoded."""
         stored = torch.tensor([self.stored[self.readers.index(row)] for row in rows])
-        keys, values = zip(*self.read(compressor), strict=True)
-        states = Span({"keys": torch.cat(keys, dim=2), "values": torch.cat(values, dim=2)})
+        decoded = [
+            (compressor.decode(fields), tokens) for fields, tokens in self.blocks(compressor)
+        ]
+        keys, values = (
+            torch.cat([flat_tokens(states[i], tokens) for states, tokens in decoded], dim=2)
+            for i in range(2)
+        )
+        states = Span({"keys": keys, "values": values})
         return states.joined(self.meta.narrow(0, self.length)).rows(stored)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.fields.values()
         yield from self.meta.tensors.values()
         yield from self._index.values()
-
-
-def _flat(pages: Tensor, tokens: int) -> Tensor:
-    """[R, H, s, P, D] as [R, H, tokens, D]: a view."""
-    return pages.flatten(2, 3).narrow(2, 0, tokens)
 
 
 class PageTable:

@@ -1,8 +1,9 @@
-"""How a sealed page is stored."""
+"""How a sealed page is stored, and how attention reads it."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from pikv_kernels import partial_attention
 from torch import Tensor
 
 
@@ -27,6 +28,22 @@ class Compressor(ABC):
         `fields` are what `encode` returned, with any leading dims in the place of N.
         """
 
+    def attend(
+        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Partial attention of `query` [R, H, Q, Dk] over the first `tokens` of pages [R, H, s, ...].
+
+        Returns `[R, H, Q, Dv]` and the log-sum-exp `[R, H, Q]`. Keys without values (Dv = 0) are
+        latents, their own values. To be overridden where the encoding can be read directly.
+        """
+        keys, values = (flat_tokens(pages, tokens) for pages in self.decode(fields))
+        return partial_attention(query, keys, values if values.shape[-1] else keys, None, scale)
+
     @abstractmethod
     def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
         """Bytes that a token of one KV head takes; `element_size` is that of the model's dtype."""
+
+
+def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
+    """[R, H, s, P, D] as [R, H, tokens, D]: a view."""
+    return pages.flatten(2, 3).narrow(2, 0, tokens)

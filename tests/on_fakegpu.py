@@ -1,0 +1,72 @@
+"""Run by test_placement.py in a process of its own: a model spread over logical devices."""
+
+import sys
+
+import fakegpu  # first: before any model is built
+import torch
+from accelerate import dispatch_model
+from helpers import PADDED, SMALL, assert_sealed_in_prefill_and_decode, dynamic, paged
+from zoo import build, prompt
+
+from pikv_hf import PiKVCache
+
+
+def device_map(model, first, second):
+    """The first half of the layers, and everything that is no layer, on `first`."""
+    layers = len(model.model.layers)
+    places = {f"model.layers.{i}": first if i < layers // 2 else second for i in range(layers)}
+    places |= {f"model.{n}": first for n, _ in model.model.named_children() if n != "layers"}
+    return places | {n: first for n, _ in model.named_children() if n != "model"}
+
+
+def tokens(model, inputs, cache, **options):
+    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=14, **options)
+    return out.cpu()
+
+
+def main(name: str, method: str) -> None:
+    torch.set_num_threads(1)
+    methods = {
+        "default": {},
+        "int8": {"compressor": "int8"},
+        "streaming": {"scheduler": "streaming_llm", "budget": 14},
+    }[method]
+    model = build(name)
+    model.set_experts_implementation("eager")
+    inputs = prompt(model, PADDED)
+    options = {**methods, **SMALL, "router": "all"}
+    expected = [
+        tokens(model, inputs, PiKVCache(model, **options), num_beams=beams) for beams in (1, 2)
+    ]
+    if method == "default":
+        assert torch.equal(expected[0], tokens(model, inputs, dynamic(model)))
+    places = device_map(model, "fakegpu:0", "fakegpu:1")
+    model = dispatch_model(model, places, main_device="fakegpu:0", force_hooks=True)
+    inputs = {key: value.to("fakegpu:0") for key, value in inputs.items()}
+    for beams, reference in zip((1, 2), expected, strict=True):
+        cache = PiKVCache(model, **options)
+        assert torch.equal(tokens(model, inputs, cache, num_beams=beams), reference)
+        for layer in paged(cache):
+            place = torch.device(places[f"model.layers.{layer.layer_idx}"])
+            assert layer.pages.slabs
+            held = [t for slab in layer.pages.slabs for t in slab.fields.values()]
+            assert all(t.device == place for t in [layer.tail.keys, layer.tail.values, *held])
+            assert layer.device == place
+        if method == "default":
+            assert_sealed_in_prefill_and_decode(cache, max(PADDED))
+    check_traffic(model, options)
+
+
+def check_traffic(model, options) -> None:
+    """In a decode step only hidden states cross between the devices, never keys or pages."""
+    cache = PiKVCache(model, **options)
+    ids = prompt(model, (60,))["input_ids"].to("fakegpu:0")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        fakegpu.reset()
+        model(ids[:, :1], past_key_values=cache)
+    moved = fakegpu.bytes_moved("fakegpu:0", "fakegpu:1")
+    assert 0 < moved < 4096, f"{moved} bytes moved to the second device in one step"
+
+
+main(*sys.argv[1:])
