@@ -117,9 +117,12 @@ def _selected_pages(layer: PagedLayer, slab: Slab, query: Tensor) -> Tensor | No
     router = layer.shared.router
     if router is None or slab.length % slab.page_size:
         return None
-    meta = slab.meta.narrow(0, slab.length).rows(slab.index("stored", query.device))
-    readers = slab.index("readers", query.device)
-    return router.select(query.index_select(0, readers), meta, slab.pages)
+    meta = slab.meta.narrow(0, slab.length)
+    if not slab.is_in_order():
+        meta = meta.rows(slab.index("stored", query.device))
+    if not slab.is_read_by_all(query.shape[0]):
+        query = query.index_select(0, slab.index("readers", query.device))
+    return router.select(query, meta, slab.pages)
 
 
 def _attend_tail(

@@ -44,7 +44,7 @@ class PiKVCache(AttachedCache):
         placement: where pages live: a name of `PLACEMENTS` or a `Placement`.
         page_size: tokens of a page.
         window: newest tokens that are never sealed (nor compressed or dropped); None = 128, at most
-            half of a budget given in tokens, and 512 without any method.
+            half of a budget given in tokens, and 512 where nothing is compressed or dropped.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the model is left as it was.
@@ -75,7 +75,7 @@ class PiKVCache(AttachedCache):
         self.shared = make_shared(
             scheduler, budget, compressor, router, placement, page_size, window
         )
-        if config is not None and not self.shared.is_lossless:
+        if config is not None and (self.shared.saves_memory or self.shared.router is not None):
             raise ValueError(
                 "`scheduler`, `budget`, `compressor` and `router` need an attached cache: pass the "
                 "model, `PiKVCache(model, ...)`, instead of its config."

@@ -34,13 +34,13 @@ def check_budget(budget: Any, scheduler: Scheduler | None) -> None:
         )
 
 
-def default_window(window: int | None, budget: int | float | None, lossless: bool) -> int:
+def default_window(window: int | None, budget: int | float | None, saves_memory: bool) -> int:
     """The newest tokens that stay open; they must fit into a budget given in tokens.
 
     Where pages save no memory, a longer tail is read in one piece and sealed less often.
     """
     if window is None:
-        default = LOSSLESS_WINDOW if lossless else DEFAULT_WINDOW
+        default = DEFAULT_WINDOW if saves_memory else LOSSLESS_WINDOW
         return default if not isinstance(budget, int) else min(default, max(budget // 2, 1))
     check_count("window", window)
     if isinstance(budget, int) and window >= budget:
@@ -75,5 +75,5 @@ def make_shared(
         window=0,
         budget=budget,
     )
-    shared.window = default_window(window, tokens, shared.is_lossless)
+    shared.window = default_window(window, tokens, shared.saves_memory)
     return shared

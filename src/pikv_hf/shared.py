@@ -43,10 +43,9 @@ class Shared:
         return value
 
     @property
-    def is_lossless(self) -> bool:
-        """Whether there is no method at all: everything is kept as it is and read."""
-        methods = (self.scheduler, self.router)
-        return self.compressor == Identity() and all(method is None for method in methods)
+    def saves_memory(self) -> bool:
+        """Whether sealing makes tokens smaller or fewer."""
+        return self.scheduler is not None or self.compressor != Identity()
 
     def budget_of(self, seen: int) -> int:
         """Tokens per row and KV head to hold after `seen`."""
