@@ -398,7 +398,6 @@ def test_neither_model_nor_config() -> None:
         {"scheduler": "streaming_llm"},
         {"compressor": "int8"},
         {"router": "all"},
-        {"budget": 0.5},
     ],
     ids=str,
 )

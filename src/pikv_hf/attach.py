@@ -48,10 +48,7 @@ def unwrap(model: Any) -> PreTrainedModel:
 def binding_of(model: PreTrainedModel) -> "Binding":
     """The binding of `model`, made if it has none; a cache that uses it calls `acquire`, under the
     same hold of `LOCK`."""
-    binding = _BINDINGS.get(model)
-    if binding is None or not binding.users:
-        binding = _BINDINGS[model] = Binding(model)
-    return binding
+    return _BINDINGS.get(model) or Binding(model)
 
 
 class Binding:
@@ -61,7 +58,7 @@ class Binding:
         self.model = weakref.ref(model)
         self.attention = attention_modules(model)
         paged = [module for modules in self.attention.values() for module in modules]
-        decoder = _innermost(model, paged) if paged else model.get_decoder()
+        decoder: Any = _innermost(model, paged) if paged else model.get_decoder()
         self.decoder = weakref.ref(decoder)
         self.gate_of = gates_of_layers(decoder, self.attention)
         self.users = 0
@@ -99,11 +96,12 @@ class Binding:
             _BINDINGS.pop(model, None)
 
     def _attach(self) -> None:
-        model = self.model()
+        model: Any = self.model()
+        _BINDINGS[model] = self
         for modules in self.attention.values():
             for module in modules:
                 self._undo.append(_shadow(module))
-        decoder = self.decoder()
+        decoder: Any = self.decoder()
         hooks = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after),
@@ -112,7 +110,7 @@ class Binding:
         self._undo += [hook.remove for hook in hooks]
         if hasattr(model, "generate"):
             model.generate = CheckedGenerate(model)
-            self._undo.append(lambda ref=self.model: ref() and vars(ref()).pop("generate", None))
+            self._undo.append(functools.partial(_forget_generate, self.model))
 
     def _hook_gates(self) -> None:
         labels: dict[Gate, list[int]] = {}
@@ -144,6 +142,11 @@ class Binding:
         CONTEXT.cache = CONTEXT.ids = None
 
 
+def _forget_generate(model: weakref.ref[PreTrainedModel]) -> None:
+    if (owner := model()) is not None:
+        vars(owner).pop("generate", None)
+
+
 def _label(layers: list[int], experts: Tensor, weights: Tensor) -> None:
     """A gate has spoken: hand its choice to the layers that it labels."""
     cache = CONTEXT.cache
@@ -155,13 +158,13 @@ def _label(layers: list[int], experts: Tensor, weights: Tensor) -> None:
 class CheckedGenerate:
     """`model.generate`, which first refuses what would silently ignore or misread the cache."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = weakref.ref(model)
         self.__doc__ = type(model).generate.__doc__
         self.__wrapped__ = type(model).generate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.model()
+        model: Any = self.model()
         cache = _cache_of(kwargs.get("past_key_values"))
         if cache is not None:
             check_generate(cache, model, args, kwargs)
@@ -178,7 +181,7 @@ def _cache_of(past_key_values: Any) -> AttachedCache | None:
     return past_key_values if isinstance(past_key_values, AttachedCache) else None
 
 
-def _shadow(module: nn.Module) -> Callable[[], None]:
+def _shadow(module: Any) -> Callable[[], None]:
     """Give one attention module a config of its own that names our function; returns the undo."""
     original = getattr(module.config, "_pikv_original", module.config)  # of a copied model
     name = original._attn_implementation
@@ -194,8 +197,8 @@ def _shadow(module: nn.Module) -> Callable[[], None]:
     ref = weakref.ref(module)
 
     def undo() -> None:
-        if ref() is not None:
-            ref().config = original
+        if (owner := ref()) is not None:
+            owner.config = original
 
     return undo
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from typing_extensions import Self
 
@@ -40,7 +40,8 @@ class AttachedCache(Cache):
 
     shared: Shared
     log: TokenLog
-    config: PreTrainedConfig
+    config: Any
+    layers: list[Any]  # ours and every kind of transformers'
     binding: "Binding | None" = None
     _finalizer: Any = None
     # Set where the model insists on a cache class of its own (MiniMax), which is then mixed in.
@@ -53,7 +54,8 @@ class AttachedCache(Cache):
             from .attach import unwrap
 
             native = model_cache_class(unwrap(model))
-        return object.__new__(with_native(cls, native))
+        new: Any = object.__new__(with_native(cls, native))
+        return new
 
     def attach(self, model: Any) -> Self:
         """Attach to `model`: a cache that was detached, loaded, or not yet attached. Returns self.
@@ -111,7 +113,7 @@ class AttachedCache(Cache):
         """The model that this cache is attached to."""
         return None if self.binding is None else self.binding.model()
 
-    def _fill(self, config: PreTrainedConfig, binding: Any = None) -> None:
+    def _fill(self, config: Any, binding: Any = None) -> None:
         """Make the layers: transformers' own, with every plain full-attention layer paged."""
         self.config = config
         layers = DynamicCache(config=config).layers
@@ -220,4 +222,5 @@ class AttachedCache(Cache):
 
 
 def _unattached(plain: type[AttachedCache], native: type[DynamicCache] | None) -> AttachedCache:
-    return object.__new__(with_native(plain, native))
+    new: Any = object.__new__(with_native(plain, native))
+    return new

@@ -136,6 +136,7 @@ def _attend_tail(
     # One attention head per query head, all of a group on the same keys: a mask of q x n serves.
     heads = query.shape[1]
     additive = _tail_mask(layer, query, mask, length)
+    assert additive is not None, "several new tokens are causal among themselves"
     if additive.shape[0] > 1:
         additive = additive.expand(-1, heads, -1, -1).flatten(0, 1)[:, None]
     apart = query.unflatten(2, (-1, length)).flatten(0, 1)
@@ -221,12 +222,12 @@ def _why_unpaged(
     return None
 
 
-def _original(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _original(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """What the module would have called without us, with these arguments."""
     shadow = module.config
     config = getattr(shadow, "_pikv_original", shadow)
     name = config._attn_implementation
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     if name in ("eager", "sdpa"):
         return function(module, *args, **kwargs)

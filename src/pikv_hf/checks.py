@@ -64,7 +64,9 @@ def _check_continuation(
         )
 
 
-def check_forward(cache: "AttachedCache", model: "PreTrainedModel", kwargs: dict[str, Any]) -> None:
+def check_forward(
+    cache: "AttachedCache", model: "PreTrainedModel | None", kwargs: dict[str, Any]
+) -> None:
     """Refuse a forward pass of the decoder whose inputs do not continue what the cache holds."""
     check_owner(cache, model)
     if kwargs.get("use_cache") is False:
@@ -110,7 +112,7 @@ def _check_positions(positions: Tensor, mask: Any, seen: int) -> None:
         )
 
 
-def check_owner(cache: "AttachedCache", model: "PreTrainedModel") -> None:
+def check_owner(cache: "AttachedCache", model: "PreTrainedModel | None") -> None:
     """Refuse a cache that is attached to another model, or to none."""
     owner = cache.model
     if cache.binding is not None and owner is not model:

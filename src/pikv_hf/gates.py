@@ -68,7 +68,7 @@ def gates_of_layers(
 ) -> dict[int, Gate]:
     """For each cache layer the gate that labels its tokens: the first that runs after its attention
     and before the next paged attention. Layers without one (dense ones) are left out."""
-    gates = {_block(name): gate for name, gate in _declared_gates(decoder)}
+    gates: dict[int, Gate] = {_block(name): gate for name, gate in _declared_gates(decoder)}
     gates |= {_block(name): gate for name, gate in _experts_calls(decoder)}
     names = {id(module): name for name, module in decoder.named_modules()}
     layer_of: dict[int, int] = {}

@@ -4,6 +4,8 @@ Shapes: B rows, Hq query heads, q new tokens, r the latent's rank, dn, dr, dv th
 non-rotary key, rotary key and value.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ class LatentQuery:
     head that all query heads share.
     """
 
-    def __init__(self, module: nn.Module, query: Tensor, rank: int) -> None:
+    def __init__(self, module: Any, query: Tensor, rank: int) -> None:
         self.rank = rank
         self.value_dim = module.v_head_dim
         heads = query.shape[1]
@@ -25,7 +27,7 @@ class LatentQuery:
 
     def absorb(self, query: Tensor) -> Tensor:
         """`query` [B, Hq, q, dn + dr] as queries [B, Hq, q, r + dr] of the cached latents."""
-        nope, rotary = query.tensor_split([self.nope_dim], dim=-1)
+        nope, rotary = query[..., : self.nope_dim], query[..., self.nope_dim :]
         return torch.cat([_per_head(nope, self.weight[:, : self.nope_dim]), rotary], dim=-1)
 
     def expand(self, out: Tensor) -> Tensor:
