@@ -72,14 +72,21 @@ class PiKVCache(AttachedCache):
             raise TypeError(
                 f"`config` is a {type(config).__name__}; it must be the PreTrainedConfig of a model."
             )
+        needing = {
+            "scheduler": scheduler,
+            "budget": budget,
+            "compressor": compressor,
+            "router": router,
+        }
+        asked = [name for name, value in needing.items() if value is not None]
+        if config is not None and asked:
+            raise ValueError(
+                f"`{asked[0]}` needs an attached cache: pass the model, `PiKVCache(model, ...)`, "
+                "instead of its config."
+            )
         self.shared = make_shared(
             scheduler, budget, compressor, router, placement, page_size, window
         )
-        if config is not None and (self.shared.saves_memory or self.shared.router is not None):
-            raise ValueError(
-                "`scheduler`, `budget`, `compressor` and `router` need an attached cache: pass the "
-                "model, `PiKVCache(model, ...)`, instead of its config."
-            )
         self.log = TokenLog()
         if config is not None:
             self._fill(config)
