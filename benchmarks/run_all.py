@@ -10,7 +10,15 @@ from typing import Any
 from common import OUT
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ["decode_cpu", "mla_cpu", "append_cpu", "dispatch_cpu", "memory_cpu", "beams_cpu"]
+SCRIPTS = [
+    "decode_cpu",
+    "mla_cpu",
+    "append_cpu",
+    "dispatch_cpu",
+    "memory_cpu",
+    "beams_cpu",
+    "compressors_cpu",
+]
 INTRO = """# CPU benchmarks
 
 Written by `python benchmarks/run_all.py`; do not edit. Every ratio compares two caches in the same

@@ -322,7 +322,7 @@ BAD_ARGUMENTS = [
     ({"scheduler": "streamingllm"}, ValueError, r"`scheduler`.*'streaming_llm'"),
     ({"router": "al"}, ValueError, r"`router` is 'al'.*'all'"),
     ({"placement": "lokal"}, ValueError, r"`placement` is 'lokal'.*'local'"),
-    ({"compressor": "xyz"}, ValueError, r"one of \['identity', 'int8'"),
+    ({"compressor": "xyz"}, ValueError, r"one of \[.*'identity', 'int2'"),
     ({"compressor": 8}, TypeError, r"`compressor` is a int"),
     ({"scheduler": COMPRESSORS["int8"]()}, TypeError, r"`scheduler`.*Int8"),
     ({"router": dict}, TypeError, r"`router`"),

@@ -6,8 +6,6 @@ from helpers import (
     PADDED,
     SMALL,
     assert_close,
-    assert_same,
-    assert_sealed_in_prefill_and_decode,
     chunks,
     dynamic,
     forward,
@@ -17,134 +15,11 @@ from helpers import (
     sealed,
     tiny,
 )
-from transformers.cache_utils import DynamicLayer
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.compressors import Int8
 from pikv_hf.pages import Slab
 from pikv_hf.schedulers import StreamingLLM
-
-# ---- int8 ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["gaussian", "outlier_channel", "outlier_token", "tiny", "zero"])
-def test_int8_error(dtype, kind) -> None:
-    """Half a step of the token's own scale, in float64; in a 16-bit dtype also its rounding."""
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(6, 8, 64, generator=generator, dtype=torch.float64)
-    values = torch.randn(6, 8, 48, generator=generator, dtype=torch.float64)
-    for states in (keys, values):
-        if kind == "outlier_channel":
-            states[..., 5] *= 100
-        if kind == "outlier_token":
-            states[:, 3] *= 1000
-        if kind == "tiny":
-            states *= 1e-4
-        if kind == "zero":
-            states[:, ::2] = 0
-    keys, values = keys.to(dtype), values.to(dtype)
-    before = keys.clone(), values.clone()
-    fields = Int8().encode(keys, values)
-    assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
-    for original, decoded in zip((keys, values), Int8().decode(fields), strict=True):
-        assert decoded.dtype == dtype and decoded.shape == original.shape
-        exact, decoded = original.double(), decoded.double()
-        largest = exact.abs().amax(-1, keepdim=True)
-        rounding = 3 * torch.finfo(dtype).eps * largest + torch.finfo(dtype).smallest_normal
-        error = (decoded - exact).abs()
-        assert (error <= largest / 254 + rounding).all()
-        assert (decoded[(exact == 0).all(-1)] == 0).all()
-    if kind == "gaussian":  # the bound is reached: these are not the original values
-        assert error.max() > largest.min() / 300
-
-
-@pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)])
-@pytest.mark.parametrize("dims", [(64, 64), (72, 0), (128, 96)], ids=str)
-def test_int8_bytes(dtype, size, dims) -> None:
-    keys, values = (torch.randn(5, 16, dim, dtype=dtype) for dim in dims)
-    fields = Int8().encode(keys, values)
-    measured = sum(t.numel() * t.element_size() for t in fields.values()) / (5 * 16)
-    assert measured == Int8().bytes_per_token(*dims, size)
-    assert measured == sum(dim + size for dim in dims if dim)
-    assert {name: len(t) for name, t in fields.items()} == dict.fromkeys(fields, 5)
-
-
-class FakeQuantized(DynamicLayer):
-    """A DynamicLayer that returns, of all but the open tokens, what int8 makes of them."""
-
-    page_size, window, is_latent = 4, 4, False
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        seen = self.get_seq_length()
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        count = max(seen - self.window, 0) // self.page_size * self.page_size
-        old = keys[:, :, :count], values[:, :, :count]
-        if self.is_latent:  # latent and rotary key are one key with one scale
-            joint = fake_quantized(torch.cat(old, dim=-1))
-            old = joint.split([keys.shape[-1], values.shape[-1]], dim=-1)
-        else:
-            old = [fake_quantized(states) for states in old]
-        new = keys[:, :, count:], values[:, :, count:]
-        return tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
-
-
-def fake_quantized(states):
-    step = states.abs().amax(dim=-1, keepdim=True) / 127
-    return (states / step.clamp_min(1e-30)).round().clamp(-127, 127) * step
-
-
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "jamba"])
-@pytest.mark.parametrize("lengths", [(29,), PADDED], ids=["one_row", "left_padded"])
-def test_int8_on_the_whole_path(name, lengths) -> None:
-    """The logits of a model whose default cache quantizes and decodes the same tokens."""
-    model = tiny(name)
-    inputs = prompt(model, lengths)
-    oracle = dynamic(model)
-    for idx, layer in enumerate(oracle.layers):
-        if type(layer) is DynamicLayer:
-            oracle.layers[idx] = FakeQuantized()
-            oracle.layers[idx].is_latent = name == "deepseek_v3"
-    cache = PiKVCache(model, compressor="int8", **SMALL)
-    expected = generate(model, inputs, oracle)
-    assert_same(generate(model, inputs, cache), expected)
-    assert_sealed_in_prefill_and_decode(cache, max(lengths))
-    exact = generate(model, inputs, dynamic(model))
-    assert (expected.logits[1:] - exact.logits[1:]).abs().max() > 1e-3, "nothing was quantized"
-
-
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_int8_in_memory(name) -> None:
-    """Measured bytes of the pages: those of the codes and scales, and nothing beside them."""
-    model = build(name, dtype=torch.bfloat16, num_hidden_layers=2)
-    ids = prompt(model, (1024 + 32,))["input_ids"]
-    held = {}
-    for compressor in (None, "int8"):
-        cache = PiKVCache(model, compressor=compressor, page_size=32, window=32)
-        with torch.no_grad():
-            model(ids, past_key_values=cache)
-        held[compressor] = cache.nbytes
-        layer = paged(cache)[0]
-        assert sum(slab.length for slab in layer.pages.slabs) == 1024
-    per_token = (32 + 8) if name == "deepseek_v3" else 2 * 2 * 16  # all KV heads
-    scales = 1 if name == "deepseek_v3" else 2 * 2
-    saved = 2 * 1024 * (2 * per_token - (per_token + 2 * scales))
-    assert held[None] - held["int8"] == saved
-
-
-def test_int8_stays_encoded() -> None:
-    """A page is encoded once: its codes do not drift while tokens are added."""
-    model = tiny("mixtral")
-    ids = prompt(model, (90,))["input_ids"]
-    cache = PiKVCache(model, compressor="int8", **SMALL)
-    with torch.no_grad():
-        model(ids[:, :24], past_key_values=cache)
-        codes = paged(cache)[1].pages.slabs[0].fields["key_codes"][:, :, :5].clone()
-        for token in ids[:, 24:].split(1, dim=1):
-            model(token, past_key_values=cache)
-    assert torch.equal(paged(cache)[1].pages.slabs[0].fields["key_codes"][:, :, :5], codes)
-
 
 # ---- streaming_llm ------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """Layers whose keys other layers reuse stay transformers' own, beside paged ones."""
 
 import pytest
-from helpers import ONE_ROW, PADDED, SMALL, assert_same, dynamic, generate, prompt, tiny
+from helpers import ONE_ROW, PADDED, SMALL, assert_same, dynamic, generate, prompt
 from transformers.cache_utils import get_layer_types_and_kwargs
+from zoo import build
 
 from pikv_hf import PiKVCache
 from pikv_hf.layer import PagedLayer
@@ -12,7 +13,7 @@ from pikv_hf.layer import PagedLayer
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_reused_keys(attn, lengths) -> None:
     """The last two of four full-attention layers of Gemma 4 read what layer 1 returned."""
-    model = tiny("gemma4", attn, num_kv_shared_layers=2, layer_types=("full_attention",) * 4)
+    model = build("gemma4", attn, num_kv_shared_layers=2, layer_types=["full_attention"] * 4)
     inputs = prompt(model, lengths)
     cache = PiKVCache(model, **SMALL)
     assert_same(generate(model, inputs, cache), generate(model, inputs, dynamic(model)))

@@ -47,8 +47,6 @@ class PagedLayer(DynamicLayer):
         assert self._tail is not None, "nothing has been cached yet"
         return self._tail
 
-    # ---- the model's side -------------------------------------------------------------------
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -112,8 +110,6 @@ class PagedLayer(DynamicLayer):
             return self.tail.length + max(64, self.tail.length // 4)
         return self.shared.window + self.shared.page_size
 
-    # ---- after attention --------------------------------------------------------------------
-
     def finish(self, mask: Tensor | None) -> None:
         """Attention has run with `mask`: seal, or wait for the labels that come before sealing."""
         self._mask = mask
@@ -152,7 +148,10 @@ class PagedLayer(DynamicLayer):
                 span = span.tokens(columns)
             if self.shared.scheduler is not None:
                 span = self._kept(rows, span, self.shared.scheduler)
-            self.pages.append(span, rows, self.tail.batch)
+            try:
+                self.pages.append(span, rows, self.tail.batch)
+            except ValueError as error:  # what the compressor cannot store
+                raise ValueError(f"layer {self.layer_idx}: {error}") from error
 
     def _kept(self, rows: list[int], new: Span, scheduler: Scheduler) -> Span:
         """Of the sealed tokens of `rows` and the `new` ones, those that the scheduler keeps."""
@@ -170,13 +169,8 @@ class PagedLayer(DynamicLayer):
 
         A column that the newest query may not see is padding, which never enters a page.
         """
-        batch = self.tail.batch
-        length = self.tail.length
-        groups = self.shared.remember(
-            "groups",
-            (self._mask, length, count, batch),
-            lambda: rows_by_visibility(self._mask, length, count, batch),
-        )
+        key = (self._mask, self.tail.length, count, self.tail.batch)
+        groups = self.shared.remember("groups", key, lambda: rows_by_visibility(*key))
         if self.shared.scheduler is None or not self.pages.slabs:
             return groups
         split: dict[tuple[int, tuple[int, ...]], list[int]] = {}
@@ -184,8 +178,6 @@ class PagedLayer(DynamicLayer):
             for row in rows:
                 split.setdefault((number, self.pages.signature(row)), []).append(row)
         return [(rows, groups[number][1]) for (number, _), rows in split.items()]
-
-    # ---- the Cache interface ----------------------------------------------------------------
 
     def get_seq_length(self) -> int:
         """Tokens ever seen, dropped ones included: positions stay true."""

@@ -65,6 +65,11 @@ def make_shared(
     compressor = resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity()
     router = resolve("router", router, ROUTERS, Router)
     check_budget(budget, scheduler)
+    if scheduler is not None and not compressor.is_idempotent:
+        raise ValueError(
+            f"`compressor` is {compressor}, whose pages cannot be encoded again when a scheduler "
+            "drops tokens: use another compressor, or no scheduler."
+        )
     tokens = scheduler.budget(0) if scheduler is not None and budget is None else budget
     shared = Shared(
         compressor=compressor,

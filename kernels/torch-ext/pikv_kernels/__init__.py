@@ -1,10 +1,48 @@
 """Attention operations of PiKV: torch and triton only, nothing of transformers."""
 
+from .codebook import (
+    PACKED_TOGETHER,
+    look_up,
+    look_up_reference,
+    pack_indices,
+    word_table,
+)
+from .codes import pack_codes, unpack_codes, unpack_codes_reference
+from .float8 import read_float8, read_float8_reference
+from .hadamard import hadamard, hadamard_block, hadamard_reference
 from .partial_attention import (
     add_sink,
     merge_partial,
     partial_attention,
     partial_attention_reference,
 )
+from .quantized_attention import (
+    Quantized,
+    dequantize,
+    quantized_attention,
+    quantized_attention_reference,
+)
 
-__all__ = ["add_sink", "merge_partial", "partial_attention", "partial_attention_reference"]
+__all__ = [
+    "PACKED_TOGETHER",
+    "Quantized",
+    "add_sink",
+    "dequantize",
+    "hadamard",
+    "hadamard_block",
+    "hadamard_reference",
+    "look_up",
+    "look_up_reference",
+    "merge_partial",
+    "pack_codes",
+    "pack_indices",
+    "partial_attention",
+    "partial_attention_reference",
+    "quantized_attention",
+    "quantized_attention_reference",
+    "read_float8",
+    "read_float8_reference",
+    "unpack_codes",
+    "unpack_codes_reference",
+    "word_table",
+]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from pikv_kernels import partial_attention
 from torch import Tensor
 
@@ -16,6 +17,11 @@ class Compressor(ABC):
 
     #: Tokens of one row and KV head that attention decodes at a time; None = pages are read in place.
     block_tokens: ClassVar[int | None] = 2048
+
+    @property
+    def is_idempotent(self) -> bool:
+        """Whether decoded pages can be encoded again without a further loss, as eviction does."""
+        return True
 
     @abstractmethod
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
@@ -47,3 +53,18 @@ class Compressor(ABC):
 def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
     """[R, H, s, P, D] as [R, H, tokens, D]: a view."""
     return pages.flatten(2, 3).narrow(2, 0, tokens)
+
+
+def check_finite(compressor: Compressor, name: str, scale: Tensor) -> None:
+    """Refuse what has no code: a NaN or infinity in the `name` makes a `scale` like it."""
+    if not scale.isfinite().all():
+        title = type(compressor).__name__.lower()
+        raise ValueError(
+            f"{title} cannot store {name}s that are NaN or infinite: look for the module that made "
+            "them, or for a dtype that overflows (float16), with compressor='identity'."
+        )
+
+
+def computed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers of `dtype` are scaled: float32, or float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,144 @@
+"""Partial attention over codes: the scales meet the query, the scores and the weights, never K or V.
+
+Shapes: B rows, H KV heads, R query rows per KV head, S pages of P tokens, T tokens, D key dim, Dv
+value dim, g groups of the head dim.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .codes import unpack_codes
+from .float8 import read_float8
+from .partial_attention import partial_attention_reference
+
+
+class Quantized(NamedTuple):
+    """Numbers `code * scale + zero`, in pages.
+
+    codes: `[..., P, D * bits / 8]`, int8 (packed by `pack_codes`) or a float8 dtype.
+    scale, zero: `[..., P or 1, g]`, for each token (or page) and group of dims; `[..., 1, D]`, for
+        each channel of a page. `zero` None is 0.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    bits: int = 8
+
+    @property
+    def dim(self) -> int:
+        return self.codes.shape[-1] * 8 // self.bits
+
+    @property
+    def is_per_channel(self) -> bool:
+        return self.scale.shape[-2] == 1 and self.scale.shape[-1] == self.dim > 1
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The codes themselves in `dtype`, `[..., P, D]`."""
+        if self.codes.dtype.is_floating_point:
+            return read_float8(self.codes, dtype)
+        return unpack_codes(self.codes, self.bits).to(dtype)
+
+
+def dequantize(numbers: Quantized, dtype: torch.dtype) -> Tensor:
+    """The numbers `[..., P, D]`, computed in `dtype`."""
+    codes, groups = numbers.read(dtype), max(numbers.scale.shape[-1], 1)
+    grouped = codes.unflatten(-1, (groups, -1))
+    grouped = grouped * numbers.scale.to(dtype)[..., None]
+    if numbers.zero is not None:
+        grouped = grouped + numbers.zero.to(dtype)[..., None]
+    return grouped.flatten(-2)
+
+
+def quantized_attention(
+    query: Tensor, keys: Quantized, values: Quantized | None, tokens: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * query key^T) value over the first `tokens` tokens, and its log-sum-exp.
+
+    Args:
+        query: `[B, H, R, D]`; its dtype, bfloat16, float32 or float64, is that of the products.
+        keys: of pages `[B, H, S, P, ...]`.
+        values: the same with scales per token or page; None = the keys are their own values, then
+            they have no scales per channel.
+        tokens: how many tokens of the pages are valid, > 0.
+        scale: factor of the scores.
+
+    Returns:
+        `[B, H, R, Dv]` and `[B, H, R]`, in float32 (float64 for float64).
+    """
+    key_codes = keys.read(query.dtype)
+    score = _scores_per_channel if keys.is_per_channel else _scores
+    scores = score(query, key_codes, keys, scale)[..., :tokens]
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(top).exp_() if not scores.requires_grad else (scores - top).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    value_codes = key_codes if values is None else values.read(query.dtype)
+    out = _weighted(weights, value_codes, keys if values is None else values, tokens)
+    return out / total, (top + total.log()).squeeze(-1)
+
+
+def quantized_attention_reference(
+    query: Tensor, keys: Quantized, values: Quantized | None, tokens: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`quantized_attention` over the numbers themselves."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key, value = (
+        dequantize(numbers, dtype).flatten(2, 3)[:, :, :tokens]
+        for numbers in (keys, keys if values is None else values)
+    )
+    return partial_attention_reference(query.to(dtype), key, value, None, scale)
+
+
+def _accumulated(product: Tensor) -> Tensor:
+    return product.to(torch.promote_types(product.dtype, torch.float32))
+
+
+def _per_token(tensor: Tensor, page_size: int) -> Tensor:
+    """Scales or zeros [B, H, S, P or 1, g] as [g, B, H, 1, T]."""
+    full = tensor.expand(*tensor.shape[:3], page_size, tensor.shape[4])
+    return full.flatten(2, 3).permute(3, 0, 1, 2)[..., None, :]
+
+
+def _scores(query: Tensor, codes: Tensor, keys: Quantized, scale: float) -> Tensor:
+    """[B, H, R, T]: one product a group, its scale and zero being those of each token."""
+    page_size, groups = codes.shape[3], keys.scale.shape[-1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    factors = _per_token(keys.scale.to(dtype) * scale, page_size)
+    zeros = None
+    if keys.zero is not None:
+        zeros = _per_token(keys.zero.to(dtype) * scale, page_size)
+    parts = zip(query.chunk(groups, -1), codes.flatten(2, 3).chunk(groups, -1), strict=True)
+    total = None
+    for group, (part, code) in enumerate(parts):
+        scores = _accumulated(part @ code.mT) * factors[group]
+        if zeros is not None:
+            scores = scores.addcmul(_accumulated(part).sum(-1, keepdim=True), zeros[group])
+        total = scores if total is None else total + scores
+    return total
+
+
+def _scores_per_channel(query: Tensor, codes: Tensor, keys: Quantized, scale: float) -> Tensor:
+    """[B, H, R, T]: the scales of a page's channels meet the query."""
+    wide = _accumulated(query)[:, :, None] * scale
+    scores = _accumulated((wide * keys.scale).to(query.dtype) @ codes.mT)
+    if keys.zero is not None:
+        scores = scores + wide @ keys.zero.to(wide.dtype).mT
+    return scores.transpose(2, 3).flatten(3)
+
+
+def _weighted(weights: Tensor, codes: Tensor, values: Quantized, tokens: int) -> Tensor:
+    """[B, H, R, Dv]: `weights` [B, H, R, T] times the values."""
+    page_size, groups = codes.shape[3], values.scale.shape[-1]
+    factors = _per_token(values.scale.to(weights.dtype), page_size)[..., :tokens]
+    zeros = None
+    if values.zero is not None:
+        zeros = _per_token(values.zero.to(weights.dtype), page_size)[..., :tokens]
+    parts = []
+    for group, code in enumerate(codes.flatten(2, 3)[:, :, :tokens].chunk(groups, -1)):
+        part = _accumulated((weights * factors[group]).to(codes.dtype) @ code)
+        if zeros is not None:
+            part = part + weights @ zeros[group].mT
+        parts.append(part)
+    return parts[0] if groups == 1 else torch.cat(parts, dim=-1)

@@ -1,0 +1,74 @@
+from dataclasses import dataclass
+
+import torch
+from pikv_kernels import Quantized, dequantize, quantized_attention
+from torch import Tensor
+
+from .base import Compressor, check_finite, computed_dtype
+
+FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@dataclass(frozen=True)
+class Fp8(Compressor):
+    """8-bit floating point with one scale per page and KV head, for keys and for values.
+
+    scale = max|x| / (largest number of the format), in the dtype of the model. Numbers keep about
+    the same relative error however small they are, so outlier channels need no scale of their own.
+    The formats of arXiv 2209.05433.
+
+    Args:
+        format: "e4m3" (relative error up to 1/16, range 2^17) or "e5m2" (1/8, 2^31).
+    """
+
+    format: str = "e4m3"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"`format` is {self.format!r}; it must be one of {[*FORMATS]}.")
+
+    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        return self._encode("key", keys) | self._encode("value", values)
+
+    def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._decode("key", fields), self._decode("value", fields)
+
+    def attend(
+        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        is_latent = fields["value_codes"].shape[-1] == 0
+        # Products with codes overflow float16.
+        dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
+        keys = self._numbers("key", fields)
+        values = None if is_latent else self._numbers("value", fields)
+        return quantized_attention(query.to(dtype), keys, values, tokens, scale)
+
+    def bytes_per_token(
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64
+    ) -> float:
+        scales = element_size * ((key_dim > 0) + (value_dim > 0))
+        return key_dim + value_dim + scales / page_size
+
+    def _encode(self, name: str, states: Tensor) -> dict[str, Tensor]:
+        codes_dtype = FORMATS[self.format]
+        if states.shape[-1] == 0:
+            return {f"{name}_codes": states.to(torch.int8), f"{name}_scale": states[:, :1]}
+        top = torch.finfo(codes_dtype).max
+        dtype = computed_dtype(states.dtype)
+        scale = (states.abs().amax((1, 2), keepdim=True).to(dtype) / top).to(states.dtype)
+        check_finite(self, name, scale)
+        divisor = scale.to(dtype).clamp_min(torch.finfo(torch.float32).tiny)
+        # Beyond the largest number float8 is NaN: the rounded scale may be too small by a little.
+        codes = (states / divisor).clamp_(-top, top).to(codes_dtype)
+        # Stored as bytes: torch copies, gathers and saves them on every device.
+        return {f"{name}_codes": codes.view(torch.int8), f"{name}_scale": scale}
+
+    def _numbers(self, name: str, fields: dict[str, Tensor]) -> Quantized:
+        codes, scale = fields[f"{name}_codes"], fields[f"{name}_scale"]
+        return Quantized(codes.view(FORMATS[self.format]), scale.to(computed_dtype(scale.dtype)))
+
+    def _decode(self, name: str, fields: dict[str, Tensor]) -> Tensor:
+        codes, dtype = fields[f"{name}_codes"], fields[f"{name}_scale"].dtype
+        if codes.shape[-1] == 0:
+            return codes.to(dtype)
+        return dequantize(self._numbers(name, fields), computed_dtype(dtype)).to(dtype)

@@ -1,0 +1,211 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pikv_kernels import (
+    Quantized,
+    dequantize,
+    hadamard,
+    pack_codes,
+    quantized_attention,
+)
+from torch import Tensor
+
+from .base import Compressor, check_finite, computed_dtype
+
+KEY_AXES = ("token", "channel")
+
+# Steps tried, as shares of the one that reaches the largest number: fewer codes gain more by
+# clipping. The 1 is always there: it makes encoding decoded pages again lossless up to rounding.
+SHRINK = {8: (1.0,), 4: (1.0, 0.94, 0.85, 0.75), 2: (1.0, 0.75, 0.64, 0.52, 0.41)}
+
+PAGES_AT_A_TIME = 128  # bounds the float32 copies that encoding a long prompt makes
+
+
+@dataclass(frozen=True)
+class Integer(Compressor):
+    """Integer codes with a scale for each token, group of dims or channel of a page.
+
+    number = scale * (code + 1/2), or scale * code with 8 symmetric bits, + zero if not symmetric.
+    Scales and zeros have the dtype of the model. Of a few steps that with the least squared error
+    is taken. Values, and keys by default, are quantized per token; `key_axis="channel"` quantizes
+    keys per channel within a page (KIVI, arXiv 2402.02750). With `rotate`, what is quantized per
+    token is rotated by a Hadamard matrix, which spreads outlier channels (QuaRot, arXiv
+    2404.00456): attention rotates query and output instead of the pages. Latents (keys without
+    values) are always quantized per token, for they are values too.
+
+    Args:
+        symmetric: without it, each scale has a zero beside it.
+        key_axis: "token" or "channel".
+        group_size: dims that share a scale per token; None = all. It must divide the head dims.
+        rotate: in blocks of the largest power of two that divides the head dim.
+    """
+
+    bits: ClassVar[int]
+
+    symmetric: bool = True
+    key_axis: str = "token"
+    group_size: int | None = None
+    rotate: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("symmetric", "rotate"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be True or False.")
+        if self.key_axis not in KEY_AXES:
+            raise ValueError(f"`key_axis` is {self.key_axis!r}; it must be one of {KEY_AXES}.")
+        size = self.group_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(
+                f"`group_size` is {size!r}; it must be a positive whole number, or None for all dims."
+            )
+
+    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        by_channel = self._has_channel_keys(values)
+        return self._encode("key", keys, by_channel) | self._encode("value", values, False)
+
+    def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        by_channel = self._has_channel_keys(fields["value_codes"])
+        return self._decode("key", fields, by_channel), self._decode("value", fields, False)
+
+    def attend(
+        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        is_latent = fields["value_codes"].shape[-1] == 0
+        # Products with codes of 8 bits overflow float16.
+        dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
+        if self.rotate and not self._has_channel_keys(fields["value_codes"]):
+            query = hadamard(query.to(computed_dtype(dtype)))
+        keys = self._numbers("key", fields)
+        values = None if is_latent else self._numbers("value", fields)
+        out, lse = quantized_attention(query.to(dtype), keys, values, tokens, scale)
+        return hadamard(out) if self.rotate else out, lse
+
+    def bytes_per_token(
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64
+    ) -> float:
+        each = element_size * (1 if self.symmetric else 2)
+        total = (key_dim + value_dim) * self.bits / 8
+        groups = [dim // (self.group_size or max(dim, 1)) for dim in (key_dim, value_dim)]
+        if self.key_axis == "channel" and value_dim:
+            groups[0] = key_dim / page_size
+        return total + each * sum(groups)
+
+    def _encode(self, name: str, states: Tensor, by_channel: bool) -> dict[str, Tensor]:
+        dim = states.shape[-1]
+        if dim == 0:
+            return {f"{name}_codes": states.to(torch.int8), f"{name}_scale": states}
+        self._check_dim(name, dim)
+        parts = []
+        for pages in states.split(PAGES_AT_A_TIME):
+            pages = pages.to(computed_dtype(states.dtype))
+            if self.rotate and not by_channel:
+                pages = hadamard(pages)
+            parts.append(self._quantize(pages, by_channel, states.dtype))
+        codes, scale, zero = (
+            None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)
+        )
+        check_finite(self, name, scale)
+        fields = {f"{name}_codes": codes, f"{name}_scale": scale}
+        return fields if zero is None else fields | {f"{name}_zero": zero}
+
+    def _quantize(
+        self, pages: Tensor, by_channel: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Packed codes, scale and zero (None if symmetric) of `pages` [n, P, D]."""
+        axis, shape = (1, pages.shape) if by_channel else (-1, pages.shape)
+        if not by_channel:
+            pages = pages.unflatten(-1, (-1, self.group_size or pages.shape[-1]))
+        zero = None
+        if not self.symmetric:
+            zero = ((pages.amax(axis, True) + pages.amin(axis, True)) / 2).to(dtype)
+            pages = pages - zero
+        codes, scale = _nearest_codes(pages, axis, self.bits, self._offset, dtype)
+        if not by_channel:
+            scale = scale.squeeze(-1)
+            zero = zero if zero is None else zero.squeeze(-1)
+        return pack_codes(codes.view(shape), self.bits), scale, zero
+
+    @property
+    def _offset(self) -> float:
+        """What is added to a code: with few codes a level at 0 would waste one."""
+        return 0.0 if self.bits == 8 and self.symmetric else 0.5
+
+    def _check_dim(self, name: str, dim: int) -> None:
+        title, per_byte = type(self).__name__.lower(), 8 // self.bits
+        if self.group_size is not None and dim % self.group_size:
+            raise ValueError(
+                f"`group_size` of {title} is {self.group_size}, which does not divide the {name} "
+                f"dim {dim}; it must be a divisor of it, or None."
+            )
+        if dim % per_byte:
+            raise ValueError(
+                f"{title} packs {per_byte} numbers into a byte, but the {name} dim is {dim}; use "
+                "int8 or fp8."
+            )
+
+    def _numbers(self, name: str, fields: dict[str, Tensor]) -> Quantized:
+        scale, zero = fields[f"{name}_scale"], fields.get(f"{name}_zero")
+        scale = scale.to(computed_dtype(scale.dtype))
+        if self._offset:
+            zero = scale * self._offset if zero is None else zero + scale * self._offset
+        return Quantized(fields[f"{name}_codes"], scale, zero, self.bits)
+
+    def _decode(self, name: str, fields: dict[str, Tensor], by_channel: bool) -> Tensor:
+        codes, dtype = fields[f"{name}_codes"], fields[f"{name}_scale"].dtype
+        if codes.shape[-1] == 0:
+            return codes.to(dtype)
+        states = dequantize(self._numbers(name, fields), computed_dtype(dtype))
+        return (hadamard(states) if self.rotate and not by_channel else states).to(dtype)
+
+    def _has_channel_keys(self, values: Tensor) -> bool:
+        """Whether keys that stand beside `values` are quantized per channel, and not rotated."""
+        return self.key_axis == "channel" and values.shape[-1] > 0
+
+
+@dataclass(frozen=True)
+class Int8(Integer):
+    """Integer codes of 8 bits, not rotated: 1 + 2/D bytes an element. The options of `Integer`."""
+
+    bits: ClassVar[int] = 8
+
+    rotate: bool = False
+
+
+@dataclass(frozen=True)
+class Int4(Integer):
+    """Integer codes of 4 bits, rotated: 1/2 + 2/D bytes an element. The options of `Integer`."""
+
+    bits: ClassVar[int] = 4
+
+
+@dataclass(frozen=True)
+class Int2(Integer):
+    """Integer codes of 2 bits, rotated: 1/4 + 2/D bytes an element. The options of `Integer`."""
+
+    bits: ClassVar[int] = 2
+
+
+def _nearest_codes(
+    states: Tensor, axis: int, bits: int, offset: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 of the shape of `states`, and the scale in `dtype`; zeros get scale 0."""
+    highest = 2 ** (bits - 1) - 1
+    lowest = -highest if offset == 0 else -highest - 1
+    widest = states.abs().amax(axis, keepdim=True) / (highest + offset)
+    best_codes, best_scale, least = None, None, None
+    for shrink in SHRINK[bits]:
+        scale = (widest * shrink).to(dtype)
+        exact = scale.to(states.dtype)
+        codes = states / exact.clamp_min(torch.finfo(torch.float32).tiny)
+        codes = codes.sub_(offset).round_().clamp_(lowest, highest)
+        if len(SHRINK[bits]) == 1:
+            return codes.to(torch.int8), scale
+        error = torch.addcmul(states, codes + offset, exact, value=-1).square_().sum(axis, True)
+        if least is None:
+            best_codes, best_scale, least = codes, scale, error
+            continue
+        better = error < least
+        best_codes = torch.where(better, codes, best_codes)
+        best_scale, least = torch.where(better, scale, best_scale), error.minimum(least)
+    return best_codes.to(torch.int8), best_scale
