@@ -59,8 +59,10 @@ class Report:
         return asdict(self) | {"ratio": self.ratio}
 
     def __rich__(self) -> Table:
-        title = f"PiKVCache: {self.seen_tokens} tokens seen, {_mib(self.nbytes)}, "
-        title += f"{self.ratio:.2f}x smaller than a full cache"
+        title = (
+            f"PiKVCache: {self.seen_tokens} tokens seen, {_mib(self.nbytes)} held\n"
+            f"a full cache: {_mib(self.full_nbytes)}, {self.ratio:.2f} times as much"
+        )
         table = Table("layers", "held as", "pages", "tokens held", "MiB", "remark", title=title)
         for rows in _runs(self.layers):
             first, last = rows[0].layer, rows[-1].layer
