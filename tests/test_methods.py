@@ -312,3 +312,16 @@ def test_a_lost_page_is_seen(monkeypatch) -> None:
     monkeypatch.setattr(Slab, "blocks", short)
     with pytest.raises(AssertionError, match="differs by|assert"):
         assert_close(generate(model, inputs, PiKVCache(model, **SMALL)).logits, expected.logits)
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("lengths", [(29,), PADDED], ids=["one_row", "left_padded"])
+def test_a_budget_that_the_window_fills(lengths, sinks) -> None:
+    """The sinks stay beside the window, and without sinks no empty page is made."""
+    model = tiny("mixtral")
+    scheduler = StreamingLLM(sinks=sinks)
+    cache = PiKVCache(model, scheduler=scheduler, budget=0.01, page_size=4, window=8)
+    generate(model, prompt(model, lengths), cache)
+    for layer in paged(cache):
+        kept = [slab.length for slab in layer.pages.slabs]
+        assert set(kept) <= {sinks} and bool(kept) == bool(sinks)

@@ -148,6 +148,8 @@ class PagedLayer(DynamicLayer):
                 span = span.tokens(columns)
             if self.shared.scheduler is not None:
                 span = self._kept(rows, span, self.shared.scheduler)
+            if not len(span):
+                continue  # nothing stays
             try:
                 self.pages.append(span, rows, self.tail.batch)
             except ValueError as error:  # what the compressor cannot store
@@ -158,7 +160,7 @@ class PagedLayer(DynamicLayer):
         sealed = self.pages.take(rows)
         span = new if sealed is None else sealed.then(new)
         open_tokens = min(self.shared.window, self.tail.length)
-        budget = max(self.shared.budget_of(self.seen) - open_tokens, 0)
+        budget = max(self.shared.budget_of(self.seen) - open_tokens, scheduler.least)
         if len(span) <= budget:
             return span
         positions = span["positions"].expand(*span["keys"].shape[:3])

@@ -24,6 +24,11 @@ class Scheduler(ABC):
     A scheduler is a frozen dataclass: its own configuration, without run state.
     """
 
+    @property
+    def least(self) -> int:
+        """Sealed tokens that stay even if the open ones fill the budget."""
+        return 0
+
     @abstractmethod
     def budget(self, seen: int) -> int:
         """Tokens per row and KV head to hold after `seen` tokens, the tail included."""

@@ -27,6 +27,10 @@ class StreamingLLM(Scheduler):
         if not isinstance(self.window, int) or self.window < 1:
             raise ValueError(f"`window` is {self.window!r}; it must be a whole number, 1 or more.")
 
+    @property
+    def least(self) -> int:
+        return self.sinks
+
     def budget(self, seen: int) -> int:
         return self.sinks + self.window
 
