@@ -118,7 +118,7 @@ class AttachedCache(Cache):
         self.config = config
         layers = DynamicCache(config=config).layers
         for idx, modules in {} if binding is None else binding.attention.items():
-            layers[idx] = paged = PagedLayer(idx, self.shared)
+            layers[idx] = paged = PagedLayer(idx, self.shared, config)
             paged.has_gate = idx in binding.gate_of
             if hasattr(modules[0], "kv_b_proj"):
                 paged.expected_rank = getattr(modules[0], "kv_lora_rank", None)

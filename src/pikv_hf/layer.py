@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from .context import CONTEXT
@@ -23,12 +24,13 @@ class PagedLayer(DynamicLayer):
     the tail and `update` returns all of it.
     """
 
-    def __init__(self, layer_idx: int, shared: Shared) -> None:
+    def __init__(self, layer_idx: int, shared: Shared, config: PreTrainedConfig) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.shared = shared
         self._tail: Tail | None = None
-        self.pages = PageTable(shared.compressor, shared.page_size)
+        compressor = shared.compressor.bind(config, layer_idx)
+        self.pages = PageTable(compressor, shared.page_size)
         self.seen = 0
         self.unpaged: str | None = None
         # Width of the latent that `kv_b_proj` expands; None when keys and values are cached as such.
@@ -238,7 +240,7 @@ class PagedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all tokens; the layer can be used for another batch, dtype or device."""
         self._tail, self.seen, self.is_first = None, 0, False
-        self.pages = PageTable(self.shared.compressor, self.shared.page_size)
+        self.pages = PageTable(self.pages.compressor, self.pages.page_size)
         self.record_past, self.awaits, self._mask = False, None, None
         self.is_initialized = False
 
@@ -283,7 +285,7 @@ class PagedLayer(DynamicLayer):
             states = tail.new_zeros(*tail.shape[:2], self.seen, tail.shape[3])
             states[:, :, sealed:] = tail
             for slab in self.pages.slabs:
-                span = slab.span(self.shared.compressor, slab.readers)
+                span = slab.span(self.pages.compressor, slab.readers)
                 columns = span["positions"][0, 0].long().to(states.device)
                 rows = slab.index("readers", states.device)
                 states[rows[:, None], :, columns[None]] = span[name].transpose(1, 2)

@@ -220,10 +220,9 @@ class PageTable:
         def paged(tensor: Tensor) -> Tensor:
             if missing:
                 tensor = F.pad(tensor, (0, 0, 0, missing))
-            return tensor.reshape(rows * heads * pages, self.page_size, tensor.shape[3])
+            return tensor.reshape(rows, heads, pages, self.page_size, tensor.shape[3])
 
-        encoded = self.compressor.encode(paged(span["keys"]), paged(span["values"]))
-        return {k: v.view(rows, heads, pages, *v.shape[1:]) for k, v in encoded.items()}
+        return self.compressor.encode(paged(span["keys"]), paged(span["values"]))
 
     def _open_slab(self, meta: Span, rows: list[int], batch: int) -> Slab | None:
         """The last slab, if tokens like `meta` of all batch rows can be written behind its own."""

@@ -1,38 +1,57 @@
 """How a sealed page is stored, and how attention reads it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from pikv_kernels import partial_attention
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 
 class Compressor(ABC):
     """Encodes pages once, when they are sealed, and decodes them block by block when they are read.
 
     A compressor is a frozen dataclass: its own configuration, without run state. Nothing here
-    changes its inputs. N pages of P tokens; Dk and Dv are the key and value dims, either may be 0.
+    changes its inputs. R rows, H KV heads, S pages of P tokens; Dk and Dv are the key and value
+    dims, either may be 0.
     """
 
     #: Tokens of one row and KV head that attention decodes at a time; None = pages are read in place.
     block_tokens: ClassVar[int | None] = 2048
+
+    #: How many of a layer's newest tokens `encode_observed` sees the queries of; 0 = none.
+    observed_queries: ClassVar[int] = 0
 
     @property
     def is_idempotent(self) -> bool:
         """Whether decoded pages can be encoded again without a further loss, as eviction does."""
         return True
 
+    def bind(self, config: PreTrainedConfig, layer_idx: int) -> "Compressor":
+        """The compressor of one layer, for instance with weights that were calibrated for it.
+
+        Raises:
+            ValueError: it cannot serve this layer of a model of this configuration.
+        """
+        return self
+
     @abstractmethod
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Encode `keys` [N, P, Dk] and `values` [N, P, Dv] into tensors whose first dim is N."""
+        """Encode `keys` [R, H, S, P, Dk] and `values` [R, H, S, P, Dv] into tensors [R, H, S, ...]."""
+
+    def encode_observed(self, keys: Tensor, values: Tensor, queries: Tensor) -> dict[str, Tensor]:
+        """`encode`, knowing the newest `queries` [R, H, Q, Dk] that the layer has asked.
+
+        Those of all query heads of a KV head stand side by side; zeros stand for padding. Called
+        instead of `encode` if `observed_queries` asks for them.
+        """
+        return self.encode(keys, values)
 
     @abstractmethod
     def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The keys [..., P, Dk] and values [..., P, Dv] of encoded pages.
-
-        `fields` are what `encode` returned, with any leading dims in the place of N.
-        """
+        """The keys [R, H, S, P, Dk] and values [R, H, S, P, Dv] of encoded pages."""
 
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
@@ -48,6 +67,16 @@ class Compressor(ABC):
     @abstractmethod
     def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
         """Bytes that a token of one KV head takes; `element_size` is that of the model's dtype."""
+
+
+PAGES_AT_A_TIME = 128  # bounds the float32 copies that encoding a long prompt makes
+
+
+def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -> dict[str, Tensor]:
+    """`encode` of a few pages [n, P, D] after the other, for `states` [..., P, D]."""
+    parts = [encode(pages) for pages in states.flatten(0, -3).split(PAGES_AT_A_TIME)]
+    together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: t.unflatten(0, states.shape[:-2]) for name, t in together.items()}
 
 
 def flat_tokens(pages: Tensor, tokens: int) -> Tensor:

@@ -52,10 +52,10 @@ class Fp8(Compressor):
     def _encode(self, name: str, states: Tensor) -> dict[str, Tensor]:
         codes_dtype = FORMATS[self.format]
         if states.shape[-1] == 0:
-            return {f"{name}_codes": states.to(torch.int8), f"{name}_scale": states[:, :1]}
+            return {f"{name}_codes": states.to(torch.int8), f"{name}_scale": states[..., :1, :]}
         top = torch.finfo(codes_dtype).max
         dtype = computed_dtype(states.dtype)
-        scale = (states.abs().amax((1, 2), keepdim=True).to(dtype) / top).to(states.dtype)
+        scale = (states.abs().amax((-2, -1), keepdim=True).to(dtype) / top).to(states.dtype)
         check_finite(self, name, scale)
         divisor = scale.to(dtype).clamp_min(torch.finfo(torch.float32).tiny)
         # Beyond the largest number float8 is NaN: the rounded scale may be too small by a little.

@@ -11,15 +11,13 @@ from pikv_kernels import (
 )
 from torch import Tensor
 
-from .base import Compressor, check_finite, computed_dtype
+from .base import Compressor, check_finite, computed_dtype, in_portions
 
 KEY_AXES = ("token", "channel")
 
 # Steps tried, as shares of the one that reaches the largest number: fewer codes gain more by
 # clipping. The 1 is always there: it makes encoding decoded pages again lossless up to rounding.
 SHRINK = {8: (1.0,), 4: (1.0, 0.94, 0.85, 0.75), 2: (1.0, 0.75, 0.64, 0.52, 0.41)}
-
-PAGES_AT_A_TIME = 128  # bounds the float32 copies that encoding a long prompt makes
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,9 @@ class Integer(Compressor):
     ) -> float:
         each = element_size * (1 if self.symmetric else 2)
         total = (key_dim + value_dim) * self.bits / 8
-        groups = [dim // (self.group_size or max(dim, 1)) for dim in (key_dim, value_dim)]
+        groups: list[float] = [
+            dim // (self.group_size or max(dim, 1)) for dim in (key_dim, value_dim)
+        ]
         if self.key_axis == "channel" and value_dim:
             groups[0] = key_dim / page_size
         return total + each * sum(groups)
@@ -96,23 +96,18 @@ class Integer(Compressor):
         if dim == 0:
             return {f"{name}_codes": states.to(torch.int8), f"{name}_scale": states}
         self._check_dim(name, dim)
-        parts = []
-        for pages in states.split(PAGES_AT_A_TIME):
-            pages = pages.to(computed_dtype(states.dtype))
-            if self.rotate and not by_channel:
-                pages = hadamard(pages)
-            parts.append(self._quantize(pages, by_channel, states.dtype))
-        codes, scale, zero = (
-            None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)
-        )
-        check_finite(self, name, scale)
-        fields = {f"{name}_codes": codes, f"{name}_scale": scale}
-        return fields if zero is None else fields | {f"{name}_zero": zero}
+        rotated = self.rotate and not by_channel
 
-    def _quantize(
-        self, pages: Tensor, by_channel: bool, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Packed codes, scale and zero (None if symmetric) of `pages` [n, P, D]."""
+        def quantize(pages: Tensor) -> dict[str, Tensor]:
+            pages = pages.to(computed_dtype(states.dtype))
+            return self._quantize(hadamard(pages) if rotated else pages, by_channel, states.dtype)
+
+        fields = in_portions(quantize, states)
+        check_finite(self, name, fields["scale"])
+        return {f"{name}_{part}": tensor for part, tensor in fields.items()}
+
+    def _quantize(self, pages: Tensor, by_channel: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Packed `codes`, `scale` and, if not symmetric, `zero` of `pages` [n, P, D]."""
         axis, shape = (1, pages.shape) if by_channel else (-1, pages.shape)
         if not by_channel:
             pages = pages.unflatten(-1, (-1, self.group_size or pages.shape[-1]))
@@ -121,10 +116,10 @@ class Integer(Compressor):
             zero = ((pages.amax(axis, True) + pages.amin(axis, True)) / 2).to(dtype)
             pages = pages - zero
         codes, scale = _nearest_codes(pages, axis, self.bits, self._offset, dtype)
+        fields = {"scale": scale} if zero is None else {"scale": scale, "zero": zero}
         if not by_channel:
-            scale = scale.squeeze(-1)
-            zero = zero if zero is None else zero.squeeze(-1)
-        return pack_codes(codes.view(shape), self.bits), scale, zero
+            fields = {name: tensor.squeeze(-1) for name, tensor in fields.items()}
+        return fields | {"codes": pack_codes(codes.view(shape), self.bits)}
 
     @property
     def _offset(self) -> float:
@@ -193,7 +188,7 @@ def _nearest_codes(
     highest = 2 ** (bits - 1) - 1
     lowest = -highest if offset == 0 else -highest - 1
     widest = states.abs().amax(axis, keepdim=True) / (highest + offset)
-    best_codes, best_scale, least = None, None, None
+    best: tuple[Tensor, Tensor, Tensor] | None = None
     for shrink in SHRINK[bits]:
         scale = (widest * shrink).to(dtype)
         exact = scale.to(states.dtype)
@@ -202,10 +197,14 @@ def _nearest_codes(
         if len(SHRINK[bits]) == 1:
             return codes.to(torch.int8), scale
         error = torch.addcmul(states, codes + offset, exact, value=-1).square_().sum(axis, True)
-        if least is None:
-            best_codes, best_scale, least = codes, scale, error
+        if best is None:
+            best = codes, scale, error
             continue
-        better = error < least
-        best_codes = torch.where(better, codes, best_codes)
-        best_scale, least = torch.where(better, scale, best_scale), error.minimum(least)
-    return best_codes.to(torch.int8), best_scale
+        better = error < best[2]
+        best = (
+            torch.where(better, codes, best[0]),
+            torch.where(better, scale, best[1]),
+            error.minimum(best[2]),
+        )
+    assert best is not None, "at least one step is tried"
+    return best[0].to(torch.int8), best[1]

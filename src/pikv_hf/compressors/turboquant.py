@@ -6,11 +6,10 @@ import torch
 from pikv_kernels import PACKED_TOGETHER, look_up, pack_indices, partial_attention, word_table
 from torch import Tensor
 
-from .base import Compressor, check_finite, flat_tokens
+from .base import Compressor, check_finite, flat_tokens, in_portions
 
 GRID = 2**16  # cells in which the density of a coordinate is integrated
 LLOYD_STEPS = 300
-PAGES_AT_A_TIME = 128  # bounds the float32 copies that encoding a long prompt makes
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class TurboQuant(Compressor):
         return (key_dim + value_dim) * self.bits / 8 + norms * element_size
 
     def _encode(self, name: str, states: Tensor, residual: bool) -> dict[str, Tensor]:
-        """Packed codes of `states` [N, P, D] and norms [N, P, 1], or [N, P, 2] with residual."""
+        """Packed codes of `states` [..., P, D] and norms [..., P, 1], with residual [..., P, 2]."""
         dim = states.shape[-1]
         if dim == 0:
             return {f"{name}_codes": states.to(torch.uint8), f"{name}_norms": states}
@@ -84,12 +83,11 @@ class TurboQuant(Compressor):
                 f"turboquant packs {PACKED_TOGETHER[self.bits]} numbers of {self.bits} bits "
                 f"together, but the {name} dim is {dim}, which is no multiple of that."
             )
-        parts = [self._quantize(pages, residual) for pages in states.split(PAGES_AT_A_TIME)]
-        codes, norms = (torch.cat(part) for part in zip(*parts, strict=True))
-        check_finite(self, name, norms)
-        return {f"{name}_codes": codes, f"{name}_norms": norms}
+        fields = in_portions(lambda pages: self._quantize(pages, residual), states)
+        check_finite(self, name, fields["norms"])
+        return {f"{name}_{part}": tensor for part, tensor in fields.items()}
 
-    def _quantize(self, pages: Tensor, residual: bool) -> tuple[Tensor, Tensor]:
+    def _quantize(self, pages: Tensor, residual: bool) -> dict[str, Tensor]:
         dim, dtype = pages.shape[-1], pages.dtype
         basis = _basis(dim, residual, self.seed, pages.device)
         centroids = _codebook(self.bits - residual, dim).to(pages.device, torch.float32)
@@ -104,7 +102,7 @@ class TurboQuant(Compressor):
             norms = torch.cat([norm, _rms(rest) * norm], dim=-1)
         else:
             norms = norm / _rms(levels)
-        return pack_indices(codes, self.bits), norms.to(dtype)
+        return {"codes": pack_indices(codes, self.bits), "norms": norms.to(dtype)}
 
     def _stored(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values [..., P, D] in the basis in which they are stored; with residual 2 D."""
