@@ -1,7 +1,7 @@
 """The command `pikv`: `pikv demo` compares caches, `pikv generate` answers on one's own text."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -164,7 +164,7 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
+def _one_sentence() -> Generator[None]:
     """A user's mistake ends the command with what is wrong, not with a traceback."""
     try:
         yield
@@ -186,7 +186,7 @@ def _parse_all(texts: Sequence[str]) -> list[CacheOption]:
 
 def _load(
     name: str | None, dtype: Dtype, device_map: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple["demo.GenerativeModel", PreTrainedTokenizerBase]:
     if name is None:
         logging.disable_progress_bar()
     else:
@@ -212,7 +212,7 @@ def _make_folder(path: Path) -> None:
 
 
 def _collect(
-    model: PreTrainedModel,
+    model: "demo.GenerativeModel",
     tokenizer: PreTrainedTokenizerBase,
     caches: Sequence[CacheOption],
     stacks: Sequence[Haystack],
@@ -283,7 +283,9 @@ def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     if tokenizer.chat_template is None:
         _fail("--chat: the tokenizer of this model has no chat template.")
     messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(prompt, str)  # one conversation, not tokenized
+    return prompt
 
 
 def _report(cache: Cache | None) -> None:

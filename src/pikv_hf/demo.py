@@ -3,9 +3,9 @@
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -22,6 +22,14 @@ from transformers.generation.streamers import BaseStreamer
 from .cache import PiKVCache
 from .needles import Haystack, make_haystack
 from .options import CacheOption
+
+if TYPE_CHECKING:
+
+    class GenerativeModel(PreTrainedModel):
+        """What `AutoModelForCausalLM` returns; `PreTrainedModel` alone has no `generate`."""
+
+        generate: Callable[..., Any]
+
 
 SPARE_TOKENS = 2
 """Tokens of a reply beyond those of the answer."""
@@ -69,7 +77,7 @@ class Clock(BaseStreamer):
 
 def load(
     name: str, dtype: str = "auto", device_map: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple["GenerativeModel", PreTrainedTokenizerBase]:
     """Model and tokenizer, set to greedy decoding; on the GPU if there is one."""
     if device_map is None and torch.cuda.is_available():
         device_map = "auto"
@@ -80,7 +88,8 @@ def load(
     if config.pad_token_id is None:
         end = config.eos_token_id
         config.pad_token_id = end[0] if isinstance(end, list) else end
-    return model, tokenizer
+    # transformers' annotation lets a backend that is not installed be None.
+    return model, tokenizer  # ty: ignore[invalid-explicit-return]
 
 
 def encode(
@@ -110,7 +119,7 @@ def haystacks(
 
 
 def run(
-    model: PreTrainedModel,
+    model: "GenerativeModel",
     tokenizer: PreTrainedTokenizerBase,
     caches: Sequence[CacheOption],
     stacks: Sequence[Haystack],
@@ -123,7 +132,7 @@ def run(
 
 
 def answer(
-    model: PreTrainedModel,
+    model: "GenerativeModel",
     tokenizer: PreTrainedTokenizerBase,
     option: CacheOption,
     stack: Haystack,
@@ -141,8 +150,8 @@ def answer(
         return_dict_in_generate=True,
     )
     steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-    new_tokens = out.sequences[0, inputs["input_ids"].shape[1] :]
-    reply = tokenizer.decode(new_tokens, skip_special_tokens=True)
+    new_tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+    reply = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)[0]
     trial = Trial(
         cache=option.name,
         question=number,

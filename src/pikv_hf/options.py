@@ -14,7 +14,7 @@ from .routers import ROUTERS, Router
 from .schedulers import SCHEDULERS, Scheduler
 from .settings import check_budget
 
-METHODS: dict[str, tuple[dict[str, type], type]] = {
+METHODS: dict[str, tuple[dict[str, Any], type]] = {
     "scheduler": (SCHEDULERS, Scheduler),
     "compressor": (COMPRESSORS, Compressor),
     "router": (ROUTERS, Router),
@@ -76,12 +76,11 @@ def _call(text: str) -> ast.Call:
         call = ast.parse(f"f({text})", mode="eval").body
     except SyntaxError:
         call = None
-    names = [pair.arg for pair in call.keywords] if isinstance(call, ast.Call) else [None]
-    if None in names or len(set(names)) < len(names) or call.args:
-        raise ValueError(
-            f"{text!r} is not name=value[,name=value...], {LOSSLESS!r} or {DYNAMIC!r}."
-        )
-    return call
+    if isinstance(call, ast.Call) and not call.args:
+        names = [pair.arg for pair in call.keywords]
+        if None not in names and len(set(names)) == len(names):
+            return call
+    raise ValueError(f"{text!r} is not name=value[,name=value...], {LOSSLESS!r} or {DYNAMIC!r}.")
 
 
 def _value(name: str, node: ast.expr) -> Any:

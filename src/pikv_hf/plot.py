@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backend_bases import RendererBase
     from matplotlib.text import Annotation
 
 NEAR = 11
@@ -27,7 +28,7 @@ def accuracy_against_memory(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=150)
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.08, 0.11, 0.89, 0.81))
     points = list(zip(mebibytes, accuracy, strict=True))
     for index, point in enumerate(points):
@@ -37,16 +38,20 @@ def accuracy_against_memory(
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    _label(axes, points, labels)
+    _label(axes, points, labels, canvas.get_renderer())
     figure.savefig(path)
 
 
-def _label(axes: "Axes", points: list[tuple[float, float]], labels: Sequence[str]) -> None:
+def _label(
+    axes: "Axes",
+    points: list[tuple[float, float]],
+    labels: Sequence[str],
+    renderer: "RendererBase",
+) -> None:
     """Write each label beside its point, where it covers no point and no other label."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
-    renderer = axes.figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     centers = [axes.transData.transform(point) for point in points]
     taken = [Bbox.from_extents(*(center - 10), *(center + 10)) for center in centers]

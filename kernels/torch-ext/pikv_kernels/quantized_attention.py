@@ -4,6 +4,7 @@ Shapes: B rows, H KV heads, R query rows per KV head, S pages of P tokens, T tok
 value dim, g groups of the head dim.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -109,14 +110,15 @@ def _scores(query: Tensor, codes: Tensor, keys: Quantized, scale: float) -> Tens
     zeros = None
     if keys.zero is not None:
         zeros = _per_token(keys.zero.to(dtype) * scale, page_size)
-    parts = zip(query.chunk(groups, -1), codes.flatten(2, 3).chunk(groups, -1), strict=True)
-    total = None
-    for group, (part, code) in enumerate(parts):
+
+    def of_group(group: int, part: Tensor, code: Tensor) -> Tensor:
         scores = _accumulated(part @ code.mT) * factors[group]
-        if zeros is not None:
-            scores = scores.addcmul(_accumulated(part).sum(-1, keepdim=True), zeros[group])
-        total = scores if total is None else total + scores
-    return total
+        if zeros is None:
+            return scores
+        return scores.addcmul(_accumulated(part).sum(-1, keepdim=True), zeros[group])
+
+    parts = zip(query.chunk(groups, -1), codes.flatten(2, 3).chunk(groups, -1), strict=True)
+    return functools.reduce(torch.add, (of_group(g, *part) for g, part in enumerate(parts)))
 
 
 def _scores_per_channel(query: Tensor, codes: Tensor, keys: Quantized, scale: float) -> Tensor:
