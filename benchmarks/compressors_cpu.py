@@ -1,19 +1,21 @@
 """What each compressor costs: bytes of a sealed element, error of attention, time of a decode step.
 
-A step is the append of one token and attention over all of them, in one layer. "quanto" is
-transformers' QuantizedLayer with optimum-quanto, if that is installed; a --quick run leaves it out
-(its first use compiles C++).
+A step is the append of one token and attention over all of them, in one layer. transformers'
+QuantizedCache stands beside them, with the backends that are installed (`pip install -e .[bench]`);
+a --quick run leaves it out (the first use of quanto compiles C++).
 """
 
-import importlib.util
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from append_cpu import DTYPE, SHAPE, one_layer_model
-from common import Result, fill, interleaved, random_states, start
+from common import Result, Timing, fill, interleaved, random_states, start
+from peers import GROUP, Peer, quantized_bytes
 from torch import Tensor
-from transformers.cache_utils import QuantoQuantizedLayer
+from transformers import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pikv_hf import COMPRESSORS, PiKVCache
 from pikv_hf.attention import attend
@@ -23,8 +25,13 @@ from pikv_hf.context import take_layer
 HEADS, DIM = SHAPE[:2]
 GROUPS, PAGE, SCALE = 8, 64, SHAPE[1] ** -0.5
 LENGTHS = (16384, 65536)
-QUANTO = "quanto int4"
+PEERS = [Peer("quanto", 4), Peer("hqq", 4), Peer("fp8", 8)]
+OWN = ", its own attention"
 TIME_GOALS = {"int8": 1.1, "int4": 2.0}
+FASTER_GOALS = {
+    "int8": {"quanto": 2.5, "hqq": 2.5, "fp8": 15.0},
+    "int4": {"quanto": 1.5, "hqq": 1.5},
+}
 BYTE_GOALS = {"int8": 1.04, "int4": 0.54, "int2": 0.30, "fp8": 1.04}
 
 # Options whose error and bytes explain the defaults; KIVI: zeros, keys per channel, not rotated.
@@ -61,24 +68,32 @@ def exact(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def attention_error(compressor: Compressor, kind: str) -> float:
     """Relative error of the attention output in bf16, against float64 on what was given."""
     query, keys, values = inputs(kind)
-    pages = (states.reshape(-1, PAGE, DIM) for states in (keys, values))
-    fields = {k: t.unflatten(0, (1, HEADS, -1)) for k, t in compressor.encode(*pages).items()}
+    fields = encoded(compressor, query, keys, values)
     out = compressor.attend(query, fields, keys.shape[2], SCALE)[0]
     return relative(out, exact(query, keys, values))
 
 
-def quanto_costs() -> list[str]:
-    """Bytes of an element, and the same errors of what quanto gives back, in float64 from there."""
+def encoded(
+    compressor: Compressor, query: Tensor, keys: Tensor, values: Tensor
+) -> dict[str, Tensor]:
+    """`keys` and `values` as pages; `query` has been seen, if the compressor asks for queries."""
+    pages = (states.unflatten(2, (-1, PAGE)) for states in (keys, values))
+    if compressor.observed_queries:
+        return compressor.encode_observed(*pages, query)
+    return compressor.encode(*pages)
+
+
+def peer_costs(config: PreTrainedConfig, peer: Peer) -> list[str]:
+    """Bytes of an element, and the same errors of what a peer gives back, in float64 from there."""
     shown = []
     for kind in ("gaussian", "outlier"):
         query, keys, values = inputs(kind)
-        layer = QuantoQuantizedLayer(nbits=4)
+        layer = peer.cache(config).layers[0]
         layer.update(keys, values)
+        size = quantized_bytes(layer) / 2 / keys.numel()
         held = layer.update(keys[:, :, :0], values[:, :, :0])
         shown.append(f"{relative(exact(query, *held), exact(query, keys, values)):.4f}")
-    codes = layer._quantized_keys
-    parts = (codes._data._data.nbytes, codes._scale.nbytes, codes._shift.nbytes)
-    return [f"{sum(parts) / keys.numel():.4f}", *shown]
+    return [f"{size:.4f}", *shown]
 
 
 def relative(out: Tensor, expected: Tensor) -> float:
@@ -87,8 +102,8 @@ def relative(out: Tensor, expected: Tensor) -> float:
 
 def bytes_per_element(compressor: Compressor) -> float:
     """Of the encoded pages of 4,096 tokens: tensors, not a formula."""
-    _, keys, values = inputs("gaussian")
-    fields = compressor.encode(*(states.reshape(-1, PAGE, DIM) for states in (keys, values)))
+    query, keys, values = inputs("gaussian")
+    fields = encoded(compressor, query, keys, values)
     return sum(t.numel() * t.element_size() for t in fields.values()) / 2 / keys.numel()
 
 
@@ -108,20 +123,46 @@ def step_of(model: Any, compressor: Compressor, tokens: int) -> Callable[[], Ten
     return step
 
 
-def quanto_step(tokens: int) -> Callable[[], Tensor]:
-    """`update` of transformers' layer, and sdpa over what it returns with the queries packed."""
-    layer = QuantoQuantizedLayer(nbits=4)
+def peer_steps(model: Any, peer: Peer, tokens: int) -> dict[str, Callable[[], object]]:
+    """`update` of transformers' layer, and attention over what it returns: packed, and its own."""
+    layer = peer.cache(model.config).layers[0]
     layer.update(*random_states(0, tokens, SHAPE, DTYPE))
     new = random_states(99, 1, SHAPE, DTYPE)
-    query = random_states(98, GROUPS, SHAPE, DTYPE)[0]
-    return lambda: F.scaled_dot_product_attention(query, *layer.update(*new))
+    packed = random_states(98, GROUPS, SHAPE, DTYPE)[0]
+    query = packed.reshape(1, HEADS * GROUPS, 1, DIM)
+    module = model.model.layers[0].self_attn
+    return {
+        peer.title: lambda: F.scaled_dot_product_attention(packed, *layer.update(*new)),
+        peer.title + OWN: lambda: sdpa_attention_forward(
+            module, query, *layer.update(*new), None, scaling=SCALE
+        ),
+    }
+
+
+def uncalibrated() -> dict[str, Compressor]:
+    """The methods that need no data of a model, as they come."""
+    return {name: kind() for name, kind in COMPRESSORS.items() if not kind.needs_calibration}
+
+
+def add_time_goals(result: Result, tokens: int, times: dict[str, Timing]) -> None:
+    for name, bound in TIME_GOALS.items():
+        ratio = times[name].median / times["identity"].median
+        text = f"{name}, {tokens} tokens: <= {bound}x the time of identity"
+        result.goal(text, ratio, ratio <= bound)
+    for name, bounds in FASTER_GOALS.items():
+        for peer in (peer for peer in PEERS if peer.title in times and peer.backend in bounds):
+            for way in ("", OWN):
+                bound = bounds[peer.backend]
+                ratio = times[peer.title + way].median / times[name].median
+                text = f"{name}, {tokens} tokens: >= {bound}x faster than {peer.name}{way}"
+                result.goal(text, ratio, ratio >= bound)
 
 
 def main() -> None:
     quick = start(__doc__)
-    has_quanto = not quick and importlib.util.find_spec("optimum.quanto") is not None
+    peers = [] if quick else [peer for peer in PEERS if peer.version]
     rounds = {16384: 5, 65536: 3} if quick else {16384: 25, 65536: 11}
-    methods = {name: method() for name, method in COMPRESSORS.items()}
+    methods = uncalibrated()
     shown = " and ".join(map(str, rounds.values()))
     result = Result(
         "compressors_cpu",
@@ -129,23 +170,26 @@ def main() -> None:
         f"one layer, {HEADS} KV and {HEADS * GROUPS} query heads of {DIM}, bf16, pages of {PAGE}; error: "
         "of the attention output over 4,096 tokens, relative, against float64, Gaussian keys or 4 of "
         f"{DIM} key channels x 10; ms: append and attention, median (least) of {shown} "
-        "interleaved rounds, 1 thread, process CPU time; quanto: 4 bits, groups of 64",
+        "interleaved rounds, 1 thread, process CPU time; transformers: layers of its QuantizedCache "
+        f"(version of the package that quantizes), groups of {GROUP}, attention by sdpa with the "
+        "queries of a KV head packed, or by transformers' own function; that quanto and hqq quantize "
+        "everything anew once in 128 tokens is not in the median",
         ["compressor", "bytes/element", "error", "error, outliers"]
         + [text for tokens in LENGTHS for text in (f"ms at {tokens // 1024}k", "x identity")],
     )
     model = one_layer_model()
-    cells: dict[str, list[str]] = {name: [] for name in [*methods, QUANTO]}
+    cells: dict[str, list[str]] = defaultdict(list)
     for tokens in LENGTHS:
-        steps = {name: step_of(model, method, tokens) for name, method in methods.items()}
-        if has_quanto and tokens == LENGTHS[0]:
-            steps[QUANTO] = quanto_step(tokens)
+        steps: dict[str, Callable[[], object]] = {
+            name: step_of(model, method, tokens) for name, method in methods.items()
+        }
+        for peer in peers:
+            steps |= peer_steps(model, peer, tokens)
         times = interleaved(steps, rounds[tokens])
         for name, time in times.items():
             ratio = time.median / times["identity"].median
             cells[name] += [f"{time.median:.2f} ({time.least:.2f})", f"{ratio:.2f}"]
-            if name in TIME_GOALS:
-                goal = f"{name}, {tokens} tokens: <= {TIME_GOALS[name]}x the time of identity"
-                result.goal(goal, ratio, ratio <= TIME_GOALS[name])
+        add_time_goals(result, tokens, times)
     for name, method in [*methods.items(), *OPTIONS.items()]:
         size = bytes_per_element(method)
         errors = [f"{attention_error(method, kind):.4f}" for kind in ("gaussian", "outlier")]
@@ -153,8 +197,11 @@ def main() -> None:
         if name in BYTE_GOALS:
             bound = BYTE_GOALS[name]
             result.goal(f"{name}: <= {bound} bytes an element", size, size <= bound)
-    if has_quanto:
-        result.add(QUANTO, *quanto_costs(), *cells[QUANTO], "", "")
+    for peer in [] if quick else PEERS:
+        costs = peer_costs(model.config, peer) if peer in peers else [""] * 3
+        result.add(peer.title, *costs, *cells.get(peer.title, [""] * 4))
+        if peer in peers:
+            result.add(peer.title + OWN, *[""] * 3, *cells[peer.title + OWN])
     result.publish(quick)
 
 
