@@ -86,6 +86,7 @@ class AttachedCache(Cache):
                 f"found in {type(model).__name__}."
             )
         if not hasattr(self, "layers"):
+            self.shared.compressor.check(model)
             return
         same = type(model.config) is type(self.config) and self._paged() == sorted(
             binding.attention

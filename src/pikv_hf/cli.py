@@ -1,25 +1,33 @@
-"""The command `pikv`: `pikv demo` compares caches, `pikv generate` answers on one's own text."""
+"""The command `pikv`: `demo` compares caches, `generate` answers on one's own text, `calibrate`."""
 
 import json
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
-from transformers.utils import logging
 
 from . import PiKVCache, __version__, demo
-from .needles import NEEDLE_MODEL, Haystack
+from .calibrate.command import calibrate_command
+from .needles import Haystack
 from .options import DYNAMIC, LOSSLESS, METHODS, CacheOption, parse_cache
 from .plot import accuracy_against_memory
+from .terminal import (
+    DeviceMap,
+    Dtype,
+    DtypeOption,
+    Model,
+    err,
+    fail,
+    load,
+    make_folder,
+    one_sentence,
+    out,
+)
 
 app = typer.Typer(
     help="PiKVCache: a paged KV cache for Mixture-of-Experts models in transformers.",
@@ -27,30 +35,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
-
-
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
+app.command("calibrate")(calibrate_command)
 CACHES = (
     f"A cache is '{DYNAMIC}' (transformers' own), '{LOSSLESS}' (PiKVCache as it is), or arguments of "
     "PiKVCache, such as 'compressor=int8,scheduler=streaming_llm(sinks=8),budget=0.25'.  \n"
     + "  \n".join(f"{name}: {', '.join(registry)}." for name, (registry, _) in METHODS.items())
 )
-Model = Annotated[
-    str | None,
-    typer.Option(help="A folder or a name on the Hugging Face Hub. Default: the bundled model."),
-]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.", metavar="DTYPE")]
-DeviceMap = Annotated[
-    str | None, typer.Option(help="As in from_pretrained. Default: 'auto' on a GPU, else the CPU.")
-]
 HEADINGS = (
     "exact\nanswers",
     "KV held\nMiB",
@@ -91,10 +81,10 @@ def demo_command(
 ) -> None:
     """Hide needles in a haystack and find them with several caches: accuracy, memory, speed."""
     caches = _parse_all([DYNAMIC, *(cache or DEFAULTS)])
-    _make_folder(output)
-    loaded, tokenizer = _load(model, dtype, device_map)
+    make_folder(output)
+    loaded, tokenizer = load(model, dtype, device_map)
     _check_length(loaded, length)
-    with _one_sentence():
+    with one_sentence():
         stacks = demo.haystacks(
             tokenizer, length=length, needles=needles, questions=questions, seed=seed
         )
@@ -103,7 +93,7 @@ def demo_command(
     trials, interrupted = _collect(loaded, tokenizer, caches, stacks)
     rows = demo.summarize(trials, caches)
     if not rows:
-        _fail("interrupted before the first question was answered with every cache.", code=130)
+        fail("interrupted before the first question was answered with every cache.", code=130)
     done = (
         f"{rows[0].questions} of {questions} questions" if interrupted else f"{questions} questions"
     )
@@ -135,13 +125,13 @@ def generate_command(
     """Answer on one's own text, greedily, and say what the cache holds afterwards."""
     option = _parse_all([cache])[0]
     text = _read(prompt_file)
-    loaded, tokenizer = _load(model, dtype, device_map)
+    loaded, tokenizer = load(model, dtype, device_map)
     text = _as_chat(tokenizer, text) if chat else text
-    with _one_sentence():
+    with one_sentence():
         made = option.make(loaded)
     inputs = demo.encode(loaded, tokenizer, text, special_tokens=not chat)
     if not inputs["input_ids"].numel():
-        _fail("the prompt has no tokens.")
+        fail("the prompt has no tokens.")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         result = loaded.generate(
@@ -158,20 +148,6 @@ def generate_command(
     _report(result.past_key_values if made is None else made)
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
-    err.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
-    raise typer.Exit(code)
-
-
-@contextmanager
-def _one_sentence() -> Generator[None]:
-    """A user's mistake ends the command with what is wrong, not with a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        _fail(str(error))
-
-
 def _parse_all(texts: Sequence[str]) -> list[CacheOption]:
     """One option for each text; the same cache named twice counts once."""
     options: dict[str, CacheOption] = {}
@@ -179,36 +155,15 @@ def _parse_all(texts: Sequence[str]) -> list[CacheOption]:
         try:
             option = parse_cache(text)
         except ValueError as error:
-            _fail(f"--cache: {error}")
+            fail(f"--cache: {error}")
         options.setdefault(option.name, option)
     return list(options.values())
-
-
-def _load(
-    name: str | None, dtype: Dtype, device_map: str | None
-) -> tuple["demo.GenerativeModel", PreTrainedTokenizerBase]:
-    if name is None:
-        logging.disable_progress_bar()
-    else:
-        err.print(f"Loading {escape(name)} ...")
-    try:
-        return demo.load(name or str(NEEDLE_MODEL), dtype.value, device_map)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        _fail(f"--model: {name or NEEDLE_MODEL} could not be loaded: {reason}")
 
 
 def _check_length(model: PreTrainedModel, length: int) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and length > most:
-        _fail(f"--length is {length}, but the model reads at most {most} tokens.")
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _fail(f"--out: {path} cannot be made: {error.strerror}.")
+        fail(f"--length is {length}, but the model reads at most {most} tokens.")
 
 
 def _collect(
@@ -273,15 +228,15 @@ def _read(file: Any) -> str:
     try:
         text = file.read()
     except UnicodeDecodeError:
-        _fail("--prompt-file is not UTF-8 text.")
+        fail("--prompt-file is not UTF-8 text.")
     if not text.strip():
-        _fail("--prompt-file is empty.")
+        fail("--prompt-file is empty.")
     return text
 
 
 def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     if tokenizer.chat_template is None:
-        _fail("--chat: the tokenizer of this model has no chat template.")
+        fail("--chat: the tokenizer of this model has no chat template.")
     messages = [{"role": "user", "content": text}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert isinstance(prompt, str)  # one conversation, not tokenized

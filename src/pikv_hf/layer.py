@@ -300,3 +300,4 @@ class PagedLayer(DynamicLayer):
         if self._tail is not None:
             yield from self.tail.tensors()
         yield from self.pages.tensors()
+        yield from self.pages.compressor.tensors()

@@ -10,6 +10,7 @@ from .codebook import (
 from .codes import pack_codes, unpack_codes, unpack_codes_reference
 from .float8 import read_float8, read_float8_reference
 from .hadamard import hadamard, hadamard_block, hadamard_reference
+from .lowrank_attention import Factors, lowrank_attention, lowrank_attention_reference
 from .partial_attention import (
     add_sink,
     merge_partial,
@@ -25,6 +26,7 @@ from .quantized_attention import (
 
 __all__ = [
     "PACKED_TOGETHER",
+    "Factors",
     "Quantized",
     "add_sink",
     "dequantize",
@@ -33,6 +35,8 @@ __all__ = [
     "hadamard_reference",
     "look_up",
     "look_up_reference",
+    "lowrank_attention",
+    "lowrank_attention_reference",
     "merge_partial",
     "pack_codes",
     "pack_indices",

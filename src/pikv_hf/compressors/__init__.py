@@ -1,9 +1,12 @@
 """How a sealed page is stored: one file per method."""
 
 from .base import Compressor, flat_tokens
+from .distill import Distill
 from .fp8 import Fp8
 from .identity import Identity
 from .integer import Int2, Int4, Int8, Integer
+from .lowrank import LowRank, LowRankAffine
+from .svd import Svd
 from .turboquant import TurboQuant
 
 COMPRESSORS: dict[str, type[Compressor]] = {
@@ -13,17 +16,25 @@ COMPRESSORS: dict[str, type[Compressor]] = {
     "int2": Int2,
     "fp8": Fp8,
     "turboquant": TurboQuant,
+    "svd": Svd,
+    "lowrank": LowRank,
+    "lowrank_affine": LowRankAffine,
+    "distill": Distill,
 }
 
 __all__ = [
     "COMPRESSORS",
     "Compressor",
+    "Distill",
     "Fp8",
     "Identity",
     "Int2",
     "Int4",
     "Int8",
     "Integer",
+    "LowRank",
+    "LowRankAffine",
+    "Svd",
     "TurboQuant",
     "flat_tokens",
 ]

@@ -1,13 +1,13 @@
 """How a sealed page is stored, and how attention reads it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
 from pikv_kernels import partial_attention
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Compressor(ABC):
@@ -24,10 +24,21 @@ class Compressor(ABC):
     #: How many of a layer's newest tokens `encode_observed` sees the queries of; 0 = none.
     observed_queries: ClassVar[int] = 0
 
+    #: Whether it must be given a file that `pikv calibrate` made for the model.
+    needs_calibration: ClassVar[bool] = False
+
     @property
     def is_idempotent(self) -> bool:
         """Whether decoded pages can be encoded again without a further loss, as eviction does."""
         return True
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Called once, before a cache is made for `model`.
+
+        Raises:
+            ValueError: it cannot serve this model, for instance as its calibration is of another.
+        """
+        return
 
     def bind(self, config: PreTrainedConfig, layer_idx: int) -> "Compressor":
         """The compressor of one layer, for instance with weights that were calibrated for it.
@@ -36,6 +47,10 @@ class Compressor(ABC):
             ValueError: it cannot serve this layer of a model of this configuration.
         """
         return self
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds for the layer that it is bound to: a part of the cache's bytes."""
+        return iter(())
 
     @abstractmethod
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:

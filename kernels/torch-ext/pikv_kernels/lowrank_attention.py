@@ -1,0 +1,56 @@
+"""Partial attention over pages of low rank: the basis of a page meets the query, never its tokens.
+
+Shapes: B rows, H KV heads, R query rows per KV head, S pages of P tokens, T tokens, r rank, D key
+dim, Dv value dim.
+"""
+
+import torch
+from torch import Tensor
+
+from .partial_attention import partial_attention_reference
+
+# Coefficients [B, H, S, P, r] and basis [B, H, S, r, D] of pages `coefficients @ basis`.
+Factors = tuple[Tensor, Tensor]
+
+
+def lowrank_attention(
+    query: Tensor, keys: Factors, values: Factors, tokens: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * query key^T) value over the first `tokens` tokens, and its log-sum-exp.
+
+    Fewer operations than over the pages themselves where R is less than P: a basis is multiplied
+    with the queries, and with what they weigh, instead of with the tokens.
+
+    Args:
+        query: `[B, H, R, D]`.
+        keys, values: factors of the same dtype.
+        tokens: how many tokens of the pages are valid, > 0.
+        scale: factor of the scores.
+
+    Returns:
+        `[B, H, R, Dv]` and `[B, H, R]`, in float32 (float64 for float64).
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    # Products with a basis overflow float16, which is not as long as the numbers that it makes.
+    dtype = wide if query.dtype == torch.float16 else query.dtype
+    coefficients, basis = (factor.to(dtype) for factor in keys)
+    projected = (query * scale).to(dtype)[:, :, None] @ basis.mT
+    scores = (projected @ coefficients.mT).transpose(2, 3).flatten(3).to(wide)
+    scores[..., tokens:] = -torch.inf
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().to(dtype)
+    coefficients, basis = (factor.to(dtype) for factor in values)
+    weights = weights.unflatten(3, coefficients.shape[2:4]).transpose(2, 3)
+    return (weights @ coefficients @ basis).to(wide).sum(dim=2), lse
+
+
+def lowrank_attention_reference(
+    query: Tensor, keys: Factors, values: Factors, tokens: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`lowrank_attention` over the pages themselves."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key, value = (
+        (coefficients.to(dtype) @ basis.to(dtype)).flatten(2, 3)[:, :, :tokens]
+        for coefficients, basis in (keys, values)
+    )
+    return partial_attention_reference(query.to(dtype), key, value, None, scale)

@@ -1,0 +1,88 @@
+"""`pikv calibrate`: the command."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from ..terminal import (
+    DeviceMap,
+    Dtype,
+    DtypeOption,
+    Model,
+    err,
+    fail,
+    load,
+    make_folder,
+    one_sentence,
+    out,
+)
+from .fit import Fit, mean_errors
+from .job import METHODS, Job
+from .run import calibrate, text_pieces
+
+DEFAULT = Job()
+
+
+def calibrate_command(
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            help="A UTF-8 text such as the model will read; repeatable.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+        ),
+    ],
+    model: Model = None,
+    output: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path(
+        "cal.safetensors"
+    ),
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(METHODS)}; repeatable. Default: all of them."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Numbers kept of a key or value. Default: a quarter of them.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of context.")] = DEFAULT.length,
+    windows: Annotated[int, typer.Option(help="Contexts kept to train on.")] = DEFAULT.windows,
+    steps: Annotated[
+        int, typer.Option(help="Training steps; 0 keeps the principal axes.")
+    ] = DEFAULT.steps,
+    dtype: DtypeOption = Dtype.auto,
+    device_map: DeviceMap = None,
+) -> None:
+    """Fit compressors to a model and texts; interrupted, the same command goes on."""
+    methods = tuple(dict.fromkeys(method)) if method else DEFAULT.methods
+    with one_sentence():
+        job = Job(methods, rank, length, windows, steps)
+    make_folder(output.parent)
+    loaded, tokenizer = load(model, dtype, device_map)
+    source = json.dumps([[path.name, path.stat().st_size] for path in text])
+    pieces = text_pieces(tokenizer, text, job.piece_tokens)
+    try:
+        with one_sentence():
+            fits = calibrate(loaded, pieces, output, job, source)
+    except KeyboardInterrupt:
+        err.print(f"\nInterrupted: the same command goes on from {output}.partial.")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        fail(f"--out: {output} cannot be written: {error.strerror}.")
+    out.print(_table(fits))
+    out.print(f"Written: {output}", soft_wrap=True)
+
+
+def _table(fits: dict[str, dict[int, Fit]]) -> Table:
+    title = "error of the attention output on held-out text"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("compressor")
+    for heading in ("layers", "principal axes", "trained"):
+        table.add_column(heading, justify="right")
+    for name, layers in fits.items():
+        before, after = mean_errors([*layers.values()])
+        table.add_row(name, str(len(layers)), f"{before:.3f}", f"{after:.3f}")
+    return table

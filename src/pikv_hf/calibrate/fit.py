@@ -1,0 +1,148 @@
+"""Fitting the projections of one layer: principal axes, and gradient steps on attention output.
+
+Shapes: H KV heads, n queries per KV head, T tokens, r rank, D key dim, Dv value dim.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..compressors import LowRank
+from ..compressors.lowrank import Factors
+from .capture import Capture, Window
+
+EXACT = 8  # the newest eighth of a window stands for the open tail of a cache: not compressed
+RATE = 1e-2
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Factors of one layer, and the error of its attention output on held-out windows: relative,
+    with the principal axes and with these factors."""
+
+    factors: Factors
+    before: float
+    after: float
+
+
+def fit(
+    method: type[LowRank],
+    capture: Capture,
+    rank: int | None,
+    steps: int,
+    seed: int,
+    device: torch.device,
+) -> Fit:
+    """The factors of `method` for the layer of `capture`, trained for `steps` steps.
+
+    Without a `rank`, a quarter of the dims. If training does not help the held-out windows, the
+    factors stay as they were initialised.
+    """
+    fitting = Fitting(method, capture, rank, seed, device)
+    start = fitting.factors()
+    before = fitting.held_out_error(start)
+    if steps == 0:
+        return Fit(fitting.finished(start), before, before)
+    fitting.train(steps)
+    factors = fitting.factors()
+    after = fitting.held_out_error(factors)
+    best = factors if after < before else start
+    return Fit(fitting.finished(best), before, min(before, after))
+
+
+class Fitting:
+    """The fit of one layer. Keys and values are scaled to numbers of about 1 meanwhile."""
+
+    def __init__(
+        self,
+        method: type[LowRank],
+        capture: Capture,
+        rank: int | None,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.method, self.scale, self.device, self.seed = method, capture.scale, device, seed
+        self.moments = {"key": capture.keys, "value": capture.values}
+        if capture.values.first.shape[-1] == 0:  # latents
+            del self.moments["value"]
+        generator = torch.Generator().manual_seed(seed)
+        self.sizes, self.free = {}, {}
+        for name, moments in self.moments.items():
+            dim = moments.first.shape[-1]
+            size = moments.size.clamp_min(torch.finfo(torch.float32).tiny)
+            kept = max(dim // 4, 1) if rank is None else min(rank, dim)
+            free = method.initial(moments.times(1 / size), kept, generator)
+            self.sizes[name] = size.float()
+            self.free[name] = {part: t.to(device) for part, t in free.items()}
+        self.fitted, self.held_out = capture.fitted, capture.held_out
+
+    def factors(self) -> dict[str, Factors]:
+        return {name: self.method.constrained(free) for name, free in self.free.items()}
+
+    def finished(self, factors: dict[str, Factors]) -> Factors:
+        """Factors for keys and values as they are, as `LowRank.with_factors` takes them."""
+        done: Factors = {}
+        for name, parts in factors.items():
+            scaled = self.method.rescaled(parts, self.sizes[name].to(self.device))
+            done |= {f"{name}_{part}": t.detach().cpu() for part, t in scaled.items()}
+        return {name: tensor.contiguous() for name, tensor in done.items()}
+
+    def train(self, steps: int) -> None:
+        """Adam on the squared error of the attention output of one window a step, in a fixed order."""
+        weights = [t.requires_grad_() for free in self.free.values() for t in free.values()]
+        optimizer = torch.optim.Adam(weights, lr=RATE)
+        order = random.Random(self.seed)
+        with torch.enable_grad():
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+                window = order.choice(self.fitted)
+                change, size = self._errors(window, self.factors())
+                loss = (change / size).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+        for weight in weights:
+            weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def held_out_error(self, factors: dict[str, Factors]) -> float:
+        """Norm of the change of the attention output over the norm of the output."""
+        changes, sizes = zip(*(self._errors(w, factors) for w in self.held_out), strict=True)
+        return math.sqrt(sum(map(torch.sum, changes)) / sum(map(torch.sum, sizes)))
+
+    def _errors(self, window: Window, factors: dict[str, Factors]) -> tuple[Tensor, Tensor]:
+        """The squared change [H] of the attention output of `window`, and its squared norm [H]."""
+        query, keys, values = (t.to(self.device, torch.float32) for t in window)
+        size = self.sizes["key"].to(self.device)[:, None, None]
+        query, keys = query * size, keys / size
+        is_latent = "value" not in factors
+        if not is_latent:
+            values = values / self.sizes["value"].to(self.device)[:, None, None]
+        near_keys = self._restored(keys, factors["key"])
+        near_values = near_keys if is_latent else self._restored(values, factors["value"])
+        with torch.no_grad():
+            exact = _attention(query, keys, keys if is_latent else values, self.scale)
+        change = _attention(query, near_keys, near_values, self.scale) - exact
+        return change.square().sum((1, 2)), exact.square().sum((1, 2))
+
+    def _restored(self, states: Tensor, factors: Factors) -> Tensor:
+        """`states` [H, T, D] as a cache would read them: the newest are in its tail."""
+        sealed = states.shape[1] - states.shape[1] // EXACT
+        near = self.method.restored(states[:, :sealed] @ factors["down"], factors)
+        return torch.cat([near, states[:, sealed:]], dim=1)
+
+
+def _attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    return (query @ keys.mT * scale).softmax(-1) @ values
+
+
+def mean_errors(fits: Sequence[Fit]) -> tuple[float, float]:
+    """Root mean squares over layers of the errors before and after training."""
+    before, after = ([getattr(f, name) ** 2 for f in fits] for name in ("before", "after"))
+    return math.sqrt(sum(before) / len(fits)), math.sqrt(sum(after) / len(fits))

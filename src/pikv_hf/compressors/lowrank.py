@@ -1,0 +1,232 @@
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import ClassVar
+
+import torch
+from pikv_kernels import partial_attention
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Self
+
+from .base import PAGES_AT_A_TIME, Compressor, check_finite, computed_dtype, flat_tokens
+from .calibration import check_model, read_factors, read_metadata
+from .moments import Moments
+
+Factors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LowRank(Compressor):
+    """Calibrated projections for each layer and KV head; the paper calls it LoRA.
+
+    A key (after RoPE), value or latent x of D dims is stored as the r numbers c = x down, and stands
+    for c up, with up down = 1: what was decoded is encoded again without a loss. `pikv calibrate`
+    makes `down` [H, D, r] and `up` [H, r, D] from texts: the principal axes, not centred, which are
+    the best linear projection, or, after training, those that change the output of attention least.
+    PiKV (arXiv 2508.06526) defines it by that error; Palu (arXiv 2407.21118) is a method like it.
+
+    Attention reads the numbers: q . (c up) = (q up^T) . c, and sum p (c up) = (sum p c) up.
+
+    Args:
+        calibration: the file that `pikv calibrate` made for the model, which also fixes r.
+    """
+
+    name: ClassVar[str] = "lowrank"
+    needs_calibration: ClassVar[bool] = True
+
+    calibration: str | PathLike[str] | None = None
+    # Of the layer that this compressor is bound to, as `key_up`, ...: on the device last used.
+    _factors: Factors | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.calibration is not None and not isinstance(self.calibration, str | PathLike):
+            raise TypeError(
+                f"`calibration` is {self.calibration!r}; it must be the path of a file that "
+                "`pikv calibrate` made."
+            )
+
+    def check(self, model: PreTrainedModel) -> None:
+        path = self._path()
+        check_model(path, model)
+        methods = read_metadata(path)["methods"].split(",")
+        if self.name not in methods:
+            raise ValueError(
+                f"`calibration` {str(path)!r} was made for {', '.join(methods)}, not for "
+                f"{self.name}: run `pikv calibrate --method {self.name}`."
+            )
+
+    def bind(self, config: PreTrainedConfig, layer_idx: int) -> Self:
+        return self.with_factors(read_factors(self._path(), f"{self.name}.{layer_idx}."))
+
+    def with_factors(self, factors: Factors) -> Self:
+        """This compressor for the layer that `factors` were fitted to; none for an unpaged layer."""
+        return replace(self, _factors=dict(factors))
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self._factors or {}).values()
+
+    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        fields = {"key_codes": self._encode("key", keys)}
+        return fields | {"value_codes": self._encode("value", values)}
+
+    def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._decode("key", fields["key_codes"]), self._decode(
+            "value", fields["value_codes"]
+        )
+
+    def attend(
+        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        name = (
+            "key" if fields["value_codes"].shape[-1] == 0 else "value"
+        )  # latents are their values
+        wide = computed_dtype(query.dtype)
+        # In float16 projected queries would overflow.
+        dtype = wide if query.dtype == torch.float16 else query.dtype
+        key = self.of("key", query.device, wide)
+        keys = self._read("key", fields, tokens, dtype)
+        values = keys if name == "key" else self._read("value", fields, tokens, dtype)
+        asked = query.to(wide)
+        out, lse = partial_attention((asked @ key["up"].mT).to(dtype), keys, values, None, scale)
+        if "bias" in key:  # the same for all these keys, but not for those of other partial results
+            lse = lse + scale * (asked @ key["bias"][..., None]).squeeze(-1)
+        value = self.of(name, query.device, wide)
+        out = out.to(wide) @ value["up"]
+        return out + value["bias"][:, None] if "bias" in value else out, lse
+
+    def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
+        factors = self._bound()
+        ranks = [
+            factors[f"{name}_down"].shape[-1] if dim else 0
+            for name, dim in (("key", key_dim), ("value", value_dim))
+        ]
+        return float(sum(ranks) * element_size)
+
+    # ---- of states [H, n, D] in their own dtype: what is calibrated, too -----------------------
+
+    @classmethod
+    def initial(cls, moments: Moments, rank: int, generator: torch.Generator) -> Factors:
+        """Free parameters, float32, that are the principal axes of what `moments` were taken of."""
+        axes, _ = moments.axes(rank, centred=False)
+        return {"down": axes.mT.float().contiguous(), "up": axes.float()}
+
+    @classmethod
+    def constrained(cls, free: Factors) -> Factors:
+        """The factors that `free` parameters stand for: those with up down = 1; differentiable."""
+        up = free["up"]
+        return {"down": free["down"] @ torch.linalg.inv(up @ free["down"]), "up": up}
+
+    @classmethod
+    def rescaled(cls, factors: Factors, size: Tensor) -> Factors:
+        """The factors of states times `size` [H], given those of the states."""
+        return factors
+
+    @classmethod
+    def features(cls, codes: Tensor, factors: Factors) -> Tensor:
+        """What `up` is applied to, of codes [..., H, n, r]."""
+        return codes
+
+    @classmethod
+    def restored(cls, codes: Tensor, factors: Factors) -> Tensor:
+        """The states [..., H, n, D] that codes [..., H, n, r] stand for."""
+        states = cls.features(codes, factors) @ factors["up"]
+        return states + factors["bias"][:, None] if "bias" in factors else states
+
+    # ---- of pages -------------------------------------------------------------------------------
+
+    def of(self, name: str, device: torch.device, dtype: torch.dtype) -> Factors:
+        """The factors of keys or values, on `device` from now on."""
+        factors = self._bound()
+        for part, tensor in factors.items():
+            if tensor.device != device:
+                factors[part] = tensor.to(device)
+        start = f"{name}_"
+        return {
+            part.removeprefix(start): tensor.to(dtype)
+            for part, tensor in factors.items()
+            if part.startswith(start)
+        }
+
+    def _encode(self, name: str, states: Tensor) -> Tensor:
+        if states.shape[-1] == 0:
+            return states
+        wide = computed_dtype(states.dtype)
+        down = self.of(name, states.device, wide)["down"][:, None]
+        if states.shape[1] != down.shape[0] or states.shape[-1] != down.shape[-2]:
+            raise ValueError(
+                f"{self.name} was calibrated for {name}s of (heads, dim) = "
+                f"{(down.shape[0], down.shape[-2])}, not {(states.shape[1], states.shape[-1])}."
+            )
+        portions = states.split(max(PAGES_AT_A_TIME // states.shape[1], 1), dim=2)
+        codes = torch.cat([(part.to(wide) @ down).to(states.dtype) for part in portions], dim=2)
+        check_finite(self, name, codes)
+        return codes
+
+    def _decode(self, name: str, codes: Tensor) -> Tensor:
+        if codes.shape[-1] == 0:
+            return codes
+        wide = computed_dtype(codes.dtype)
+        flat = codes.flatten(2, 3).to(wide)
+        states = self.restored(flat, self.of(name, codes.device, wide))
+        return states.unflatten(2, codes.shape[2:4]).to(codes.dtype)
+
+    def _read(
+        self, name: str, fields: dict[str, Tensor], tokens: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Features [R, H, T, ...] of the first `tokens` tokens."""
+        codes = flat_tokens(fields[f"{name}_codes"], tokens).to(dtype)
+        return self.features(codes, self.of(name, codes.device, dtype))
+
+    def _path(self) -> str | PathLike[str]:
+        if self.calibration is None:
+            raise ValueError(
+                f"{self.name} needs a calibration for the model: make one with `pikv calibrate`, and "
+                f"pass compressor={type(self).__name__}(calibration='cal.safetensors')."
+            )
+        return self.calibration
+
+    def _bound(self) -> Factors:
+        if not self._factors:
+            self._path()
+            raise ValueError(
+                f"{self.name} has no projections for this layer: the model that was calibrated did "
+                "not page it."
+            )
+        return self._factors
+
+
+@dataclass(frozen=True)
+class LowRankAffine(LowRank):
+    """`LowRank` with a bias: the principal axes of centred states; the paper calls it LoRA++.
+
+    x stands for c up + bias, with bias down = 0. The bias of keys adds q . bias to every score, which
+    attention needs to know only where these keys meet others: it enters the log-sum-exp. For equal r
+    the squared error on the texts of the calibration is at most that of `LowRank`.
+
+    Args:
+        calibration: the file that `pikv calibrate` made for the model, which also fixes r.
+    """
+
+    name: ClassVar[str] = "lowrank_affine"
+
+    @classmethod
+    def initial(cls, moments: Moments, rank: int, generator: torch.Generator) -> Factors:
+        axes, _ = moments.axes(rank, centred=True)
+        bias = moments.mean.float()
+        return {"down": axes.mT.float().contiguous(), "up": axes.float(), "bias": bias}
+
+    @classmethod
+    def constrained(cls, free: Factors) -> Factors:
+        factors = super().constrained(free)
+        bias = outside(free["bias"][:, None], factors).squeeze(1)
+        return factors | {"bias": bias}
+
+    @classmethod
+    def rescaled(cls, factors: Factors, size: Tensor) -> Factors:
+        return factors | {"bias": factors["bias"] * size[:, None]}
+
+
+def outside(states: Tensor, factors: Factors) -> Tensor:
+    """The part of `states` [H, n, D] that is not stored: its code is 0."""
+    return states - states @ factors["down"] @ factors["up"]

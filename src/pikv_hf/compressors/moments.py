@@ -1,0 +1,56 @@
+"""Second moments of keys or values, which principal axes are taken from."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """How many states [H, n, D] were seen, and their sums, for each KV head: in float64.
+
+    `first` [H, D] is the sum of the states, `second` [H, D, D] of their outer products: as much
+    memory whatever was seen.
+    """
+
+    count: int
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor) -> "Moments":
+        """Of `states` [H, n, D]."""
+        exact = (states.cpu() if states.device.type == "mps" else states).double()
+        return cls(states.shape[1], exact.sum(dim=1).cpu(), (exact.mT @ exact).cpu())
+
+    def plus(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.count + other.count, self.first + other.first, self.second + other.second
+        )
+
+    def times(self, factor: Tensor) -> "Moments":
+        """Those of the states times `factor` [H]."""
+        first, second = self.first * factor[:, None], self.second * factor.square()[:, None, None]
+        return Moments(self.count, first, second)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.first / self.count
+
+    @property
+    def size(self) -> Tensor:
+        """The root mean square [H] of the numbers of a head."""
+        squares = self.second.diagonal(dim1=-2, dim2=-1).mean(-1)
+        return (squares / self.count).sqrt()
+
+    def axes(self, rank: int, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """The first `rank` principal axes [H, r, D], largest first, and all eigenvalues [H, D].
+
+        The eigenvalues behind the r-th sum up to the mean squared error of the projection.
+        """
+        spread = self.second / self.count
+        if centred:
+            spread = spread - self.mean[..., None] * self.mean[:, None]
+        values, vectors = torch.linalg.eigh(spread)
+        return vectors.flip(-1)[..., :rank].mT.contiguous(), values.flip(-1)

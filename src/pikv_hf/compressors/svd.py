@@ -1,0 +1,84 @@
+import functools
+from dataclasses import dataclass
+
+import torch
+from pikv_kernels import lowrank_attention
+from torch import Tensor
+
+from .base import Compressor, check_finite, computed_dtype, in_portions
+
+
+@dataclass(frozen=True)
+class Svd(Compressor):
+    """Truncated singular value decomposition of the keys, and of the values, of each page.
+
+    states [P, D] = coefficients [P, r] @ basis [r, D], the best approximation of rank r: its squared
+    error is the sum of the squared singular values behind the r-th (Eckart and Young). The basis
+    is the page's own, so nothing is calibrated, and it takes room beside the coefficients:
+    r * (P + D) numbers instead of P * D. PiKV (arXiv 2508.06526) lists it among its compressors.
+
+    The basis comes from the smaller Gram matrix of a page, which costs no inverse: with the
+    eigenvectors U of X X^T, X = U (U^T X).
+
+    Args:
+        rank: numbers that a token keeps, and vectors of a basis. Not more than a page has tokens
+            or a head has dims, with which nothing is lost, are kept.
+    """
+
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ValueError(f"`rank` is {self.rank!r}; it must be a positive whole number.")
+
+    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        return self._encode("key", keys) | self._encode("value", values)
+
+    def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._decode("key", fields), self._decode("value", fields)
+
+    def attend(
+        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        coefficients = fields["key_coefficients"]
+        # Bases are multiplied with the queries, or with the tokens of their page: the fewer.
+        if query.shape[2] > coefficients.shape[3]:
+            return super().attend(query, fields, tokens, scale)
+        key = coefficients, fields["key_basis"]
+        value = fields["value_coefficients"], fields["value_basis"]
+        is_latent = value[1].shape[-1] == 0
+        return lowrank_attention(query, key, key if is_latent else value, tokens, scale)
+
+    def bytes_per_token(
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64
+    ) -> float:
+        ranks = (min(self.rank, dim, page_size) for dim in (key_dim, value_dim))
+        shares = (1 + key_dim / page_size, 1 + value_dim / page_size)
+        return element_size * sum(r * share for r, share in zip(ranks, shares, strict=True))
+
+    def _encode(self, name: str, states: Tensor) -> dict[str, Tensor]:
+        if states.shape[-1] == 0:
+            fields = {"coefficients": states, "basis": states[..., :0, :]}
+        else:
+            fields = in_portions(functools.partial(self._truncated, name), states)
+        return {f"{name}_{part}": tensor for part, tensor in fields.items()}
+
+    def _truncated(self, name: str, pages: Tensor) -> dict[str, Tensor]:
+        """`coefficients` [n, P, r] and `basis` [n, r, D] of `pages` [n, P, D]."""
+        exact = pages.to(computed_dtype(pages.dtype))
+        check_finite(self, name, exact)  # it would have no eigenvectors
+        tokens, dim = pages.shape[1:]
+        gram = exact @ exact.mT if tokens < dim else exact.mT @ exact
+        # Eigenvalues come in ascending order.
+        vectors = torch.linalg.eigh(gram).eigenvectors[..., -self.rank :]
+        if tokens < dim:
+            coefficients, basis = vectors, vectors.mT @ exact
+        else:
+            coefficients, basis = exact @ vectors, vectors.mT
+        return {"coefficients": coefficients.to(pages.dtype), "basis": basis.to(pages.dtype)}
+
+    def _decode(self, name: str, fields: dict[str, Tensor]) -> Tensor:
+        coefficients, basis = fields[f"{name}_coefficients"], fields[f"{name}_basis"]
+        if basis.shape[-1] == 0:
+            return coefficients
+        return coefficients @ basis

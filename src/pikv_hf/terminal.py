@@ -1,0 +1,71 @@
+"""What the commands have in common: their consoles, the options for a model, how they fail."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from . import demo
+from .needles import NEEDLE_MODEL
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="A folder or a name on the Hugging Face Hub. Default: the bundled model."),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.", metavar="DTYPE")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="As in from_pretrained. Default: 'auto' on a GPU, else the CPU.")
+]
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    err.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def one_sentence() -> Generator[None]:
+    """A user's mistake ends the command with what is wrong, not with a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        fail(str(error))
+
+
+def load(
+    name: str | None, dtype: Dtype, device_map: str | None
+) -> tuple["demo.GenerativeModel", PreTrainedTokenizerBase]:
+    if name is None:
+        logging.disable_progress_bar()
+    else:
+        err.print(f"Loading {escape(name)} ...")
+    try:
+        return demo.load(name or str(NEEDLE_MODEL), dtype.value, device_map)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        fail(f"--model: {name or NEEDLE_MODEL} could not be loaded: {reason}")
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out: {path} cannot be made: {error.strerror}.")
