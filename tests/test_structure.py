@@ -25,7 +25,7 @@ ORDER = [
     {"layer"},
     {"attached"},
     {"cache"},
-    {"attach", "report", "plot", "options", "demo", "integrations", "cli"},
+    {"attach", "report", "plot", "options", "demo", "calibrate", "terminal", "integrations", "cli"},
 ]
 # `PiKVCache(model)` and `cache.report()` need later parts: inside functions, and only these.
 UPWARD = {("attached", "attach"), ("cache", "report"), ("cache", "plot"), ("report", "plot")}

@@ -300,4 +300,3 @@ class PagedLayer(DynamicLayer):
         if self._tail is not None:
             yield from self.tail.tensors()
         yield from self.pages.tensors()
-        yield from self.pages.compressor.tensors()

@@ -282,3 +282,4 @@ class PageTable:
     def tensors(self) -> Iterator[Tensor]:
         for slab in self.slabs:
             yield from slab.tensors()
+        yield from self.compressor.tensors()
