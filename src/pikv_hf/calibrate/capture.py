@@ -95,7 +95,9 @@ class Recorder(Identity):
         return replace(self, layer_idx=layer_idx)
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        self.page[self.layer_idx] = keys[0, :, 0], values[0, :, 0]
+        if self.layer_idx not in self.page:  # else it is of the tokens that asked
+            # Copies: what a layer seals may stand in a buffer that the next layer writes to.
+            self.page[self.layer_idx] = keys[0, :, 0].clone(), values[0, :, 0].clone()
         return super().encode(keys, values)
 
     def attend(
@@ -132,7 +134,7 @@ class Observer:
         self._recorder.page.clear()
         self._recorder.asked.clear()
         decoder: Any = self.model.get_decoder()
-        for part in ids.to(self.model.device).split(self.length + 1, dim=1):
+        for part in ids.to(self.model.device).tensor_split([self.length + 1], dim=1):
             decoder(input_ids=part, past_key_values=self._cache, use_cache=True)
         number, layers = self.captured.pieces, dict(self.captured.layers)
         for idx, (query, scale) in self._recorder.asked.items():

@@ -93,7 +93,12 @@ class Fitting:
 
     def train(self, steps: int) -> None:
         """Adam on the squared error of the attention output of one window a step, in a fixed order."""
-        weights = [t.requires_grad_() for free in self.free.values() for t in free.values()]
+        # Copies: the factors that these were may share their memory.
+        self.free = {
+            name: {part: t.clone().requires_grad_() for part, t in free.items()}
+            for name, free in self.free.items()
+        }
+        weights = [t for free in self.free.values() for t in free.values()]
         optimizer = torch.optim.Adam(weights, lr=RATE)
         order = random.Random(self.seed)
         with torch.enable_grad():

@@ -5,13 +5,14 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compressors.calibration import ModelIdentity
+from ..compressors.calibration import METADATA, ModelIdentity, read_metadata
 from ..compressors.lowrank import Factors
 from ..compressors.moments import Moments
 from .capture import Capture, Captured, Window
@@ -44,17 +45,15 @@ class Progress:
             for part, tensor in found.factors.items()
         }
 
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, Any]:
         errors = {
             m: {i: (f.before, f.after) for i, f in fits.items()} for m, fits in self.fits.items()
         }
         return {
-            "pikv_calibration": "1",
-            "model": self.model.to_json(),
-            "methods": ",".join(self.job.methods),
-            "job": json.dumps(asdict(self.job), sort_keys=True),
+            "model": asdict(self.model),
+            "job": asdict(self.job),
             "source": self.source,
-            "held_out_errors": json.dumps(errors),
+            "held_out_errors": errors,
         }
 
     def save_sometimes(self) -> None:
@@ -67,23 +66,22 @@ class Progress:
             numbers[idx] = capture.scale, capture.keys.count
             tensors |= _named(f"capture.{idx}.", capture)
         state = [self.captured.pieces, self.has_read_all, numbers]
-        write(self.path, tensors, self.metadata() | {"state": json.dumps(state)})
+        write(self.path, tensors, self.metadata() | {"state": state})
         self._saved_at = time.monotonic()
 
     def _load(self) -> None:
+        metadata, mine = read_metadata(self.path), json.loads(json.dumps(self.metadata()))
+        if any(metadata[name] != mine[name] for name in ("model", "job", "source")):
+            raise ValueError(
+                f"`{self.path}` was left by a calibration of another model, other texts or other "
+                "options: delete it, or write to another file."
+            )
         with safe_open(self.path, framework="pt") as file:
-            metadata = file.metadata()
-            mine = self.metadata()
-            if any(metadata[name] != mine[name] for name in ("model", "job", "source")):
-                raise ValueError(
-                    f"`{self.path}` was left by a calibration of another model, other texts or "
-                    "other options: delete it, or write to another file."
-                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        pieces, self.has_read_all, numbers = json.loads(metadata["state"])
+        pieces, self.has_read_all, numbers = metadata["state"]
         layers = {int(idx): _capture_of(tensors, idx, *numbers[idx]) for idx in numbers}
         self.captured = Captured(pieces, layers)
-        for method, errors in json.loads(metadata["held_out_errors"]).items():
+        for method, errors in metadata["held_out_errors"].items():
             for idx, pair in errors.items():
                 found = _under(tensors, f"{method}.{idx}.")
                 self.fits[method][int(idx)] = Fit(found, *pair)
@@ -120,8 +118,8 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
-    save_file(tensors, unfinished, metadata)
+    save_file(tensors, unfinished, {METADATA: json.dumps(metadata)})
     os.replace(unfinished, path)

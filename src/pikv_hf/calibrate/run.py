@@ -92,13 +92,16 @@ def text_pieces(
 def _blocks(path: Path) -> Iterator[str]:
     """A text in blocks that end before white space, where there is some."""
     rest = ""
-    with path.open(encoding="utf-8") as file:
-        while new := file.read(BLOCK):
-            text = rest + new
-            cut = max(text.rfind(" "), text.rfind("\n"))
-            cut = cut if cut > 0 else len(text)
-            yield text[:cut]
-            rest = text[cut:]
+    try:
+        with path.open(encoding="utf-8") as file:
+            while new := file.read(BLOCK):
+                text = rest + new
+                cut = max(text.rfind(" "), text.rfind("\n"))
+                cut = cut if cut > 0 else len(text)
+                yield text[:cut]
+                rest = text[cut:]
+    except UnicodeDecodeError:
+        raise ValueError(f"`text` {str(path)!r} is not UTF-8 text.") from None
     yield rest
 
 

@@ -1,12 +1,13 @@
 """Calibration files: what was fitted to one model, and which model that was.
 
 A file is in the safetensors format. Its tensors are called `method.layer.part`, for instance
-`lowrank.3.key_up`; its metadata says which model they are for.
+`lowrank.3.key_up`; its metadata is one JSON text, which says first which model they are for. (One,
+because safetensors writes several in any order: the same calibration is the same file.)
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+METADATA = "pikv_calibration"
 GEOMETRY = (
     "num_hidden_layers",
     "hidden_size",
@@ -51,13 +53,6 @@ class ModelIdentity:
         geometry = {name: value for name, value in found.items() if isinstance(value, int)}
         return cls(_name_of(model), config.model_type, geometry, dict(_samples(model)))
 
-    @classmethod
-    def of_json(cls, text: str) -> "ModelIdentity":
-        return cls(**json.loads(text))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
     def difference(self, other: "ModelIdentity") -> str | None:
         """What distinguishes `other`, a model, from this one; None = nothing that shows."""
         if other.model_type != self.model_type:
@@ -73,7 +68,7 @@ class ModelIdentity:
         return None
 
 
-def read_metadata(path: str | PathLike[str]) -> dict[str, str]:
+def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
     """The metadata of a calibration file.
 
     Raises:
@@ -86,9 +81,9 @@ def read_metadata(path: str | PathLike[str]) -> dict[str, str]:
         raise ValueError(f"`calibration` is {str(path)!r}; there is no such file.") from None
     except (OSError, SafetensorError) as error:
         raise ValueError(f"`calibration` {str(path)!r} cannot be read: {error}.") from error
-    if "pikv_calibration" not in metadata:
+    if METADATA not in metadata:
         raise ValueError(f"`calibration` {str(path)!r} is no file that `pikv calibrate` made.")
-    return metadata
+    return json.loads(metadata[METADATA])
 
 
 def read_factors(path: str | PathLike[str], prefix: str) -> dict[str, Tensor]:
@@ -100,7 +95,7 @@ def read_factors(path: str | PathLike[str], prefix: str) -> dict[str, Tensor]:
 
 def check_model(path: str | PathLike[str], model: PreTrainedModel) -> None:
     """Raise ValueError unless the calibration at `path` was made for `model`."""
-    made_for = ModelIdentity.of_json(read_metadata(path)["model"])
+    made_for = ModelIdentity(**read_metadata(path)["model"])
     difference = made_for.difference(ModelIdentity.of(model))
     if difference is not None:
         raise ValueError(

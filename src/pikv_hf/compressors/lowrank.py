@@ -49,7 +49,7 @@ class LowRank(Compressor):
     def check(self, model: PreTrainedModel) -> None:
         path = self._path()
         check_model(path, model)
-        methods = read_metadata(path)["methods"].split(",")
+        methods = read_metadata(path)["job"]["methods"]
         if self.name not in methods:
             raise ValueError(
                 f"`calibration` {str(path)!r} was made for {', '.join(methods)}, not for "
