@@ -26,7 +26,7 @@ HEADS, DIM = SHAPE[:2]
 GROUPS, PAGE, SCALE = 8, 64, SHAPE[1] ** -0.5
 LENGTHS = (16384, 65536)
 PEERS = [Peer("quanto", 4), Peer("hqq", 4), Peer("fp8", 8)]
-OWN = ", its own attention"
+OWN = ", transformers' attention"
 TIME_GOALS = {"int8": 1.1, "int4": 2.0}
 FASTER_GOALS = {
     "int8": {"quanto": 2.5, "hqq": 2.5, "fp8": 15.0},
@@ -170,10 +170,10 @@ def main() -> None:
         f"one layer, {HEADS} KV and {HEADS * GROUPS} query heads of {DIM}, bf16, pages of {PAGE}; error: "
         "of the attention output over 4,096 tokens, relative, against float64, Gaussian keys or 4 of "
         f"{DIM} key channels x 10; ms: append and attention, median (least) of {shown} "
-        "interleaved rounds, 1 thread, process CPU time; transformers: layers of its QuantizedCache "
-        f"(version of the package that quantizes), groups of {GROUP}, attention by sdpa with the "
-        "queries of a KV head packed, or by transformers' own function; that quanto and hqq quantize "
-        "everything anew once in 128 tokens is not in the median",
+        "interleaved rounds, 1 thread, process CPU time; quanto, hqq and transformers: its "
+        f"QuantizedCache (version of the package that quantizes), groups of {GROUP}, attention by sdpa "
+        "with the queries of a KV head packed, or as transformers calls sdpa; that quanto and hqq "
+        "quantize everything anew once in 128 tokens is not in the median",
         ["compressor", "bytes/element", "error", "error, outliers"]
         + [text for tokens in LENGTHS for text in (f"ms at {tokens // 1024}k", "x identity")],
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, QuantizedCache, cache_utils
 
 DISTRIBUTIONS = {"quanto": "optimum-quanto", "hqq": "hqq", "fp8": "transformers"}
-# As transformers advises. Either way 64 numbers that lie side by side share a scale and a zero.
+# As transformers advises: so a group is of numbers that lie side by side, with a scale and a zero.
 AXES = {"quanto": 0, "hqq": 1}
 GROUP = 64
 
@@ -20,11 +20,14 @@ class Peer:
 
     backend: str
     bits: int
+    group: int = GROUP
 
     @property
     def name(self) -> str:
-        number = "fp8" if self.backend == "fp8" else f"{self.backend} int{self.bits}"
-        return f"transformers, {number}"
+        if self.backend == "fp8":
+            return "transformers fp8"
+        size = "" if self.group == GROUP else f", groups of {self.group}"
+        return f"{self.backend} int{self.bits}{size}"
 
     @property
     def version(self) -> str | None:
@@ -45,7 +48,7 @@ class Peer:
         if self.backend == "fp8":  # takes no options
             return QuantizedCache("fp8", config)
         axis = AXES[self.backend]
-        return QuantizedCache(self.backend, config, self.bits, axis, axis, GROUP, residual)
+        return QuantizedCache(self.backend, config, self.bits, axis, axis, self.group, residual)
 
 
 def quantized_bytes(layer: Any) -> int:
