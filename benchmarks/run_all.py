@@ -18,6 +18,7 @@ SCRIPTS = [
     "memory_cpu",
     "beams_cpu",
     "compressors_cpu",
+    "quality_cpu",
 ]
 INTRO = """# CPU benchmarks
 
