@@ -569,6 +569,20 @@ def test_with_a_scheduler(kind, router, tmp_path) -> None:
     assert_close(held[1], held[0])
 
 
+@KINDS
+@pytest.mark.parametrize("part", [0, 1])
+def test_numbers_that_have_no_code(kind, part, tmp_path) -> None:
+    model = tiny("mixtral")
+    with PiKVCache(model, compressor=kind(calibration=made(model, tmp_path)), **SMALL) as cache:
+        layer = paged(cache)[1]
+        pair = [torch.randn(1, 2, 16, 16) for _ in range(2)]
+        pair[part][0, 1, 5, 3] = float("inf")
+        layer.update(*pair)
+        named = f"layer 1: {kind.name} cannot store {['key', 'value'][part]}s that are NaN or inf"
+        with pytest.raises(ValueError, match=named):
+            layer.finish(None)
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 

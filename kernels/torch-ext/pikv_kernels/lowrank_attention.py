@@ -30,18 +30,17 @@ def lowrank_attention(
     Returns:
         `[B, H, R, Dv]` and `[B, H, R]`, in float32 (float64 for float64).
     """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    # Products with a basis overflow float16, which is not as long as the numbers that it makes.
-    dtype = wide if query.dtype == torch.float16 else query.dtype
+    # In 16 bits the scores would be rounded, and the factors are small enough to be copied.
+    dtype = torch.promote_types(query.dtype, torch.float32)
     coefficients, basis = (factor.to(dtype) for factor in keys)
-    projected = (query * scale).to(dtype)[:, :, None] @ basis.mT
-    scores = (projected @ coefficients.mT).transpose(2, 3).flatten(3).to(wide)
+    projected = (query.to(dtype) * scale)[:, :, None] @ basis.mT
+    scores = (projected @ coefficients.mT).transpose(2, 3).flatten(3)
     scores[..., tokens:] = -torch.inf
     lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().to(dtype)
+    weights = (scores - lse[..., None]).exp()
     coefficients, basis = (factor.to(dtype) for factor in values)
     weights = weights.unflatten(3, coefficients.shape[2:4]).transpose(2, 3)
-    return (weights @ coefficients @ basis).to(wide).sum(dim=2), lse
+    return (weights @ coefficients @ basis).sum(dim=2), lse
 
 
 def lowrank_attention_reference(

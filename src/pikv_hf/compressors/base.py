@@ -28,6 +28,11 @@ class Compressor(ABC):
     needs_calibration: ClassVar[bool] = False
 
     @property
+    def title(self) -> str:
+        """How messages call it."""
+        return type(self).__name__.lower()
+
+    @property
     def is_idempotent(self) -> bool:
         """Whether decoded pages can be encoded again without a further loss, as eviction does."""
         return True
@@ -102,9 +107,8 @@ def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
 def check_finite(compressor: Compressor, name: str, scale: Tensor) -> None:
     """Refuse what has no code: a NaN or infinity in the `name` makes a `scale` like it."""
     if not scale.isfinite().all():
-        title = type(compressor).__name__.lower()
         raise ValueError(
-            f"{title} cannot store {name}s that are NaN or infinite: look for the module that made "
+            f"{compressor.title} cannot store {name}s that are NaN or infinite: look for the module that made "
             "them, or for a dtype that overflows (float16), with compressor='identity'."
         )
 

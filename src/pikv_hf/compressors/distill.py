@@ -29,6 +29,7 @@ class Distill(LowRankAffine):
     """
 
     name: ClassVar[str] = "distill"
+    block_tokens: ClassVar[int | None] = 2048  # whose hidden units are made at a time
 
     @classmethod
     def initial(cls, moments: Moments, rank: int, generator: torch.Generator) -> Factors:

@@ -34,6 +34,7 @@ class LowRank(Compressor):
 
     name: ClassVar[str] = "lowrank"
     needs_calibration: ClassVar[bool] = True
+    block_tokens: ClassVar[int | None] = None
 
     calibration: str | PathLike[str] | None = None
     # Of the layer that this compressor is bound to, as `key_up`, ...: on the device last used.
@@ -45,6 +46,10 @@ class LowRank(Compressor):
                 f"`calibration` is {self.calibration!r}; it must be the path of a file that "
                 "`pikv calibrate` made."
             )
+
+    @property
+    def title(self) -> str:
+        return self.name
 
     def check(self, model: PreTrainedModel) -> None:
         path = self._path()
@@ -82,16 +87,14 @@ class LowRank(Compressor):
             "key" if fields["value_codes"].shape[-1] == 0 else "value"
         )  # latents are their values
         wide = computed_dtype(query.dtype)
-        # In float16 projected queries would overflow.
-        dtype = wide if query.dtype == torch.float16 else query.dtype
-        key = self.of("key", query.device, wide)
-        keys = self._read("key", fields, tokens, dtype)
-        values = keys if name == "key" else self._read("value", fields, tokens, dtype)
-        asked = query.to(wide)
-        out, lse = partial_attention((asked @ key["up"].mT).to(dtype), keys, values, None, scale)
+        key, value = (self.of(part, query.device, wide) for part in ("key", name))
+        keys = self._read("key", fields, tokens)
+        values = keys if name == "key" else self._read("value", fields, tokens)
+        asked = query.to(wide) * scale  # scaled first: float16 holds what is left
+        projected = (asked @ key["up"].mT).to(query.dtype)
+        out, lse = partial_attention(projected, keys, values, None, 1.0)
         if "bias" in key:  # the same for all these keys, but not for those of other partial results
-            lse = lse + scale * (asked @ key["bias"][..., None]).squeeze(-1)
-        value = self.of(name, query.device, wide)
+            lse = lse + (asked @ key["bias"][..., None]).squeeze(-1)
         out = out.to(wide) @ value["up"]
         return out + value["bias"][:, None] if "bias" in value else out, lse
 
@@ -171,12 +174,10 @@ class LowRank(Compressor):
         states = self.restored(flat, self.of(name, codes.device, wide))
         return states.unflatten(2, codes.shape[2:4]).to(codes.dtype)
 
-    def _read(
-        self, name: str, fields: dict[str, Tensor], tokens: int, dtype: torch.dtype
-    ) -> Tensor:
+    def _read(self, name: str, fields: dict[str, Tensor], tokens: int) -> Tensor:
         """Features [R, H, T, ...] of the first `tokens` tokens."""
-        codes = flat_tokens(fields[f"{name}_codes"], tokens).to(dtype)
-        return self.features(codes, self.of(name, codes.device, dtype))
+        codes = flat_tokens(fields[f"{name}_codes"], tokens)
+        return self.features(codes, self.of(name, codes.device, codes.dtype))
 
     def _path(self) -> str | PathLike[str]:
         if self.calibration is None:
