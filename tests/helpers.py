@@ -80,10 +80,9 @@ def sealed(layer: PagedLayer, row: int) -> list[int]:
 
 def page_contents(layer: PagedLayer) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """What is known of sealed tokens: a batch row, and [H or 1, T, ...] by name; in turn."""
-    for slab in layer.pages.slabs:
-        known = slab.meta.narrow(0, slab.length).tensors
-        for row, stored in zip(slab.readers, slab.stored, strict=True):
-            yield row, {k: t[0 if len(t) == 1 else stored] for k, t in known.items()}
+    for row in range(layer.tail.batch):
+        for span in layer.pages.spans([row]):
+            yield row, {name: t[0] for name, t in span.without("keys", "values").tensors.items()}
 
 
 def assert_sealed_in_prefill_and_decode(cache: PiKVCache, prompt_length: int) -> None:

@@ -533,7 +533,7 @@ def test_what_a_scheduler_keeps_is_not_changed_again(name) -> None:
             layer.update(keys[:, :, at : at + 4], values[:, :, at : at + 4])
             assert take_layer() is layer
             layer.finish(None)
-        spans = [slab.span(layer.pages.compressor, [0]) for slab in layer.pages.slabs]
+        spans = [slab.span([0]) for slab in layer.pages.slabs]
         held.append(spans[0]["values"][:, :, :6])
     assert distance(held[1], held[0]) < 1e-5
     assert distance(held[1], values[:, :, :6]) > 1e-3

@@ -184,7 +184,7 @@ class AttachedCache(Cache):
 
     def end_forward(self, ids: Tensor | None) -> None:
         """A forward pass of the token `ids` has ended: was every attention and gate heard?"""
-        self.shared.memo.clear()
+        self.shared.end_forward()
         for layer in self.layers:
             if isinstance(layer, PagedLayer) and layer.awaits is not None:
                 raise RuntimeError(

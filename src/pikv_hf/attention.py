@@ -16,7 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .context import take_layer
 from .latent import LatentQuery
 from .layer import PagedLayer
-from .pages import Slab
+from .pool import Pool
+from .rows import StoredRows
+from .slab import Slab
 
 NAME = "pikv"
 
@@ -89,24 +91,22 @@ def attend(
 
 
 def _attend_slab(
-    layer: PagedLayer, slab: Slab, query: Tensor, scale: float
+    layer: PagedLayer, slab: Slab | Pool, query: Tensor, scale: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Partial results [B, H, R, Dv] over pages, which all queries see, since they lie in the past."""
-    batch, compressor = query.shape[0], layer.pages.compressor
-    selected = _selected_pages(layer, slab, query)
-    if selected is not None:
+    batch = query.shape[0]
+    selected = _selected_pages(layer, slab, query) if isinstance(slab, Slab) else None
+    if selected is not None and isinstance(slab, Slab):
         mine = query.index_select(0, slab.index("readers", query.device))
-        for fields, tokens in slab.selected_blocks(compressor, selected):
-            yield _spread(*compressor.attend(mine, fields, tokens, scale), slab, batch)
+        for fields, tokens in slab.selected_blocks(selected):
+            yield _spread(*slab.compressor.attend(mine, fields, tokens, scale), slab, batch)
     elif slab.is_read_by_all(batch) and slab.is_in_order():
-        for fields, tokens in slab.blocks(compressor):
-            yield compressor.attend(query, fields, tokens, scale)
+        yield from slab.attend(query, scale)
     else:
         # Rows that share a stored row (beams, forks) ask together: it is read once, in place.
         asked = query.index_select(0, slab.index("asked", query.device))
         asked = asked.unflatten(0, (slab.rows, -1)).transpose(1, 2)
-        for fields, tokens in slab.blocks(compressor):
-            both = compressor.attend(asked.flatten(2, 3), fields, tokens, scale)
+        for both in slab.attend(asked.flatten(2, 3), scale):
             each = (t.unflatten(2, asked.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)
             mine = (t.index_select(0, slab.index("places", t.device)) for t in each)
             yield _spread(*mine, slab, batch)
@@ -166,7 +166,7 @@ def _one_per_query_head(states: Tensor, groups: int) -> Tensor:
     return states.flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
 
 
-def _spread(out: Tensor, lse: Tensor, slab: Slab, batch: int) -> tuple[Tensor, Tensor]:
+def _spread(out: Tensor, lse: Tensor, slab: StoredRows, batch: int) -> tuple[Tensor, Tensor]:
     """Results of the slab's readers as results of all batch rows: the others saw no key."""
     if slab.is_read_by_all(batch):
         return out, lse

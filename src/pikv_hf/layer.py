@@ -10,8 +10,8 @@ from transformers.cache_utils import DynamicLayer
 
 from .context import CONTEXT
 from .pages import PageTable
-from .schedulers import Scheduler, Tokens
-from .shared import Shared, rows_by_visibility
+from .sealing import seal_oldest
+from .shared import Shared
 from .span import Span
 from .tail import Tail
 
@@ -67,7 +67,8 @@ class PagedLayer(DynamicLayer):
         if self.is_first:
             self._tail = Tail(keys, values)
         else:
-            self.tail.append(keys, values, self._capacity)
+            scratch = self.shared.scratch if self._seals else None
+            self.tail.append(keys, values, self._capacity, scratch)
         self.seen += key_states.shape[2]
         if self.unpaged is not None:
             return self.tail.view()
@@ -108,9 +109,14 @@ class PagedLayer(DynamicLayer):
     @property
     def _capacity(self) -> int:
         """Tokens a tail buffer is made for."""
-        if self.unpaged is not None or self.record_past:
-            return self.tail.length + max(64, self.tail.length // 4)
-        return self.shared.window + self.shared.page_size
+        if self._seals:
+            return self.shared.window + self.shared.page_size
+        return self.tail.length + max(64, self.tail.length // 4)
+
+    @property
+    def _seals(self) -> bool:
+        """Whether the tail is kept short."""
+        return self.unpaged is None and not self.record_past
 
     def finish(self, mask: Tensor | None) -> None:
         """Attention has run with `mask`: seal, or wait for the labels that come before sealing."""
@@ -132,56 +138,15 @@ class PagedLayer(DynamicLayer):
 
     def seal(self) -> None:
         """Move the oldest tokens of a full tail into pages; `window` or more tokens stay open."""
-        if self.record_past or self.unpaged is not None:
+        if not self._seals:
             return
         excess = self.tail.length - self.shared.window
         count = excess // self.shared.page_size * self.shared.page_size
         if count > 0:
-            self._seal(count)
+            seal_oldest(self, count, self._mask)
         if count > 0 or self.is_first:
-            self.tail.drop(max(count, 0), self._capacity)
+            self.tail.drop(max(count, 0), self._capacity, self.shared.scratch)
         self._mask = None
-
-    def _seal(self, count: int) -> None:
-        oldest = self.tail.span(self.seen - self.tail.length, count)
-        for rows, columns in self._groups(count):
-            span = oldest if len(rows) == self.tail.batch else oldest.rows(torch.tensor(rows))
-            if columns is not None:
-                span = span.tokens(columns)
-            if self.shared.scheduler is not None:
-                span = self._kept(rows, span, self.shared.scheduler)
-            if not len(span):
-                continue  # nothing stays
-            try:
-                self.pages.append(span, rows, self.tail.batch)
-            except ValueError as error:  # what the compressor cannot store
-                raise ValueError(f"layer {self.layer_idx}: {error}") from error
-
-    def _kept(self, rows: list[int], new: Span, scheduler: Scheduler) -> Span:
-        """Of the sealed tokens of `rows` and the `new` ones, those that the scheduler keeps."""
-        sealed = self.pages.take(rows)
-        span = new if sealed is None else sealed.then(new)
-        open_tokens = min(self.shared.window, self.tail.length)
-        budget = max(self.shared.budget_of(self.seen) - open_tokens, scheduler.least)
-        if len(span) <= budget:
-            return span
-        positions = span["positions"].expand(*span["keys"].shape[:3])
-        return span.gather(scheduler.keep(Tokens(positions, self.seen), budget))
-
-    def _groups(self, count: int) -> list[tuple[list[int], Tensor | None]]:
-        """Batch rows whose first `count` tail columns are alike: (rows, visible columns or None).
-
-        A column that the newest query may not see is padding, which never enters a page.
-        """
-        key = (self._mask, self.tail.length, count, self.tail.batch)
-        groups = self.shared.remember("groups", key, lambda: rows_by_visibility(*key))
-        if self.shared.scheduler is None or not self.pages.slabs:
-            return groups
-        split: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-        for number, (rows, _) in enumerate(groups):
-            for row in rows:
-                split.setdefault((number, self.pages.signature(row)), []).append(row)
-        return [(rows, groups[number][1]) for (number, _), rows in split.items()]
 
     def get_seq_length(self) -> int:
         """Tokens ever seen, dropped ones included: positions stay true."""
@@ -267,11 +232,8 @@ class PagedLayer(DynamicLayer):
         """Tokens of the fullest row and KV head."""
         if self._tail is None:
             return 0
-        per_row = [0] * self.tail.batch
-        for slab in self.pages.slabs:
-            for row in slab.readers:
-                per_row[row] += slab.length
-        return max(per_row) + self.tail.length
+        sealed = [self.pages.held(row) for row in range(self.tail.batch)]
+        return self.tail.length + max(0 if held is None else int(held.max()) for held in sealed)
 
     def states(self) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values [B, H, T, D] as `update` was given them, zero at padding: a copy."""
@@ -284,11 +246,11 @@ class PagedLayer(DynamicLayer):
         for name, tail in zip(("keys", "values"), self.tail.view(), strict=True):
             states = tail.new_zeros(*tail.shape[:2], self.seen, tail.shape[3])
             states[:, :, sealed:] = tail
-            for slab in self.pages.slabs:
-                span = slab.span(self.pages.compressor, slab.readers)
-                columns = span["positions"][0, 0].long().to(states.device)
-                rows = slab.index("readers", states.device)
-                states[rows[:, None], :, columns[None]] = span[name].transpose(1, 2)
+            for row in range(self.tail.batch):
+                for span in self.pages.spans([row]):
+                    columns = span["positions"][0].long().to(states.device)
+                    heads = torch.arange(states.shape[1], device=states.device)[:, None]
+                    states[row, heads, columns] = span[name][0]
             full.append(states)
         if self.latent_rank is not None:
             rank = self.latent_rank

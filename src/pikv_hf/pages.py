@@ -1,271 +1,189 @@
 """The page table of one layer: storage only, it knows no policy.
 
-Shapes: B rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
+Shapes: R rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compressors import Compressor, flat_tokens
+from .compressors import Compressor, MixedCompressor
+from .memory import own
+from .pool import Pool, together
+from .slab import Slab
 from .span import Span
 
-# A slab that grows page by page is made for 1/16 of the pages held: few slabs, little unused room.
+# Room is made for 1/16 of the pages held: few slabs, little unused room.
 GROWTH = 16
 MIN_GROWTH, MAX_GROWTH = 4, 32
 
-# Encoded pages [R, H, s, ...] and how many of their tokens are valid.
-Block = tuple[dict[str, Tensor], int]
-
-
-def own(tensor: Tensor) -> Tensor:
-    """`tensor`, dense and alone in its storage, so that nothing larger is kept alive by it."""
-    tensor = tensor.contiguous()
-    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone else tensor.clone()
-
-
-def is_writable(tensor: Tensor) -> bool:
-    """Tensors made under `torch.inference_mode` cannot be written outside of it."""
-    return not tensor.is_inference() or torch.is_inference_mode_enabled()
-
-
-@dataclass
-class Slab:
-    """Pages of R stored rows that were sealed together, or one after the other.
-
-    `fields` [R, H, S, ...] are the encoded pages; `meta` is what is known of their tokens
-    (`positions`, and labels if recorded), [R or 1, H or 1, S * P, ...]. The first `length` tokens
-    of each row and head are valid; what lies behind them is never read. Batch row `readers[i]`
-    reads stored row `stored[i]`: beams and forks change these lists, never the pages.
-    """
-
-    fields: dict[str, Tensor]
-    meta: Span
-    length: int
-    page_size: int
-    readers: list[int]
-    stored: list[int]
-    _index: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    _whole: Block | None = field(default=None, repr=False)
-
-    @property
-    def rows(self) -> int:
-        return next(iter(self.fields.values())).shape[0]
-
-    @property
-    def capacity(self) -> int:
-        return next(iter(self.fields.values())).shape[2] * self.page_size
-
-    @property
-    def pages(self) -> int:
-        return -(-self.length // self.page_size)
-
-    def is_read_by_all(self, batch: int) -> bool:
-        return self.readers == list(range(batch))
-
-    def is_in_order(self) -> bool:
-        """Whether the readers read the stored rows one to one, so that nothing is gathered."""
-        return self.stored == list(range(self.rows))
-
-    def is_open(self, batch: int) -> bool:
-        """Whether pages of all `batch` rows can be written behind these."""
-        return (
-            self.is_read_by_all(batch)
-            and self.is_in_order()
-            and self.length % self.page_size == 0
-            and self.length < self.capacity
-            and is_writable(next(iter(self.fields.values())))
-        )
-
-    def changed(self) -> None:
-        """Forget what was derived from the rows or the length."""
-        self._index, self._whole = {}, None
-
-    def index(self, name: str, device: torch.device) -> Tensor:
-        """An index tensor, made once: `readers`; `stored`; or, to read each stored row once,
-
-        `asked` [R * m]: the batch rows that read stored row 0, then 1, ..., filled up to m each,
-        and `places` [len(readers)]: where in `asked` each reader stands.
-        """
-        if name not in self._index:
-            members = getattr(self, name) if hasattr(self, name) else self._sharing()[name]
-            self._index[name] = torch.tensor(members, dtype=torch.int64, device=device)
-        return self._index[name]
-
-    def _sharing(self) -> dict[str, list[int]]:
-        readers_of: list[list[int]] = [[] for _ in range(self.rows)]
-        slots = []
-        for reader, row in zip(self.readers, self.stored, strict=True):
-            slots.append(len(readers_of[row]))
-            readers_of[row].append(reader)
-        most = max(map(len, readers_of))
-        filled = [readers + self.readers[:1] * (most - len(readers)) for readers in readers_of]
-        return {
-            "asked": [reader for readers in filled for reader in readers],
-            "places": [row * most + slot for row, slot in zip(self.stored, slots, strict=True)],
-        }
-
-    def map_rows(self, source: list[int]) -> None:
-        """New batch row i reads what old batch row `source[i]` read."""
-        old = dict(zip(self.readers, self.stored, strict=True))
-        self.readers = [row for row, parent in enumerate(source) if parent in old]
-        self.stored = [old[parent] for parent in source if parent in old]
-        self.changed()
-
-    def forget_unread_rows(self) -> None:
-        """Free the pages of stored rows that no batch row reads any more."""
-        used = sorted(set(self.stored))
-        if len(used) == self.rows:
-            return
-        keep = torch.tensor(used)
-        self.fields = {k: v.index_select(0, keep.to(v.device)) for k, v in self.fields.items()}
-        self.meta = self.meta.rows(keep)
-        self.stored = [used.index(row) for row in self.stored]
-        self.changed()
-
-    def blocks(self, compressor: Compressor) -> Iterator[Block]:
-        """The pages of the stored rows, as many at a time as the compressor decodes: views."""
-        if self._whole is not None:
-            yield self._whole
-            return
-        step = self._pages_per_block(compressor)
-        for start in range(0, self.pages, step):
-            stop = min(start + step, self.pages)
-            fields = {name: tensor[:, :, start:stop] for name, tensor in self.fields.items()}
-            block = fields, min(stop * self.page_size, self.length) - start * self.page_size
-            if step >= self.pages:
-                self._whole = block  # made once, not at every step
-            yield block
-
-    def selected_blocks(self, compressor: Compressor, pages: Tensor) -> Iterator[Block]:
-        """Copies of the pages `pages` [len(readers), H, K], all full ones, for each reader."""
-        step = self._pages_per_block(compressor)
-        rows = Span(self.fields).rows(self.index("stored", pages.device))
-        for start in range(0, pages.shape[2], step):
-            chosen = pages[:, :, start : start + step]
-            yield rows.gather(chosen).tensors, chosen.shape[2] * self.page_size
-
-    def _pages_per_block(self, compressor: Compressor) -> int:
-        if compressor.block_tokens is None:
-            return self.pages
-        return max(1, compressor.block_tokens // self.page_size)
-
-    def span(self, compressor: Compressor, rows: list[int]) -> Span:
-        """All tokens of the given batch rows, decoded."""
-        stored = torch.tensor([self.stored[self.readers.index(row)] for row in rows])
-        decoded = [
-            (compressor.decode(fields), tokens) for fields, tokens in self.blocks(compressor)
-        ]
-        keys, values = (
-            torch.cat([flat_tokens(states[i], tokens) for states, tokens in decoded], dim=2)
-            for i in range(2)
-        )
-        states = Span({"keys": keys, "values": values})
-        return states.joined(self.meta.narrow(0, self.length)).rows(stored)
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield from self.fields.values()
-        yield from self.meta.tensors.values()
-        yield from self._index.values()
-
 
 class PageTable:
-    """The pages of one layer, in slabs. Sealed pages are immutable and encoded once."""
+    """The pages of one layer, in slabs and pools. Sealed pages are immutable and encoded once."""
 
     def __init__(self, compressor: Compressor, page_size: int) -> None:
         self.compressor = compressor
         self.page_size = page_size
-        self.slabs: list[Slab] = []
+        self.slabs: list[Slab | Pool] = []
 
-    def append(self, span: Span, rows: list[int], batch: int) -> None:
-        """Seal `span`, tokens of the batch rows `rows`, with `keys`, `values` and what is known."""
-        fields = self._encode(span)
+    def append(
+        self, span: Span, rows: list[int], batch: int, queries: Tensor | None = None
+    ) -> None:
+        """Seal `span`, tokens of the batch rows `rows`, with `keys`, `values` and what is known.
+
+        `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them.
+        """
+        keys, values = self._paged(span["keys"]), self._paged(span["values"])
+        known = span.without("keys", "values")
+        positions = Span({"positions": known["positions"].to(torch.int32)})
+        known = positions.joined(known.without("positions"))
+        if isinstance(self.compressor, MixedCompressor):
+            self._append_mixed(self.compressor, keys, values, known, rows, batch, queries)
+        else:
+            fields = _encode(self.compressor, keys, values, queries)
+            self._append_uniform(fields, known, rows, batch)
+
+    def _paged(self, tensor: Tensor) -> Tensor:
+        """[R, H, T, ...] as [R, H, S, P, ...]; the last page is filled up with zeros."""
+        missing = -tensor.shape[2] % self.page_size
+        if missing:
+            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing))
+        pages = tensor.shape[2] // self.page_size
+        return tensor.reshape(*tensor.shape[:2], pages, self.page_size, *tensor.shape[3:])
+
+    def _append_uniform(
+        self, fields: dict[str, Tensor], known: Span, rows: list[int], batch: int
+    ) -> None:
+        """Pages of equally many tokens in all rows and heads: behind the last slab, or a new one."""
+        slab, is_whole = self.slabs[-1] if self.slabs else None, len(rows) == batch
+        if isinstance(slab, Slab) and is_whole and slab.fits(known, batch):
+            return slab.write(fields, known)
         pages = next(iter(fields.values())).shape[2]
-        meta = span.without("keys", "values")
-        meta = Span({"positions": meta["positions"].to(torch.int32)}).joined(
-            meta.without("positions")
-        )
-        slab = self._open_slab(meta, rows, batch)
-        if slab is not None:
-            for name, tensor in fields.items():
-                slab.fields[name].narrow(2, slab.pages, pages).copy_(tensor)
-            slab.meta.write(slab.length, meta)
-            slab.length += len(span)
-            slab.changed()
-            return
-        grows = len(rows) == batch and len(span) % self.page_size == 0
-        room = max(pages, self._growth()) if grows else pages
+        grows = is_whole and len(known) % self.page_size == 0
+        room = max(pages, self._growth(batch)) if grows else pages
         if room > pages:
             fields = dict(Span(fields).with_room(room).tensors)
-        self.slabs.append(
-            Slab(
-                fields={name: own(tensor) for name, tensor in fields.items()},
-                meta=meta.with_room(room * self.page_size),
-                length=len(span),
-                page_size=self.page_size,
-                readers=list(rows),
-                stored=list(range(len(rows))),
-            )
+        slab = Slab(
+            compressor=self.compressor,
+            fields={name: own(tensor) for name, tensor in fields.items()},
+            meta=known.with_room(room * self.page_size),
+            length=len(known),
+            page_size=self.page_size,
+            readers=list(rows),
+            stored=list(range(len(rows))),
         )
+        self.slabs.append(slab)
 
-    def _encode(self, span: Span) -> dict[str, Tensor]:
-        """The encoded pages [R, H, S, ...]; the last page is filled up with zeros."""
-        rows, heads, length = span["keys"].shape[:3]
-        pages, missing = -(-length // self.page_size), -length % self.page_size
+    def _append_mixed(
+        self,
+        mixed: MixedCompressor,
+        keys: Tensor,
+        values: Tensor,
+        known: Span,
+        rows: list[int],
+        batch: int,
+        queries: Tensor | None,
+    ) -> None:
+        """Each page into a pool of the member chosen for it."""
+        choice = mixed.choose(keys, values, queries)
+        heads, last = keys.shape[1], keys.shape[2] - 1
+        in_last = len(known) - last * self.page_size
+        lead = len(rows), heads
+        known = Span({k: t.expand(*lead, *t.shape[2:]) for k, t in known.tensors.items()})
+        known = Span({name: self._paged(tensor) for name, tensor in known.tensors.items()})
+        owner_row = torch.tensor(rows, device=keys.device)
+        is_last = torch.arange(last + 1, device=keys.device) == last
+        for member_index, member in enumerate(mixed.members):
+            for tokens, part in ((self.page_size, ~is_last), (in_last, is_last)):
+                row, head, page = ((choice == member_index) & part).nonzero(as_tuple=True)
+                if not len(row):
+                    continue
+                asked = None if queries is None else queries[row, head][:, None]
+                states = (t[row, head, page][:, None, None] for t in (keys, values))
+                fields = _encode(member, *states, asked)
+                fields = {name: tensor[:, 0, 0] for name, tensor in fields.items()}
+                mine = Span({k: t[row, head, page][:, None] for k, t in known.tensors.items()})
+                pool = self._open_pool(member, fields, mine, batch, heads)
+                pool.write(fields, mine, owner_row[row] * heads + head, tokens)
 
-        def paged(tensor: Tensor) -> Tensor:
-            if missing:
-                tensor = F.pad(tensor, (0, 0, 0, missing))
-            return tensor.reshape(rows, heads, pages, self.page_size, tensor.shape[3])
+    def _open_pool(
+        self, member: Compressor, fields: dict[str, Tensor], known: Span, batch: int, heads: int
+    ) -> Pool:
+        """The last pool of `member` if these pages can be written behind its own, or a new one."""
+        for pool in reversed(self.slabs):
+            if isinstance(pool, Pool) and pool.compressor == member:
+                if pool.fits(known, batch):
+                    return pool
+                break
+        room = max(known["positions"].shape[0], self._growth(batch) * batch * heads // 2)
 
-        return self.compressor.encode(paged(span["keys"]), paged(span["values"]))
+        def empty(tensor: Tensor) -> Tensor:
+            return tensor.new_empty(room, *tensor.shape[1:])
 
-    def _open_slab(self, meta: Span, rows: list[int], batch: int) -> Slab | None:
-        """The last slab, if tokens like `meta` of all batch rows can be written behind its own."""
-        if not self.slabs or len(rows) < batch:
-            return None
-        slab = self.slabs[-1]
-        alike = meta.tensors.keys() == slab.meta.tensors.keys() and all(
-            slab.meta[name].shape[:2] == meta[name].shape[:2] for name in meta.tensors
+        pool = Pool(
+            compressor=member,
+            fields={name: empty(tensor) for name, tensor in fields.items()},
+            meta=Span({name: empty(tensor) for name, tensor in known.tensors.items()}),
+            owner=torch.empty(room, dtype=torch.int64, device=next(iter(fields.values())).device),
+            runs=[],
+            stored_rows=batch,
+            heads=heads,
+            readers=list(range(batch)),
+            stored=list(range(batch)),
         )
-        fits = slab.length + len(meta) <= slab.capacity
-        return slab if alike and fits and slab.is_open(batch) else None
+        self.slabs.append(pool)
+        return pool
 
-    def _growth(self) -> int:
-        held = sum(slab.pages for slab in self.slabs)
-        return min(max(held // GROWTH, MIN_GROWTH), MAX_GROWTH)
+    def _growth(self, batch: int) -> int:
+        """Pages of each row and head to make room for."""
+        held = sum(int(slab.page_count) for slab in self.slabs)
+        heads = self.slabs[0].held().shape[1] if self.slabs else 1
+        return min(max(held // (batch * heads * GROWTH), MIN_GROWTH), MAX_GROWTH)
+
+    def held(self, row: int) -> Tensor | None:
+        """Tokens of each KV head of a batch row, [H] on the CPU; None = none at all."""
+        held = [slab.held()[slab.stored_of([row])[0]] for slab in self._read_by(row)]
+        return torch.stack(held).sum(0) if held else None
+
+    def _read_by(self, row: int) -> list[Slab | Pool]:
+        return [slab for slab in self.slabs if row in slab.readers]
 
     def signature(self, row: int) -> tuple[int, ...]:
         """The slabs that a batch row reads: rows of equal signature hold equally many tokens."""
-        return tuple(i for i, slab in enumerate(self.slabs) if row in slab.readers)
+        slabs = [i for i, slab in enumerate(self.slabs) if row in slab.readers]
+        in_pools = [
+            int(pool.held()[pool.stored_of([row])[0]].sum())
+            for pool in self._read_by(row)
+            if isinstance(pool, Pool)
+        ]
+        return (*slabs, sum(in_pools))
+
+    def spans(self, rows: list[int]) -> list[Span]:
+        """The tokens of batch rows of one signature, decoded: equally many in each KV head."""
+        mine = self._read_by(rows[0])
+        spans = [slab.span(rows) for slab in mine if isinstance(slab, Slab)]
+        pools = [pool for pool in mine if isinstance(pool, Pool)]
+        return [*spans, together(pools, rows)] if pools else spans
 
     def take(self, rows: list[int]) -> Span | None:
         """Remove and return, decoded, the tokens of batch rows of one signature."""
-        spans = [s.span(self.compressor, rows) for s in self.slabs if rows[0] in s.readers]
-        gone = set(rows)
+        taken = None
+        for span in self.spans(rows):
+            taken = span if taken is None else taken.then(span)
         for slab in self.slabs:
-            kept = [(r, s) for r, s in zip(slab.readers, slab.stored, strict=True) if r not in gone]
-            slab.readers, slab.stored = [r for r, _ in kept], [s for _, s in kept]
-            slab.changed()
+            slab.drop_readers(set(rows))
         self.slabs = [slab for slab in self.slabs if slab.readers]
         for slab in self.slabs:
             slab.forget_unread_rows()
-        taken = None
-        for span in spans:
-            taken = span if taken is None else taken.then(span)
         return taken
 
     def crop(self, position: int) -> None:
         """Drop every token from column `position` on. Only for pages in order of position."""
         for slab in self.slabs:
-            columns = slab.meta["positions"][0, 0, : slab.length]
-            slab.length = int((columns < position).sum())
-            slab.changed()
-        self.slabs = [slab for slab in self.slabs if slab.length]
+            slab.crop(position)
+        self.slabs = [slab for slab in self.slabs if slab.page_count]
 
     def map_rows(self, source: list[int], *, free: bool) -> None:
         """New batch row i reads the pages of old batch row `source[i]`; pages are not copied.
@@ -283,3 +201,11 @@ class PageTable:
         for slab in self.slabs:
             yield from slab.tensors()
         yield from self.compressor.tensors()
+
+
+def _encode(
+    compressor: Compressor, keys: Tensor, values: Tensor, queries: Tensor | None
+) -> dict[str, Tensor]:
+    if queries is None or not compressor.observed_queries:
+        return compressor.encode(keys, values)
+    return compressor.encode_observed(keys, values, queries)

@@ -93,6 +93,7 @@ def storage_bytes(cache: "PiKVCache") -> int:
     """Bytes of the distinct storages behind every tensor that the cache refers to."""
     tensors = [cache.log.ids] if cache.log.ids is not None else []
     tensors += _tensors_in({k: v for k, v in vars(cache).items() if k not in ("layers", "log")})
+    tensors += cache.shared.scratch.tensors()
     for layer in cache.layers:
         tensors += _layer_tensors(layer)
     return _distinct_bytes(tensors)
@@ -110,9 +111,8 @@ def _layer_report(idx: int, layer: Any) -> LayerReport:
         held = layer.tail.length if layer.is_initialized else 0
         return LayerReport(idx, "full attention", False, layer.unpaged, 0, held, nbytes)
     kind = "full attention" if layer.latent_rank is None else "latent attention"
-    pages = sum(slab.pages * len(set(slab.stored)) for slab in layer.pages.slabs)
-    heads = layer.tail.keys.shape[1] if layer.is_initialized else 0
-    return LayerReport(idx, kind, True, None, pages * heads, layer.held_tokens(), nbytes)
+    pages = sum(slab.page_count for slab in layer.pages.slabs)
+    return LayerReport(idx, kind, True, None, pages, layer.held_tokens(), nbytes)
 
 
 def _layer_tensors(layer: Any) -> Iterator[Tensor]:

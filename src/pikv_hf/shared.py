@@ -11,6 +11,7 @@ from .compressors import Compressor, Identity
 from .placement import Placement
 from .routers import Router
 from .schedulers import Scheduler
+from .scratch import Scratch
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Shared:
     full_mask: bool = False
     recording: bool = False
     memo: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=Scratch)
 
     def remember(self, name: str, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
         """`compute()`, once per `key` (compared by identity of its parts) for all layers."""
@@ -46,6 +48,11 @@ class Shared:
     def saves_memory(self) -> bool:
         """Whether sealing makes tokens smaller or fewer."""
         return self.scheduler is not None or self.compressor != Identity()
+
+    def end_forward(self) -> None:
+        """Forget what served one forward pass only."""
+        self.memo.clear()
+        self.scratch.end_forward()
 
     def budget_of(self, seen: int) -> int:
         """Tokens per row and KV head to hold after `seen`."""

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .pages import is_writable
+from .memory import is_writable
+from .scratch import Scratch
 from .span import Span
 
 
@@ -17,23 +18,41 @@ class Tail:
         self.keys, self.values = keys, values
         self.length = keys.shape[2]
         self.labels: Span | None = None
+        # The tail's own buffers, while it stands in borrowed ones.
+        self._own: tuple[Tensor, Tensor] | None = None
 
     @property
     def batch(self) -> int:
         return self.keys.shape[0]
 
-    def append(self, keys: Tensor, values: Tensor, capacity: int) -> None:
-        """Write behind the tokens held, into a buffer for `capacity` tokens or what is needed."""
+    def append(
+        self, keys: Tensor, values: Tensor, capacity: int, scratch: Scratch | None = None
+    ) -> None:
+        """Write behind the tokens held, into a buffer for `capacity` tokens or what is needed.
+
+        More than `capacity` stand in the `scratch`, if there is one, until `drop` makes them fewer.
+        """
         end = self.length + keys.shape[2]
-        if end > self.keys.shape[2] or not is_writable(self.keys):
-            self._rebuild(0, max(capacity, end))
+        if end > self.keys.shape[2] and end > capacity and scratch is not None and not self._own:
+            own = self.keys, self.values
+            self._move(0, scratch.lend(*own, end))
+            self._own = own
+        elif end > self.keys.shape[2] or not is_writable(self.keys):
+            self._move(0, self._buffers(max(capacity, end)))
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
 
-    def drop(self, count: int, capacity: int) -> None:
+    def drop(self, count: int, capacity: int, scratch: Scratch) -> None:
         """Forget the oldest `count` tokens; the others move to a buffer for `capacity` tokens."""
-        self._rebuild(count, capacity)
+        borrowed, own = (self.keys, self.values), self._own
+        if own is None:
+            self._move(count, self._buffers(max(capacity, self.length - count)))
+        else:
+            fits = own[0].shape[2] >= capacity and is_writable(own[0])
+            self._move(count, own if fits else self._buffers(capacity))
+            scratch.give_back(*borrowed)
+            self._own = None
         self.length -= count
         if self.labels is not None:
             self.labels = self.labels.narrow(count, len(self.labels) - count)
@@ -49,6 +68,7 @@ class Tail:
     def map_rows(self, index: Tensor) -> None:
         self.keys = self.keys.index_select(0, index.to(self.keys.device))
         self.values = self.values.index_select(0, index.to(self.values.device))
+        self._own = None
         if self.labels is not None:
             self.labels = self.labels.rows(index)
 
@@ -65,15 +85,21 @@ class Tail:
         return span if self.labels is None else span.joined(self.labels.narrow(0, count))
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.keys, self.values)
+        yield from (self.keys, self.values, *(self._own or ()))
         if self.labels is not None:
             yield from self.labels.tensors.values()
 
-    def _rebuild(self, start: int, capacity: int) -> None:
-        """A buffer for `capacity` tokens that begins with token `start` of this one."""
+    def _buffers(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """Buffers of its own for `capacity` tokens."""
+        keys, values = (
+            old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            for old in (self.keys, self.values)
+        )
+        return keys, values
+
+    def _move(self, start: int, buffers: tuple[Tensor, Tensor]) -> None:
+        """Into `buffers`, beginning with token `start`."""
         keep = self.length - start
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], max(capacity, keep), old.shape[3])
+        for old, new in zip((self.keys, self.values), buffers, strict=True):
             new.narrow(2, 0, keep).copy_(old.narrow(2, start, keep))
-            setattr(self, name, new)
+        self.keys, self.values = buffers

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .pages import is_writable
+from .memory import is_writable
 
 
 class TokenLog:

@@ -11,6 +11,7 @@ from .codes import pack_codes, unpack_codes, unpack_codes_reference
 from .float8 import read_float8, read_float8_reference
 from .hadamard import hadamard, hadamard_block, hadamard_reference
 from .lowrank_attention import Factors, lowrank_attention, lowrank_attention_reference
+from .merge_segments import merge_segments, merge_segments_reference
 from .partial_attention import (
     add_sink,
     merge_partial,
@@ -38,6 +39,8 @@ __all__ = [
     "lowrank_attention",
     "lowrank_attention_reference",
     "merge_partial",
+    "merge_segments",
+    "merge_segments_reference",
     "pack_codes",
     "pack_indices",
     "partial_attention",

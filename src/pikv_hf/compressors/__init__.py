@@ -6,6 +6,7 @@ from .fp8 import Fp8
 from .identity import Identity
 from .integer import Int2, Int4, Int8, Integer
 from .lowrank import LowRank, LowRankAffine
+from .mixed import MixedCompressor
 from .svd import Svd
 from .turboquant import TurboQuant
 
@@ -34,6 +35,7 @@ __all__ = [
     "Integer",
     "LowRank",
     "LowRankAffine",
+    "MixedCompressor",
     "Svd",
     "TurboQuant",
     "flat_tokens",

@@ -1,0 +1,64 @@
+"""From the tail into pages: the tokens of each batch row that are seen and worth keeping."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .schedulers import Scheduler, Tokens
+from .shared import rows_by_visibility
+from .span import Span
+
+if TYPE_CHECKING:
+    from .layer import PagedLayer
+
+
+def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
+    """Seal the oldest `count` tokens of the layer's tail; `mask` is the newest one of the model.
+
+    Raises:
+        ValueError: the compressor cannot store them.
+    """
+    oldest = layer.tail.span(layer.seen - layer.tail.length, count)
+    for rows, columns in _groups(layer, count, mask):
+        span = oldest if len(rows) == layer.tail.batch else oldest.rows(torch.tensor(rows))
+        if columns is not None:
+            span = span.tokens(columns)
+        if layer.shared.scheduler is not None:
+            span = _kept(layer, rows, span, layer.shared.scheduler)
+        if not len(span):
+            continue  # nothing stays
+        try:
+            layer.pages.append(span, rows, layer.tail.batch)
+        except ValueError as error:
+            raise ValueError(f"layer {layer.layer_idx}: {error}") from error
+
+
+def _kept(layer: "PagedLayer", rows: list[int], new: Span, scheduler: Scheduler) -> Span:
+    """Of the sealed tokens of `rows` and the `new` ones, those that the scheduler keeps."""
+    sealed = layer.pages.take(rows)
+    span = new if sealed is None else sealed.then(new)
+    open_tokens = min(layer.shared.window, layer.tail.length)
+    budget = max(layer.shared.budget_of(layer.seen) - open_tokens, scheduler.least)
+    if len(span) <= budget:
+        return span
+    positions = span["positions"].expand(*span["keys"].shape[:3])
+    return span.gather(scheduler.keep(Tokens(positions, layer.seen), budget))
+
+
+def _groups(
+    layer: "PagedLayer", count: int, mask: Tensor | None
+) -> list[tuple[list[int], Tensor | None]]:
+    """Batch rows whose first `count` tail columns are alike: (rows, visible columns or None).
+
+    A column that the newest query may not see is padding, which never enters a page.
+    """
+    key = (mask, layer.tail.length, count, layer.tail.batch)
+    groups = layer.shared.remember("groups", key, lambda: rows_by_visibility(*key))
+    if layer.shared.scheduler is None or not layer.pages.slabs:
+        return groups
+    split: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for number, (rows, _) in enumerate(groups):
+        for row in rows:
+            split.setdefault((number, layer.pages.signature(row)), []).append(row)
+    return [(rows, groups[number][1]) for (number, _), rows in split.items()]

@@ -1,0 +1,135 @@
+"""Pages of equally many tokens in every row and KV head.
+
+Shapes: R stored rows, H KV heads, S pages, P tokens a page, D head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .compressors import Compressor, flat_tokens
+from .memory import is_writable
+from .rows import Partial, StoredRows
+from .span import Span
+
+# Encoded pages [R, H, s, ...] and how many of their tokens are valid.
+Block = tuple[dict[str, Tensor], int]
+
+
+@dataclass(kw_only=True)
+class Slab(StoredRows):
+    """Pages of R stored rows that were sealed together, or one after the other.
+
+    `fields` [R, H, S, ...] are the encoded pages; `meta` is what is known of their tokens
+    (`positions`, and labels if recorded), [R or 1, H or 1, S * P, ...]. The first `length` tokens
+    of each row and head are valid; what lies behind them is never read.
+    """
+
+    compressor: Compressor
+    fields: dict[str, Tensor]
+    meta: Span
+    length: int
+    page_size: int
+    _whole: Block | None = field(default=None, repr=False)
+
+    @property
+    def rows(self) -> int:
+        return next(iter(self.fields.values())).shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return next(iter(self.fields.values())).shape[2] * self.page_size
+
+    @property
+    def pages(self) -> int:
+        return -(-self.length // self.page_size)
+
+    @property
+    def page_count(self) -> int:
+        return self.pages * self.rows * next(iter(self.fields.values())).shape[1]
+
+    def held(self) -> Tensor:
+        return torch.full(next(iter(self.fields.values())).shape[:2], self.length, device="cpu")
+
+    def fits(self, meta: Span, batch: int) -> bool:
+        """Whether tokens like `meta` of all `batch` rows can be written behind these."""
+        alike = meta.tensors.keys() == self.meta.tensors.keys() and all(
+            self.meta[name].shape[:2] == meta[name].shape[:2] for name in meta.tensors
+        )
+        return (
+            alike
+            and self.is_read_by_all(batch)
+            and self.is_in_order()
+            and self.length % self.page_size == 0
+            and self.length + len(meta) <= self.capacity
+            and is_writable(next(iter(self.fields.values())))
+        )
+
+    def write(self, fields: dict[str, Tensor], meta: Span) -> None:
+        """Write pages `fields` [R, H, s, ...], of the tokens `meta`, behind these."""
+        for name, tensor in fields.items():
+            self.fields[name].narrow(2, self.pages, tensor.shape[2]).copy_(tensor)
+        self.meta.write(self.length, meta)
+        self.length += len(meta)
+        self.changed()
+
+    def changed(self) -> None:
+        super().changed()
+        self._whole = None
+
+    def keep_rows(self, used: Tensor) -> None:
+        self.fields = {k: v.index_select(0, used.to(v.device)) for k, v in self.fields.items()}
+        self.meta = self.meta.rows(used)
+
+    def crop(self, position: int) -> None:
+        columns = self.meta["positions"][0, 0, : self.length]
+        self.length = int((columns < position).sum())
+        self.changed()
+
+    def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
+        for fields, tokens in self.blocks():
+            yield self.compressor.attend(query, fields, tokens, scale)
+
+    def blocks(self) -> Iterator[Block]:
+        """The pages of the stored rows, as many at a time as the compressor decodes: views."""
+        if self._whole is not None:
+            yield self._whole
+            return
+        step = self._pages_per_block()
+        for start in range(0, self.pages, step):
+            stop = min(start + step, self.pages)
+            fields = {name: tensor[:, :, start:stop] for name, tensor in self.fields.items()}
+            block = fields, min(stop * self.page_size, self.length) - start * self.page_size
+            if step >= self.pages:
+                self._whole = block  # made once, not at every step
+            yield block
+
+    def selected_blocks(self, pages: Tensor) -> Iterator[Block]:
+        """Copies of the pages `pages` [len(readers), H, K], all full ones, for each reader."""
+        step = self._pages_per_block()
+        rows = Span(self.fields).rows(self.index("stored", pages.device))
+        for start in range(0, pages.shape[2], step):
+            chosen = pages[:, :, start : start + step]
+            yield rows.gather(chosen).tensors, chosen.shape[2] * self.page_size
+
+    def _pages_per_block(self) -> int:
+        if self.compressor.block_tokens is None:
+            return self.pages
+        return max(1, self.compressor.block_tokens // self.page_size)
+
+    def span(self, rows: list[int]) -> Span:
+        """All tokens of the given batch rows, decoded."""
+        decoded = [(self.compressor.decode(fields), tokens) for fields, tokens in self.blocks()]
+        keys, values = (
+            torch.cat([flat_tokens(states[i], tokens) for states, tokens in decoded], dim=2)
+            for i in range(2)
+        )
+        states = Span({"keys": keys, "values": values})
+        return states.joined(self.meta.narrow(0, self.length)).rows(self.stored_of(rows))
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.fields.values()
+        yield from self.meta.tensors.values()
+        yield from self._index.values()
