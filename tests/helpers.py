@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.compressors import Identity, MixedCompressor
 from pikv_hf.layer import PagedLayer
 
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_next")  # GQA, MLA, sinks + sliding, hybrid
@@ -17,6 +19,32 @@ ONE_ROW, PADDED = (29,), (30, 27, 23)
 SMALL = {"page_size": 4, "window": 4}
 NEW_TOKENS = 14
 TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Negated(Identity):
+    """Stores -x for x: an encoding that differs from the identity, without a loss."""
+
+    def encode(self, keys, values):
+        return {"minus_keys": -keys, "minus_values": -values}
+
+    def decode(self, fields):
+        return -fields["minus_keys"], -fields["minus_values"]
+
+
+@dataclass(frozen=True)
+class Scattered(MixedCompressor):
+    """Chooses among lossless encodings by the sign of a key: another number in every head."""
+
+    @property
+    def members(self):
+        return Identity(), Negated()
+
+    def choose(self, keys, values, queries):
+        return (keys[..., 0, 0] > 0.3).long()
+
+    def bytes_per_token(self, key_dim, value_dim, element_size):
+        return Identity().bytes_per_token(key_dim, value_dim, element_size)
 
 
 class Generated(NamedTuple):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, page_contents, sealed, tiny
+from helpers import Scattered, assert_close, page_contents, sealed, tiny
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -23,10 +23,12 @@ class CacheOperations(RuleBasedStateMachine):
         page_size=st.integers(1, 5),
         window=st.integers(1, 6),
         router=st.sampled_from([None, "all"]),
+        compressor=st.sampled_from([None, Scattered()]),
     )
-    def make(self, page_size, window, router) -> None:
+    def make(self, page_size, window, router, compressor) -> None:
         model = tiny("mixtral", num_hidden_layers=1)
-        self.cache = PiKVCache(model, page_size=page_size, window=window, router=router)
+        options = {"router": router, "compressor": compressor}
+        self.cache = PiKVCache(model, page_size=page_size, window=window, **options)
         self.layer: PagedLayer = self.cache.layers[0]
         self.generator = torch.Generator().manual_seed(0)
         self.clear()
