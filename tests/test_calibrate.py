@@ -280,12 +280,12 @@ def test_training_helps_attention_on_other_text(kind, calibrations, held_out) ->
 def test_training_helps_latents(tmp_path) -> None:
     """A random model of latent attention, random tokens."""
     model = tiny("deepseek_v3")
-    job = Job(length=128, windows=32, steps=150)
-    path = made(model, tmp_path, job, count=40)
+    job = Job(length=128, windows=64, steps=150)
+    path = made(model, tmp_path, job, count=84)
     (tmp_path / "plain").mkdir()
-    plain = made(model, tmp_path / "plain", Job(length=128, windows=32, steps=0), count=40)
+    plain = made(model, tmp_path / "plain", Job(length=128, windows=64, steps=0), count=84)
     observer = Observer(model, 128, windows=99)
-    for piece in pieces_of(model, 4, job, seed=77):
+    for piece in pieces_of(model, 16, job, seed=77):
         observer.read(piece)
     observer.close()
     for kind in METHODS.values():
@@ -584,7 +584,9 @@ def test_with_a_scheduler(kind, router, tmp_path) -> None:
             # In one piece, so that both read the same; then sealed again and again.
             forward(model, ids[:, :60], torch.ones(1, 60), cache)
             layer = paged(cache)[0]
-            first = torch.cat([s.span([0])["keys"] for s in layer.pages.slabs], dim=2)
+            first = torch.cat(
+                [s.span(layer.pages.compressor, [0])["keys"] for s in layer.pages.slabs], dim=2
+            )
             held.append(first[:, :, :4])
     assert_close(held[1], held[0])
 

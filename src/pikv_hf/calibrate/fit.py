@@ -5,7 +5,7 @@ Shapes: H KV heads, n queries per KV head, T tokens, r rank, D key dim, Dv value
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +17,13 @@ from .capture import Capture, Window
 
 EXACT = 8  # the newest eighth of a window stands for the open tail of a cache: not compressed
 RATE = 1e-2
+CHECKS = 10
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Factors of one layer, and the error of its attention output on held-out windows: relative,
-    with the principal axes and with these factors."""
+    """Factors of one layer, and the relative error of its attention output on held-out windows:
+    with the principal axes, and with these factors. The windows also chose when training stopped."""
 
     factors: Factors
     before: float
@@ -37,21 +38,19 @@ def fit(
     seed: int,
     device: torch.device,
 ) -> Fit:
-    """The factors of `method` for the layer of `capture`, trained for `steps` steps.
+    """The factors of `method` for the layer of `capture`, trained for at most `steps` steps.
 
-    Without a `rank`, a quarter of the dims. If training does not help the held-out windows, the
-    factors stay as they were initialised.
+    Without a `rank`, a quarter of the dims. Of the factors that training comes by, those are kept
+    that have the least error on the held-out windows: the principal axes, if it does not help.
     """
     fitting = Fitting(method, capture, rank, seed, device)
-    start = fitting.factors()
-    before = fitting.held_out_error(start)
-    if steps == 0:
-        return Fit(fitting.finished(start), before, before)
-    fitting.train(steps)
-    factors = fitting.factors()
-    after = fitting.held_out_error(factors)
-    best = factors if after < before else start
-    return Fit(fitting.finished(best), before, min(before, after))
+    best = fitting.factors()
+    before = after = fitting.held_out_error(best)
+    for factors in fitting.training(steps):
+        error = fitting.held_out_error(factors)
+        if error < after:
+            best, after = factors, error
+    return Fit(fitting.finished(best), before, after)
 
 
 class Fitting:
@@ -81,7 +80,9 @@ class Fitting:
         self.fitted, self.held_out = capture.fitted, capture.held_out
 
     def factors(self) -> dict[str, Factors]:
-        return {name: self.method.constrained(free) for name, free in self.free.items()}
+        """Those of now: training changes the tensors of `free` in place, but not these."""
+        now = {n: {p: t.clone() for p, t in free.items()} for n, free in self.free.items()}
+        return {name: self.method.constrained(free) for name, free in now.items()}
 
     def finished(self, factors: dict[str, Factors]) -> Factors:
         """Factors for keys and values as they are, as `LowRank.with_factors` takes them."""
@@ -91,29 +92,24 @@ class Fitting:
             done |= {f"{name}_{part}": t.detach().cpu() for part, t in scaled.items()}
         return {name: tensor.contiguous() for name, tensor in done.items()}
 
-    def train(self, steps: int) -> None:
-        """Adam on the squared error of the attention output of one window a step, in a fixed order."""
-        # Copies: the factors that these were may share their memory.
-        self.free = {
-            name: {part: t.clone().requires_grad_() for part, t in free.items()}
-            for name, free in self.free.items()
-        }
-        weights = [t for free in self.free.values() for t in free.values()]
+    def training(self, steps: int) -> Iterator[dict[str, Factors]]:
+        """Adam on the squared error of the attention output, one window a step, in a fixed order;
+        yields the factors a few times on the way."""
+        weights = [t.requires_grad_() for free in self.free.values() for t in free.values()]
         optimizer = torch.optim.Adam(weights, lr=RATE)
         order = random.Random(self.seed)
-        with torch.enable_grad():
-            for step in range(steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-                window = order.choice(self.fitted)
-                change, size = self._errors(window, self.factors())
+        for step in range(1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+            with torch.enable_grad():
+                change, size = self._errors(order.choice(self.fitted), self.factors())
                 loss = (change / size).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(weights, 1.0)
-                optimizer.step()
-        for weight in weights:
-            weight.requires_grad_(False)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            if step % max(steps // CHECKS, 1) == 0 or step == steps:
+                yield self.factors()
 
     @torch.no_grad()
     def held_out_error(self, factors: dict[str, Factors]) -> float:

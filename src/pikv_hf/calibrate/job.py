@@ -17,10 +17,12 @@ class Job:
 
     Args:
         methods: names of calibrated compressors.
-        rank: numbers that a key, and a value, is stored as; None = a quarter of its dims.
+        rank: numbers that a key, and a value, is stored as, not more than it has dims; None = a
+            quarter of these.
         length: tokens of context in each piece of text.
-        windows: pieces, drawn at random, whose keys and values are kept for training: the memory
-            that this takes is theirs, whatever the texts' length.
+        windows: pieces, drawn at random, whose keys and values are kept for training, and a quarter
+            as many to judge it: the memory that a calibration takes, whatever the texts' length.
+            Few windows are learnt by heart.
         steps: of training; 0 = the principal axes as they are.
 
     Raises:
@@ -30,7 +32,7 @@ class Job:
     methods: tuple[str, ...] = tuple(METHODS)
     rank: int | None = None
     length: int = 512
-    windows: int = 32
+    windows: int = 64
     steps: int = 500
 
     def __post_init__(self) -> None:

@@ -118,7 +118,9 @@ class LowRank(Compressor):
     def constrained(cls, free: Factors) -> Factors:
         """The factors that `free` parameters stand for: those with up down = 1; differentiable."""
         up = free["up"]
-        return {"down": free["down"] @ torch.linalg.inv(up @ free["down"]), "up": up}
+        # Training that has run into a singular matrix makes NaN, which is never the best, no error.
+        inverse, _ = torch.linalg.inv_ex(up @ free["down"])
+        return {"down": free["down"] @ inverse, "up": up}
 
     @classmethod
     def rescaled(cls, factors: Factors, size: Tensor) -> Factors:
