@@ -53,8 +53,18 @@ def pikv_attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         sink = next((kwargs[name] for name in _SINKS if kwargs.get(name) is not None), None)
         result = attend(layer, module, query, attention_mask, scale, sink), None
+    if layer.observed.limit and layer.unpaged is None:
+        _observe(layer, module, query, attention_mask)
     layer.finish(attention_mask)
     return result
+
+
+def _observe(layer: PagedLayer, module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
+    """Let the layer keep the newest queries, in the space of what it caches."""
+    newest = query[:, :, -layer.observed.limit :]
+    if layer.latent_rank is not None:
+        newest = LatentQuery(module, newest, layer.latent_rank).absorb(newest)
+    layer.observe(newest, mask)
 
 
 def attend(

@@ -9,9 +9,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from .context import CONTEXT
+from .observed import Observed
 from .pages import PageTable
 from .sealing import seal_oldest
-from .shared import Shared
+from .shared import Shared, visible_columns
 from .span import Span
 from .tail import Tail
 
@@ -31,6 +32,7 @@ class PagedLayer(DynamicLayer):
         self._tail: Tail | None = None
         compressor = shared.compressor.bind(config, layer_idx)
         self.pages = PageTable(compressor, shared.page_size)
+        self.observed = Observed(compressor.observed_queries)
         self.seen = 0
         self.unpaged: str | None = None
         # Width of the latent that `kv_b_proj` expands; None when keys and values are cached as such.
@@ -118,6 +120,15 @@ class PagedLayer(DynamicLayer):
         """Whether the tail is kept short."""
         return self.unpaged is None and not self.record_past
 
+    def observe(self, query: Tensor, mask: Tensor | None) -> None:
+        """Keep the newest of the queries [B, Hq, q, D] that are asked of this layer's keys."""
+        visible, length = None, query.shape[2]
+        if length > 1 and mask is not None:
+            key = (mask, length)
+            visible = self.shared.remember("visible", key, lambda: visible_columns(*key))
+        heads = self.tail.keys.shape[1]
+        self.observed.append(query.unflatten(1, (heads, -1)), visible)
+
     def finish(self, mask: Tensor | None) -> None:
         """Attention has run with `mask`: seal, or wait for the labels that come before sealing."""
         self._mask = mask
@@ -176,6 +187,7 @@ class PagedLayer(DynamicLayer):
             self.pages.crop(target)
         mask = self._mask
         self.tail.truncate(max(target - sealed, 0))
+        self.observed.truncate(-tokens_to_remove)
         self.seen = target
         if self.record_past:
             self._mask = mask if mask is None else mask[..., : mask.shape[-1] + tokens_to_remove]
@@ -206,6 +218,7 @@ class PagedLayer(DynamicLayer):
         """Forget all tokens; the layer can be used for another batch, dtype or device."""
         self._tail, self.seen, self.is_first = None, 0, False
         self.pages = PageTable(self.pages.compressor, self.pages.page_size)
+        self.observed = Observed(self.observed.limit)
         self.record_past, self.awaits, self._mask = False, None, None
         self.is_initialized = False
 
@@ -227,6 +240,7 @@ class PagedLayer(DynamicLayer):
         if self.seen:
             self.tail.map_rows(index)
             self.pages.map_rows(source, free=free)
+            self.observed.map_rows(index)
 
     def held_tokens(self) -> int:
         """Tokens of the fullest row and KV head."""
@@ -262,3 +276,4 @@ class PagedLayer(DynamicLayer):
         if self._tail is not None:
             yield from self.tail.tensors()
         yield from self.pages.tensors()
+        yield from self.observed.tensors()

@@ -29,7 +29,7 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
         if not len(span):
             continue  # nothing stays
         try:
-            layer.pages.append(span, rows, layer.tail.batch)
+            layer.pages.append(span, rows, layer.tail.batch, layer.observed.of_rows(rows))
         except ValueError as error:
             raise ValueError(f"layer {layer.layer_idx}: {error}") from error
 
