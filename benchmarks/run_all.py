@@ -19,6 +19,7 @@ SCRIPTS = [
     "beams_cpu",
     "compressors_cpu",
     "quality_cpu",
+    "lowrank_cpu",
 ]
 INTRO = """# CPU benchmarks
 
