@@ -19,7 +19,7 @@ from transformers import AutoConfig, BertConfig, DynamicCache, GenerationConfig
 from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PLACEMENTS, ROUTERS, SCHEDULERS, PiKVCache
-from pikv_hf.schedulers import StreamingLLM
+from pikv_hf.schedulers import ChunkKV, PyramidKV, Random, SnapKV, StreamingLLM
 
 families = pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_next"])
 
@@ -411,9 +411,35 @@ def test_options_that_need_a_model(option) -> None:
 def test_every_registered_name_is_accepted(registry) -> None:
     arguments = {id(COMPRESSORS): "compressor", id(ROUTERS): "router"}
     arguments |= {id(SCHEDULERS): "scheduler", id(PLACEMENTS): "placement"}
+    options = {"budget": 0.5} if registry is SCHEDULERS else {}
     for name, method in registry.items():
+        if getattr(method, "needs_calibration", False):
+            continue  # accepted with a file: tests/test_calibrate.py
         for value in (name, method, method()):
-            PiKVCache(tiny("mixtral"), **{arguments[id(registry)]: value})
+            PiKVCache(tiny("mixtral"), **{arguments[id(registry)]: value}, **options)
+
+
+def test_a_scheduler_without_a_budget() -> None:
+    with pytest.raises(ValueError, match=r"`scheduler` is SnapKV.*needs a `budget`"):
+        PiKVCache(tiny("mixtral"), scheduler="snapkv")
+
+
+@pytest.mark.parametrize(
+    "method, wrong",
+    [
+        (SnapKV, {"kernel_size": 4}),
+        (SnapKV, {"window_size": 0}),
+        (ChunkKV, {"chunk_length": 0}),
+        (ChunkKV, {"scorer": "snapkv"}),
+        (PyramidKV, {"beta": 1}),
+        (PyramidKV, {"scorer": None}),
+        (Random, {"seed": -1}),
+    ],
+    ids=str,
+)
+def test_options_of_schedulers(method, wrong) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"`{next(iter(wrong))}` is"):
+        method(**wrong)
 
 
 @pytest.mark.parametrize("sinks, window", [(-1, 8), (4, 0), (4, -3), (1.5, 8), ("4", 8)])

@@ -28,9 +28,9 @@ class Spy(Identity):
         return self.encode(keys, values)
 
 
-def asked(name, inputs) -> list[torch.Tensor]:
+def asked(name, inputs, **fields) -> list[torch.Tensor]:
     """The queries [B, H, G, T, D] that each layer of the plain model asks in one forward pass."""
-    model, queries = build(name, "eager"), []
+    model, queries = build(name, "eager", **fields), []
     eager = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def record(module, query, key, value, mask, **options):

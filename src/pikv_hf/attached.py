@@ -118,8 +118,10 @@ class AttachedCache(Cache):
         """Make the layers: transformers' own, with every plain full-attention layer paged."""
         self.config = config
         layers = DynamicCache(config=config).layers
-        for idx, modules in {} if binding is None else binding.attention.items():
+        attention = {} if binding is None else binding.attention
+        for number, (idx, modules) in enumerate(sorted(attention.items())):
             layers[idx] = paged = PagedLayer(idx, self.shared, config)
+            paged.place = (number, len(attention))
             paged.has_gate = idx in binding.gate_of
             if hasattr(modules[0], "kv_b_proj"):
                 paged.expected_rank = getattr(modules[0], "kv_lora_rank", None)

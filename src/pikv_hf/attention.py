@@ -45,26 +45,28 @@ def pikv_attention(
     layer = take_layer()
     if layer is None or layer.unpaged is not None:
         return _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.is_first:
         layer.unpaged = _why_unpaged(layer, query, key, attention_mask, kwargs)
         layer.shared.full_mask |= layer.unpaged is not None
         result = _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     else:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         sink = next((kwargs[name] for name in _SINKS if kwargs.get(name) is not None), None)
         result = attend(layer, module, query, attention_mask, scale, sink), None
     if layer.observed.limit and layer.unpaged is None:
-        _observe(layer, module, query, attention_mask)
+        _observe(layer, module, query, attention_mask, scale)
     layer.finish(attention_mask)
     return result
 
 
-def _observe(layer: PagedLayer, module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
+def _observe(
+    layer: PagedLayer, module: nn.Module, query: Tensor, mask: Tensor | None, scale: float
+) -> None:
     """Let the layer keep the newest queries, in the space of what it caches."""
     newest = query[:, :, -layer.observed.limit :]
     if layer.latent_rank is not None:
         newest = LatentQuery(module, newest, layer.latent_rank).absorb(newest)
-    layer.observe(newest, mask)
+    layer.observe(newest, mask, scale)
 
 
 def attend(

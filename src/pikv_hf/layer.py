@@ -32,7 +32,12 @@ class PagedLayer(DynamicLayer):
         self._tail: Tail | None = None
         compressor = shared.compressor.bind(config, layer_idx)
         self.pages = PageTable(compressor, shared.page_size)
-        self.observed = Observed(compressor.observed_queries)
+        # Which paged layer of how many this is.
+        self.place = (0, 1)
+        self.scale = 1.0
+        scheduler = shared.scheduler
+        wanted = 0 if scheduler is None else scheduler.observed_queries
+        self.observed = Observed(max(compressor.observed_queries, wanted))
         self.seen = 0
         self.unpaged: str | None = None
         # Width of the latent that `kv_b_proj` expands; None when keys and values are cached as such.
@@ -120,8 +125,12 @@ class PagedLayer(DynamicLayer):
         """Whether the tail is kept short."""
         return self.unpaged is None and not self.record_past
 
-    def observe(self, query: Tensor, mask: Tensor | None) -> None:
-        """Keep the newest of the queries [B, Hq, q, D] that are asked of this layer's keys."""
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float) -> None:
+        """Keep the newest of the queries [B, Hq, q, D] that are asked of this layer's keys.
+
+        `scale` is the factor of their products.
+        """
+        self.scale = scale
         visible, length = None, query.shape[2]
         if length > 1 and mask is not None:
             key = (mask, length)

@@ -38,14 +38,14 @@ class Observed:
         if self.queries is not None:
             self.queries = self.queries.index_select(0, index.to(self.queries.device))
 
-    def of_rows(self, rows: list[int]) -> Tensor | None:
-        """[R, H, G * n, D], or None before any query."""
-        if self.queries is None:
+    def of_rows(self, rows: list[int], newest: int) -> Tensor | None:
+        """Those of at most `newest` tokens, [R, H, G, n, D]; None before any, or for 0."""
+        if self.queries is None or newest == 0:
             return None
-        if rows != list(range(self.queries.shape[0])):
-            rows_index = torch.tensor(rows, device=self.queries.device)
-            return self.queries.index_select(0, rows_index).flatten(2, 3)
-        return self.queries.flatten(2, 3)
+        queries = self.queries[:, :, :, -newest:]
+        if rows == list(range(queries.shape[0])):
+            return queries
+        return queries.index_select(0, torch.tensor(rows, device=queries.device))
 
     def tensors(self) -> Iterator[Tensor]:
         if self.queries is not None:

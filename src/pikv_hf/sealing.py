@@ -25,25 +25,47 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
         if columns is not None:
             span = span.tokens(columns)
         if layer.shared.scheduler is not None:
-            span = _kept(layer, rows, span, layer.shared.scheduler)
+            span = _kept(layer, rows, span, count, layer.shared.scheduler)
         if not len(span):
             continue  # nothing stays
+        queries = layer.observed.of_rows(rows, layer.pages.compressor.observed_queries)
+        if queries is not None:
+            queries = queries.flatten(2, 3)
         try:
-            layer.pages.append(span, rows, layer.tail.batch, layer.observed.of_rows(rows))
+            layer.pages.append(span, rows, layer.tail.batch, queries)
         except ValueError as error:
             raise ValueError(f"layer {layer.layer_idx}: {error}") from error
 
 
-def _kept(layer: "PagedLayer", rows: list[int], new: Span, scheduler: Scheduler) -> Span:
-    """Of the sealed tokens of `rows` and the `new` ones, those that the scheduler keeps."""
-    sealed = layer.pages.take(rows)
-    span = new if sealed is None else sealed.then(new)
+def _kept(
+    layer: "PagedLayer", rows: list[int], new: Span, count: int, scheduler: Scheduler
+) -> Span:
+    """What of `new`, tokens of `rows`, is to be sealed: with the sealed tokens, if some must go.
+
+    `count` tokens at the beginning of the tail are leaving it.
+    """
+    held = layer.pages.held(rows[0])
+    available = len(new) + (0 if held is None else int(held.max()))
     open_tokens = min(layer.shared.window, layer.tail.length)
     budget = max(layer.shared.budget_of(layer.seen) - open_tokens, scheduler.least)
-    if len(span) <= budget:
-        return span
-    positions = span["positions"].expand(*span["keys"].shape[:3])
-    return span.gather(scheduler.keep(Tokens(positions, layer.seen), budget))
+    budget = scheduler.layer_budget(budget, available, *layer.place)
+    if available <= budget:
+        return new
+    sealed = layer.pages.take(rows)
+    span = new if sealed is None else sealed.then(new)
+    open_keys = layer.tail.view()[0][:, :, count:]
+    queries = layer.observed.of_rows(rows, scheduler.observed_queries)
+    tokens = Tokens(
+        positions=span["positions"].long().expand(*span["keys"].shape[:3]),
+        keys=span["keys"],
+        values=span["values"],
+        open_keys=open_keys.index_select(0, torch.tensor(rows, device=open_keys.device)),
+        seen=layer.seen,
+        layer_idx=layer.layer_idx,
+        queries=queries,
+        scale=layer.scale,
+    )
+    return span.gather(scheduler.keep(tokens, budget))
 
 
 def _groups(

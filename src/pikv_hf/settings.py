@@ -22,6 +22,11 @@ def check_count(argument: str, value: Any) -> int:
 
 def check_budget(budget: Any, scheduler: Scheduler | None) -> None:
     if budget is None:
+        if scheduler is not None and scheduler.budget(0) is None:
+            raise ValueError(
+                f"`scheduler` is {scheduler}, which needs a `budget`: a number of tokens (int) or a "
+                "share of them (float in (0, 1])."
+            )
         return
     if scheduler is None:
         raise ValueError(f"`budget` is {budget!r}, but there is no `scheduler` to keep to it.")

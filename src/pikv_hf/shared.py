@@ -58,7 +58,9 @@ class Shared:
         """Tokens per row and KV head to hold after `seen`."""
         assert self.scheduler is not None
         if self.budget is None:
-            return self.scheduler.budget(seen)
+            own = self.scheduler.budget(seen)
+            assert own is not None, "refused when the cache was made"
+            return own
         return self.budget if isinstance(self.budget, int) else int(self.budget * seen)
 
 

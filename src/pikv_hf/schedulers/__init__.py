@@ -1,8 +1,36 @@
 """Which tokens stay: one file per method."""
 
 from .base import Scheduler, Tokens
+from .chunkkv import ChunkKV
+from .keydiff import KeyDiff
+from .knorm import Knorm
+from .pyramidkv import PyramidKV
+from .random import Random
+from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
+from .tova import Tova
 
-SCHEDULERS: dict[str, type[Scheduler]] = {"streaming_llm": StreamingLLM}
+SCHEDULERS: dict[str, type[Scheduler]] = {
+    "streaming_llm": StreamingLLM,
+    "snapkv": SnapKV,
+    "tova": Tova,
+    "knorm": Knorm,
+    "keydiff": KeyDiff,
+    "chunkkv": ChunkKV,
+    "pyramidkv": PyramidKV,
+    "random": Random,
+}
 
-__all__ = ["SCHEDULERS", "Scheduler", "StreamingLLM", "Tokens"]
+__all__ = [
+    "SCHEDULERS",
+    "ChunkKV",
+    "KeyDiff",
+    "Knorm",
+    "PyramidKV",
+    "Random",
+    "Scheduler",
+    "SnapKV",
+    "StreamingLLM",
+    "Tokens",
+    "Tova",
+]

@@ -1,0 +1,43 @@
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .base import Scheduler, Tokens
+from .snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class ChunkKV(Scheduler):
+    """Whole chunks of neighbours stay or go (Liu et al., arXiv 2502.00299, section 3.2).
+
+    Candidates are cut into chunks of `chunk_length`, oldest first; a chunk's score is the mean of
+    its tokens', over all KV heads, so that every head keeps the same chunks. Of the last chunk that
+    the budget reaches, only the newest tokens may stay.
+
+    Args:
+        scorer: whose scores are averaged.
+        chunk_length: tokens of a chunk.
+    """
+
+    scorer: Scheduler = field(default_factory=SnapKV)
+    chunk_length: int = 20
+
+    def __post_init__(self) -> None:
+        length = self.chunk_length
+        if not isinstance(self.scorer, Scheduler):
+            raise TypeError(f"`scorer` is {self.scorer!r}; it must be a Scheduler.")
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"`chunk_length` is {length!r}; it must be a positive whole number.")
+
+    @property
+    def observed_queries(self) -> int:
+        return self.scorer.observed_queries
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        scores = self.scorer.scores(tokens).mean(dim=1)
+        chunk = torch.arange(scores.shape[-1], device=scores.device) // self.chunk_length
+        chunks = int(-(-scores.shape[-1] // self.chunk_length))
+        total = scores.new_zeros(scores.shape[0], chunks).index_add_(1, chunk, scores)
+        mean = total / torch.bincount(chunk, minlength=chunks)
+        return mean[:, None, chunk].expand(-1, tokens.keys.shape[1], -1)

@@ -1,0 +1,32 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Scheduler, Tokens
+
+# The finaliser of MurmurHash3 for 64 bits, as signed numbers.
+MULTIPLIERS = (-49064778989728563, -4265267296055464877)
+
+
+@dataclass(frozen=True)
+class Random(Scheduler):
+    """Tokens stay at random: the control that every policy must beat.
+
+    A score is a hash of `seed`, layer, KV head and position, so that a token has the same one
+    whenever it is asked for, in every row.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise ValueError(f"`seed` is {self.seed!r}; it must be a whole number, 0 or more.")
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        heads = torch.arange(tokens.positions.shape[1], device=tokens.positions.device)
+        stream = (self.seed * 1009 + tokens.layer_idx) * 4099 + heads[:, None]
+        mixed = (stream << 32) + tokens.positions.long()
+        for multiplier in MULTIPLIERS:
+            mixed = (mixed ^ (mixed >> 33)) * multiplier
+        return (mixed >> 11).double()

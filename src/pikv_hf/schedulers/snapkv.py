@@ -1,0 +1,41 @@
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention_mass import attention_mass
+from .base import Scheduler, Tokens
+
+
+@dataclass(frozen=True)
+class SnapKV(Scheduler):
+    """What the last tokens attend to stays (Li et al., arXiv 2404.14469, section 4).
+
+    The score is their mean attention, smoothed over `kernel_size` neighbours so that a token stays
+    with its surroundings, and averaged over the query heads of a KV head. The observing tokens are
+    a part of the open ones, which stay. The paper compresses a prompt once; here the scores are
+    taken anew whenever tokens are sealed, by the queries that are then the newest.
+
+    Args:
+        window_size: observing tokens; the cache's own `window` should not be shorter.
+        kernel_size: tokens that are averaged, odd.
+    """
+
+    window_size: int = 64
+    kernel_size: int = 5
+
+    def __post_init__(self) -> None:
+        asked = self.window_size
+        if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+            raise ValueError(f"`window_size` is {asked!r}; it must be a positive whole number.")
+        size = self.kernel_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
+            raise ValueError(f"`kernel_size` is {size!r}; it must be an odd positive number.")
+
+    @property
+    def observed_queries(self) -> int:
+        return self.window_size
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        mass = attention_mass(tokens).mean(dim=2)
+        return F.avg_pool1d(mass, self.kernel_size, stride=1, padding=self.kernel_size // 2)
