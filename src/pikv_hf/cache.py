@@ -45,6 +45,8 @@ class PiKVCache(AttachedCache):
         page_size: tokens of a page.
         window: newest tokens that are never sealed (nor compressed or dropped); None = 128, at most
             half of a budget given in tokens, and 512 where nothing is compressed or dropped.
+        probe: measure, whenever pages are sealed, what that does to the output of attention, for
+            `report()`. It costs as much as sealing twice, and attention of 16 queries.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the model is left as it was.
@@ -62,6 +64,7 @@ class PiKVCache(AttachedCache):
         placement: str | Placement | None = None,
         page_size: int = 64,
         window: int | None = None,
+        probe: bool = False,
     ) -> None:
         if (model is None) == (config is None):
             given = "neither" if model is None else "both"
@@ -77,6 +80,7 @@ class PiKVCache(AttachedCache):
             "budget": budget,
             "compressor": compressor,
             "router": router,
+            "probe": probe or None,
         }
         asked = [name for name, value in needing.items() if value is not None]
         if config is not None and asked:
@@ -85,7 +89,7 @@ class PiKVCache(AttachedCache):
                 "instead of its config."
             )
         self.shared = make_shared(
-            scheduler, budget, compressor, router, placement, page_size, window
+            scheduler, budget, compressor, router, placement, page_size, window, probe
         )
         self.log = TokenLog()
         if config is not None:

@@ -9,8 +9,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from .context import CONTEXT
+from .guard import Guard
 from .observed import Observed
 from .pages import PageTable
+from .probe import Probe
 from .sealing import seal_oldest
 from .shared import Shared, visible_columns
 from .span import Span
@@ -37,7 +39,8 @@ class PagedLayer(DynamicLayer):
         self.scale = 1.0
         scheduler = shared.scheduler
         wanted = 0 if scheduler is None else scheduler.observed_queries
-        self.observed = Observed(max(compressor.observed_queries, wanted))
+        self.guard, self.probe = Guard(), Probe(shared.probe)
+        self.observed = Observed(max(compressor.observed_queries, wanted, self.probe.queries))
         self.seen = 0
         self.unpaged: str | None = None
         # Width of the latent that `kv_b_proj` expands; None when keys and values are cached as such.
@@ -228,6 +231,8 @@ class PagedLayer(DynamicLayer):
         self._tail, self.seen, self.is_first = None, 0, False
         self.pages = PageTable(self.pages.compressor, self.pages.page_size)
         self.observed = Observed(self.observed.limit)
+        self.guard.reset()
+        self.probe.reset()
         self.record_past, self.awaits, self._mask = False, None, None
         self.is_initialized = False
 
@@ -286,3 +291,4 @@ class PagedLayer(DynamicLayer):
             yield from self.tail.tensors()
         yield from self.pages.tensors()
         yield from self.observed.tensors()
+        yield from self.probe.tensors()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compressors import Compressor, MixedCompressor
+from .compressors.base import check_states
 from .memory import own
 from .pool import Pool, together
 from .slab import Slab
@@ -34,7 +35,12 @@ class PageTable:
         """Seal `span`, tokens of the batch rows `rows`, with `keys`, `values` and what is known.
 
         `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them.
+
+        Raises:
+            ValueError: the compressor cannot store these tokens.
         """
+        if not self.compressor.is_lossless:
+            check_states(self.compressor, span["keys"], span["values"])
         keys, values = self._paged(span["keys"]), self._paged(span["values"])
         known = span.without("keys", "values")
         positions = Span({"positions": known["positions"].to(torch.int32)})
@@ -44,6 +50,12 @@ class PageTable:
         else:
             fields = _encode(self.compressor, keys, values, queries)
             self._append_uniform(fields, known, rows, batch)
+
+    def apart(self, span: Span, queries: Tensor | None = None) -> "PageTable":
+        """A table of nothing but `span`, whose pages are as `append` makes them of it here."""
+        table, rows = PageTable(self.compressor, self.page_size), span["keys"].shape[0]
+        table.append(span, list(range(rows)), rows, queries)
+        return table
 
     def _paged(self, tensor: Tensor) -> Tensor:
         """[R, H, T, ...] as [R, H, S, P, ...]; the last page is filled up with zeros."""

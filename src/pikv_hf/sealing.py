@@ -20,21 +20,29 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
         ValueError: the compressor cannot store them.
     """
     oldest = layer.tail.span(layer.seen - layer.tail.length, count)
+    compressor = layer.pages.compressor
     for rows, columns in _groups(layer, count, mask):
         span = oldest if len(rows) == layer.tail.batch else oldest.rows(torch.tensor(rows))
         if columns is not None:
             span = span.tokens(columns)
+        new = span
         if layer.shared.scheduler is not None:
             span = _kept(layer, rows, span, count, layer.shared.scheduler)
         if not len(span):
             continue  # nothing stays
-        queries = layer.observed.of_rows(rows, layer.pages.compressor.observed_queries)
+        queries = layer.observed.of_rows(rows, compressor.observed_queries)
         if queries is not None:
             queries = queries.flatten(2, 3)
         try:
             layer.pages.append(span, rows, layer.tail.batch, queries)
         except ValueError as error:
             raise ValueError(f"layer {layer.layer_idx}: {error}") from error
+        sealed = layer.seen - layer.tail.length + count
+        layer.guard.check(layer.pages, new, queries, sealed, layer.layer_idx)
+        asked = layer.observed.of_rows(rows, layer.probe.queries)
+        if asked is not None:
+            pages = layer.pages.apart(new, queries)
+            layer.probe.measure(new, pages, asked.flatten(2, 3), layer.scale, layer.latent_rank)
 
 
 def _kept(

@@ -64,12 +64,15 @@ def make_shared(
     placement: str | Placement | None,
     page_size: int,
     window: int | None,
+    probe: bool,
 ) -> Shared:
     """The arguments of `PiKVCache`, checked and with names resolved."""
     scheduler = resolve("scheduler", scheduler, SCHEDULERS, Scheduler)
     compressor = resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity()
     router = resolve("router", router, ROUTERS, Router)
     check_budget(budget, scheduler)
+    if not isinstance(probe, bool):
+        raise TypeError(f"`probe` is {probe!r}; it must be True or False.")
     if scheduler is not None and not compressor.is_idempotent:
         raise ValueError(
             f"`compressor` is {compressor}, whose pages cannot be encoded again when a scheduler "
@@ -84,6 +87,7 @@ def make_shared(
         page_size=check_count("page_size", page_size),
         window=0,
         budget=budget,
+        probe=probe,
     )
     shared.window = default_window(window, tokens, shared.saves_memory)
     return shared

@@ -25,6 +25,7 @@ class Shared:
     page_size: int
     window: int
     budget: int | float | None = None
+    probe: bool = False
     attached: bool = False
     # A layer outside of our hands reads the same mask, which then spans the whole sequence.
     full_mask: bool = False

@@ -24,6 +24,9 @@ class Compressor(ABC):
     #: How many of a layer's newest tokens `encode_observed` sees the queries of; 0 = none.
     observed_queries: ClassVar[int] = 0
 
+    #: Whether decoded pages are always the original ones, NaN and infinities included.
+    is_lossless: ClassVar[bool] = False
+
     #: Whether it must be given a file that `pikv calibrate` made for the model.
     needs_calibration: ClassVar[bool] = False
 
@@ -52,6 +55,11 @@ class Compressor(ABC):
             ValueError: it cannot serve this layer of a model of this configuration.
         """
         return self
+
+    def alternatives(self) -> "tuple[Compressor, ...]":
+        """What to try when this one loses too much: its own options, or a relative. `Int8` is tried
+        besides; a warning names those that lose less."""
+        return ()
 
     def tensors(self) -> Iterator[Tensor]:
         """What it holds for the layer that it is bound to: a part of the cache's bytes."""
@@ -102,6 +110,18 @@ def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -
 def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
     """[R, H, s, P, D] as [R, H, tokens, D]: a view."""
     return pages.flatten(2, 3).narrow(2, 0, tokens)
+
+
+def check_states(compressor: Compressor, keys: Tensor, values: Tensor) -> None:
+    """Refuse keys or values with a NaN or an infinity: few compressors can say what becomes of it."""
+    ends = {
+        name: torch.stack(states.aminmax())
+        for name, states in (("key", keys), ("value", values))
+        if states.numel()
+    }
+    if not torch.cat([*ends.values()]).isfinite().all():  # on a GPU the only one to wait for
+        for name, both in ends.items():
+            check_finite(compressor, name, both)
 
 
 def check_finite(compressor: Compressor, name: str, scale: Tensor) -> None:

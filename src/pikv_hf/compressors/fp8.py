@@ -27,6 +27,9 @@ class Fp8(Compressor):
         if self.format not in FORMATS:
             raise ValueError(f"`format` is {self.format!r}; it must be one of {[*FORMATS]}.")
 
+    def alternatives(self) -> tuple[Compressor, ...]:
+        return () if self.format == "e4m3" else (Fp8(),)
+
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         return self._encode("key", keys) | self._encode("value", values)
 

@@ -11,6 +11,7 @@ class Identity(Compressor):
     """Keys and values as the model made them: lossless, read in place."""
 
     block_tokens: ClassVar[int | None] = None
+    is_lossless: ClassVar[bool] = True
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         return {"keys": keys, "values": values}

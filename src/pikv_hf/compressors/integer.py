@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -57,6 +57,12 @@ class Integer(Compressor):
             raise ValueError(
                 f"`group_size` is {size!r}; it must be a positive whole number, or None for all dims."
             )
+
+    def alternatives(self) -> tuple[Compressor, ...]:
+        others: list[Compressor] = [] if self.rotate else [replace(self, rotate=True)]
+        if self.key_axis == "token":
+            others.append(replace(self, key_axis="channel"))
+        return (*others, Int4()) if self.bits == 2 else tuple(others)
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         by_channel = self._has_channel_keys(values)

@@ -1,5 +1,5 @@
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pikv_kernels import lowrank_attention
@@ -30,6 +30,9 @@ class Svd(Compressor):
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"`rank` is {self.rank!r}; it must be a positive whole number.")
+
+    def alternatives(self) -> tuple[Compressor, ...]:
+        return (replace(self, rank=2 * self.rank),)
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         return self._encode("key", keys) | self._encode("value", values)

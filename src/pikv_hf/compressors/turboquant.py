@@ -1,6 +1,6 @@
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pikv_kernels import PACKED_TOGETHER, look_up, pack_indices, partial_attention, word_table
@@ -50,6 +50,10 @@ class TurboQuant(Compressor):
     @property
     def is_idempotent(self) -> bool:
         return not self.residual
+
+    def alternatives(self) -> tuple[Compressor, ...]:
+        plain = (replace(self, residual=False),) if self.residual else ()
+        return plain if self.bits == 4 else (*plain, replace(self, bits=self.bits + 1))
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         return self._encode("key", keys, self.residual) | self._encode("value", values, False)
