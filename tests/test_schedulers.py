@@ -21,6 +21,14 @@ def best(scores: Tensor, count: int) -> list[set[int]]:
     return [set(row.tolist()) for row in scores.topk(count, dim=-1).indices]
 
 
+def assert_same_best(found: set[int], expected: set[int], scores: Tensor) -> None:
+    """The same tokens, or others of the same score: padding changes keys by rounding."""
+    assert len(found) == len(expected)
+    instead, missing = sorted(found - expected), sorted(expected - found)
+    worse = scores[missing].sort().values - scores[instead].sort().values
+    assert (worse.abs() <= 1e-6 * scores.abs().max()).all(), (found, expected)
+
+
 def softmax_of_newest(queries: Tensor, keys: Tensor, scale: float, newest: int) -> Tensor:
     """[H, G, newest, T]: the causal attention of the newest tokens, in float64."""
     scores = queries[:, :, -newest:].double() @ keys[:, None].double().transpose(-1, -2) * scale
@@ -87,14 +95,15 @@ def kept(cache: PiKVCache, row: int) -> list[list[set[int]]]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("lengths", [(50,), (50, 41, 33)], ids=["one_row", "left_padded"])
+@pytest.mark.parametrize("budget", [BUDGET, 0.45])
 @pytest.mark.parametrize("method", METHODS)
-def test_kept_set(name, lengths, method) -> None:
+def test_kept_set(name, lengths, budget, method) -> None:
     """Of a prompt, those of the published scores; in every row what it would be alone."""
     scheduler, oracle = METHODS[method]
     model = tiny(name, num_hidden_layers=LAYERS)
     inputs = prompt(model, lengths)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    options = {"page_size": 1, "window": OPEN, "budget": BUDGET}
+    options = {"page_size": 1, "window": OPEN, "budget": budget}
     cache = PiKVCache(model, scheduler=scheduler, **options)
     forward(model, ids, mask, cache)
     sets = []
@@ -107,11 +116,14 @@ def test_kept_set(name, lengths, method) -> None:
         for layer, queries, found in zip(paged(whole), everything, kept(cache, row), strict=True):
             queries, keys = in_cached_space(model, layer, queries)
             scale = paged(cache)[0].scale if scheduler.observed_queries else 1.0
-            expected = best(oracle(queries, keys, scale), BUDGET - OPEN)
+            count = budget if isinstance(budget, int) else int(budget * length)
+            scores = oracle(queries, keys, scale)
+            expected = best(scores, count - OPEN)
             pad = ids.shape[1] - length
-            assert [{at - pad for at in head} for head in found] == expected
+            for head, best_head, score in zip(found, expected, scores, strict=True):
+                assert_same_best({at - pad for at in head}, best_head, score)
             sets += expected
-    assert sets[0] != set(range(BUDGET - OPEN)), "the first tokens stay: any order would do"
+    assert sets[0] != set(range(len(sets[0]))), "the first tokens stay: any order would do"
 
 
 def in_cached_space(model, layer, queries):
@@ -197,5 +209,7 @@ def test_generate(name, method) -> None:
     for options in ({}, {"num_beams": 3}, {"prefill_chunk_size": 16}):
         cache = PiKVCache(model, scheduler=method, budget=24, compressor="int8", **SMALL)
         generate(model, inputs, cache, **options)
-        held = [layer.held_tokens() for layer in paged(cache)]
-        assert sum(held) <= (24 + SMALL["page_size"]) * len(held)
+        layers = paged(cache)
+        for row in range(layers[0].tail.batch):
+            held = [int(layer.pages.held(row).max()) for layer in layers]
+            assert 0 < sum(held) <= (24 - SMALL["window"]) * len(held)

@@ -42,6 +42,8 @@ class PagedLayer(DynamicLayer):
         self.guard, self.probe = Guard(), Probe(shared.probe)
         self.observed = Observed(max(compressor.observed_queries, wanted, self.probe.queries))
         self.seen = 0
+        # Tokens of each row, padding not counted, that are no longer in the tail.
+        self.left: list[int] = []
         self.unpaged: str | None = None
         # Width of the latent that `kv_b_proj` expands; None when keys and values are cached as such.
         self.latent_rank: int | None = None
@@ -75,7 +77,7 @@ class PagedLayer(DynamicLayer):
             keys, values = keys.detach(), values.detach()
         self.is_first = self.seen == 0
         if self.is_first:
-            self._tail = Tail(keys, values)
+            self._tail, self.left = Tail(keys, values), [0] * keys.shape[0]
         else:
             scratch = self.shared.scratch if self._seals else None
             self.tail.append(keys, values, self._capacity, scratch)
@@ -253,6 +255,7 @@ class PagedLayer(DynamicLayer):
         """New batch row i continues old batch row `source[i]`; `index` is the same as a tensor."""
         if self.seen:
             self.tail.map_rows(index)
+            self.left = [self.left[row] for row in source]
             self.pages.map_rows(source, free=free)
             self.observed.map_rows(index)
 

@@ -26,6 +26,8 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
         if columns is not None:
             span = span.tokens(columns)
         new = span
+        for row in rows:
+            layer.left[row] += len(span)
         if layer.shared.scheduler is not None:
             span = _kept(layer, rows, span, count, layer.shared.scheduler)
         if not len(span):
@@ -54,9 +56,10 @@ def _kept(
     """
     held = layer.pages.held(rows[0])
     available = len(new) + (0 if held is None else int(held.max()))
+    left = layer.left[rows[0]]
     open_tokens = min(layer.shared.window, layer.tail.length)
-    budget = max(layer.shared.budget_of(layer.seen) - open_tokens, scheduler.least)
-    budget = scheduler.layer_budget(budget, available, *layer.place)
+    budget = layer.shared.budget_of(left + layer.tail.length - count) - open_tokens
+    budget = scheduler.layer_budget(max(budget, scheduler.least), left, *layer.place)
     if available <= budget:
         return new
     sealed = layer.pages.take(rows)
@@ -85,10 +88,11 @@ def _groups(
     """
     key = (mask, layer.tail.length, count, layer.tail.batch)
     groups = layer.shared.remember("groups", key, lambda: rows_by_visibility(*key))
-    if layer.shared.scheduler is None or not layer.pages.slabs:
+    if layer.shared.scheduler is None:
         return groups
-    split: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    split: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
     for number, (rows, _) in enumerate(groups):
         for row in rows:
-            split.setdefault((number, layer.pages.signature(row)), []).append(row)
-    return [(rows, groups[number][1]) for (number, _), rows in split.items()]
+            alike = number, layer.left[row], layer.pages.signature(row)
+            split.setdefault(alike, []).append(row)
+    return [(rows, groups[number][1]) for (number, *_), rows in split.items()]

@@ -55,9 +55,9 @@ class Scheduler(ABC):
         return None
 
     def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
-        """Of `available` sealed tokens, how many paged layer `layer` of `layers` may keep.
+        """How many tokens paged layer `layer` of `layers` may hold in pages.
 
-        `budget` is the mean over the layers.
+        `budget` is the mean over the layers, `available` what it would hold had it dropped none.
         """
         return budget
 
