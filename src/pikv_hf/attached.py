@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from typing_extensions import Self
 
 from .context import CONTEXT
+from .geometry import head_dims
 from .layer import PagedLayer
 from .native import model_cache_class, reads_full_mask, release_prompt, with_native
 from .shared import Shared
@@ -125,6 +126,8 @@ class AttachedCache(Cache):
             paged.has_gate = idx in binding.gate_of
             if hasattr(modules[0], "kv_b_proj"):
                 paged.expected_rank = getattr(modules[0], "kv_lora_rank", None)
+            if (dims := head_dims(modules[0])) is not None:
+                paged.pages.compressor.check_dims(*dims)
         self._has_paged = any(isinstance(layer, PagedLayer) for layer in layers)
         self.shared.full_mask = any(reads_full_mask(layer) for layer in layers)
         self._start(layers)
@@ -135,8 +138,9 @@ class AttachedCache(Cache):
         A model's own cache class expects layers to appear as they are first written.
         """
         self._unwritten: list[Any] = []
-        if self.native_class is not None:
-            self.native_class.__init__(self)
+        native: Any = self.native_class
+        if native is not None:
+            native.__init__(self)
             layers, self._unwritten = [], layers
         Cache.__init__(self, layers=layers)
 

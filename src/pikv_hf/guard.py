@@ -97,8 +97,8 @@ def _in_code(compressor: Compressor) -> str:
 def _message(
     table: PageTable, losses: dict[str, float], better: dict[str, float], layer_idx: int
 ) -> str:
-    changed = " and ".join(f"{name} by {loss:.2f}" for name, loss in losses.items())
-    advice = " or ".join(f"compressor={name} ({left:.2f})" for name, left in better.items())
+    changed = " and ".join(f"{name} by {loss:.2g}" for name, loss in losses.items())
+    advice = " or ".join(f"compressor={name} ({left:.2g})" for name, left in better.items())
     return (
         f"layer {layer_idx}: {table.compressor.title} changes {changed} of their size (root mean "
         f"square of a few pages), more than {LIMIT}: try {advice or 'compressor=None'}."

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from .context import CONTEXT
+from .geometry import alike
 from .guard import Guard
 from .observed import Observed
 from .pages import PageTable
@@ -97,6 +98,7 @@ class PagedLayer(DynamicLayer):
 
     def _stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A latent and its rotary key stand side by side, as one key without a value."""
+        keys, values = alike(keys, values)
         if self.latent_rank is None:
             return keys, values
         return torch.cat([keys, values], dim=-1), keys[..., :0]

@@ -64,7 +64,22 @@ class Integer(Compressor):
             others.append(replace(self, key_axis="channel"))
         return (*others, Int4()) if self.bits == 2 else tuple(others)
 
+    def check_dims(self, key_dim: int, value_dim: int) -> None:
+        title, per_byte = type(self).__name__.lower(), 8 // self.bits
+        for name, dim in (("key", key_dim), ("value", value_dim)):
+            if self.group_size is not None and dim % self.group_size:
+                raise ValueError(
+                    f"`group_size` of {title} is {self.group_size}, which does not divide the {name} "
+                    f"dim {dim}; it must be a divisor of it, or None."
+                )
+            if dim % per_byte:
+                raise ValueError(
+                    f"{title} packs {per_byte} numbers into a byte, but the {name} dim is {dim}; use "
+                    "int8 or fp8."
+                )
+
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        self.check_dims(keys.shape[-1], values.shape[-1])
         by_channel = self._has_channel_keys(values)
         return self._encode("key", keys, by_channel) | self._encode("value", values, False)
 
@@ -101,7 +116,6 @@ class Integer(Compressor):
         dim = states.shape[-1]
         if dim == 0:
             return {f"{name}_codes": states.to(torch.int8), f"{name}_scale": states}
-        self._check_dim(name, dim)
         rotated = self.rotate and not by_channel
 
         def quantize(pages: Tensor) -> dict[str, Tensor]:
@@ -131,19 +145,6 @@ class Integer(Compressor):
     def _offset(self) -> float:
         """What is added to a code: with few codes a level at 0 would waste one."""
         return 0.0 if self.bits == 8 and self.symmetric else 0.5
-
-    def _check_dim(self, name: str, dim: int) -> None:
-        title, per_byte = type(self).__name__.lower(), 8 // self.bits
-        if self.group_size is not None and dim % self.group_size:
-            raise ValueError(
-                f"`group_size` of {title} is {self.group_size}, which does not divide the {name} "
-                f"dim {dim}; it must be a divisor of it, or None."
-            )
-        if dim % per_byte:
-            raise ValueError(
-                f"{title} packs {per_byte} numbers into a byte, but the {name} dim is {dim}; use "
-                "int8 or fp8."
-            )
 
     def _numbers(self, name: str, fields: dict[str, Tensor]) -> Quantized:
         scale, zero = fields[f"{name}_scale"], fields.get(f"{name}_zero")

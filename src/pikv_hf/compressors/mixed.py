@@ -26,6 +26,10 @@ class MixedCompressor(Compressor):
         `queries` [R, H, Q, Dk] as in `encode_observed`; None before any query was seen.
         """
 
+    def check_dims(self, key_dim: int, value_dim: int) -> None:
+        for member in self.members:
+            member.check_dims(key_dim, value_dim)
+
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} has no encoding of its own: its members have.")
 

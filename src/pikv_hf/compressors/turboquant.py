@@ -55,7 +55,17 @@ class TurboQuant(Compressor):
         plain = (replace(self, residual=False),) if self.residual else ()
         return plain if self.bits == 4 else (*plain, replace(self, bits=self.bits + 1))
 
+    def check_dims(self, key_dim: int, value_dim: int) -> None:
+        together = PACKED_TOGETHER[self.bits]
+        for name, dim in (("key", key_dim), ("value", value_dim)):
+            if dim % together:
+                raise ValueError(
+                    f"turboquant packs {together} numbers of {self.bits} bits together, but the "
+                    f"{name} dim is {dim}, which is no multiple of that."
+                )
+
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        self.check_dims(keys.shape[-1], values.shape[-1])
         return self._encode("key", keys, self.residual) | self._encode("value", values, False)
 
     def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -82,11 +92,6 @@ class TurboQuant(Compressor):
         dim = states.shape[-1]
         if dim == 0:
             return {f"{name}_codes": states.to(torch.uint8), f"{name}_norms": states}
-        if dim % PACKED_TOGETHER[self.bits]:
-            raise ValueError(
-                f"turboquant packs {PACKED_TOGETHER[self.bits]} numbers of {self.bits} bits "
-                f"together, but the {name} dim is {dim}, which is no multiple of that."
-            )
         fields = in_portions(lambda pages: self._quantize(pages, residual), states)
         check_finite(self, name, fields["norms"])
         return {f"{name}_{part}": tensor for part, tensor in fields.items()}
