@@ -62,7 +62,7 @@ def test_queries_are_those_of_the_newest_tokens(lengths, step) -> None:
             assert torch.allclose(layer.observed.queries, expected, atol=1e-5)
         given = [queries for queries in spy.given if queries.shape[0] == len(lengths)]
         for queries, layer in zip(given, paged(cache), strict=False):
-            assert torch.equal(queries, layer.observed.queries.flatten(2, 3))
+            assert torch.equal(queries, layer.observed.queries.flatten(2, 3) * layer.scale)
     assert cache.nbytes > PiKVCache(model).nbytes
 
 

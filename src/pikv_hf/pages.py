@@ -112,7 +112,8 @@ class PageTable:
                 row, head, page = ((choice == member_index) & part).nonzero(as_tuple=True)
                 if not len(row):
                     continue
-                asked = None if queries is None else queries[row, head][:, None]
+                wanted = queries is not None and member.observed_queries
+                asked = queries[row, head][:, None] if wanted else None
                 states = (t[row, head, page][:, None, None] for t in (keys, values))
                 fields = _encode(member, *states, asked)
                 fields = {name: tensor[:, 0, 0] for name, tensor in fields.items()}

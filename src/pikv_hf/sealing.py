@@ -34,7 +34,7 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
             continue  # nothing stays
         queries = layer.observed.of_rows(rows, compressor.observed_queries)
         if queries is not None:
-            queries = queries.flatten(2, 3)
+            queries = queries.flatten(2, 3) * layer.scale
         try:
             layer.pages.append(span, rows, layer.tail.batch, queries)
         except ValueError as error:

@@ -56,14 +56,6 @@ class Compressor(ABC):
         """
         return self
 
-    def check_dims(self, key_dim: int, value_dim: int) -> None:
-        """Called before a cache is made, for each layer of which the model tells what it caches.
-
-        Raises:
-            ValueError: it cannot store keys or values of these dims.
-        """
-        return
-
     def alternatives(self) -> "tuple[Compressor, ...]":
         """What to try when this one loses too much: its own options, or a relative. `Int8` is tried
         besides; a warning names those that lose less."""
@@ -80,8 +72,9 @@ class Compressor(ABC):
     def encode_observed(self, keys: Tensor, values: Tensor, queries: Tensor) -> dict[str, Tensor]:
         """`encode`, knowing the newest `queries` [R, H, Q, Dk] that the layer has asked.
 
-        Those of all query heads of a KV head stand side by side; zeros stand for padding. Called
-        instead of `encode` if `observed_queries` asks for them.
+        Those of all query heads of a KV head stand side by side, scaled: their products with keys
+        are what the softmax of attention is taken of. Zeros stand for padding. Called instead of
+        `encode` if `observed_queries` asks for them.
         """
         return self.encode(keys, values)
 
