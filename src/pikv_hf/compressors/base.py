@@ -56,6 +56,14 @@ class Compressor(ABC):
         """
         return self
 
+    def check_dims(self, key_dim: int, value_dim: int) -> None:
+        """Called before a cache is made, for each layer of which the model tells what it caches.
+
+        Raises:
+            ValueError: it cannot store keys or values of these dims.
+        """
+        return
+
     def alternatives(self) -> "tuple[Compressor, ...]":
         """What to try when this one loses too much: its own options, or a relative. `Int8` is tried
         besides; a warning names those that lose less."""
