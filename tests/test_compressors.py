@@ -35,14 +35,27 @@ from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PiKVCache
 from pikv_hf.calibrate import METHODS, Job, calibrate
-from pikv_hf.compressors import Compressor, Fp8, Int2, Int4, Int8, Svd, flat_tokens
+from pikv_hf.compressors import (
+    Compressor,
+    Fp8,
+    Int2,
+    Int4,
+    Int8,
+    MixedCompressor,
+    Svd,
+    encoded,
+    flat_tokens,
+)
 from pikv_hf.compressors.integer import Integer
 from pikv_hf.compressors.moments import Moments
 from pikv_hf.context import take_layer
+from pikv_hf.pages import PageTable
 from pikv_hf.schedulers import StreamingLLM
 
+# They encode no page themselves: their members do, in caches.
+MIXED = {n: method() for n, method in COMPRESSORS.items() if issubclass(method, MixedCompressor)}
 VARIANTS: dict[str, Compressor] = {
-    **{name: method() for name, method in COMPRESSORS.items()},
+    **{name: method() for name, method in COMPRESSORS.items() if name not in MIXED},
     "int8_rotated": Int8(rotate=True),
     "int8_asymmetric": Int8(symmetric=False),
     "int4_plain": Int4(rotate=False),
@@ -53,7 +66,9 @@ VARIANTS: dict[str, Compressor] = {
     "fp8_e5m2": Fp8(format="e5m2"),
     "svd": Svd(rank=3),  # with its default it loses nothing in the short pages of these tests
 }
-LOW_RANK = ("svd", *METHODS)
+# They keep a part of what there is: of random numbers, no error follows from the bytes.
+REDUCED = ("svd", "think", *METHODS)
+NO_LATENTS = ("think",)  # refuse them: test_think.py
 NAMES = pytest.mark.parametrize("name", VARIANTS)
 LOSSY = [name for name in VARIANTS if name != "identity"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -61,6 +76,15 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 DIMS = [(64, 64), (80, 80), (96, 96), (192, 128), (128, 64), (576, 0)]
 PAGE, SCALE = 16, 0.11
+NAMES_AND_DIMS = pytest.mark.parametrize(
+    "name, dims",
+    [
+        pytest.param(name, dims, id=f"{name}-{dims}")
+        for name in VARIANTS
+        for dims in DIMS
+        if dims[1] or name not in NO_LATENTS
+    ],
+)
 
 
 def states(kind: str, *shape: int, seed: int = 0) -> Tensor:
@@ -102,7 +126,7 @@ def fitted(name: str, dims: tuple[int, int] = (64, 64), heads: int = 2) -> Compr
 def calibrated(name: str, model) -> Compressor:
     """The variant `name` for whole models: with a calibration, if it needs one."""
     if name not in METHODS:
-        return VARIANTS[name]
+        return (VARIANTS | MIXED)[name]
     return METHODS[name](calibration=calibration(model))
 
 
@@ -135,9 +159,8 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 # ---- one page -----------------------------------------------------------------------------------
 
 
-@NAMES
+@NAMES_AND_DIMS
 @DTYPES
-@pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_pages_come_back(name, dtype, dims) -> None:
     """Shape, dtype and basis are the original ones, the error is one that the bytes explain."""
     compressor = fitted(name, dims)
@@ -145,10 +168,10 @@ def test_pages_come_back(name, dtype, dims) -> None:
     before = keys.clone(), values.clone()
     decoded = compressor.decode(compressor.encode(keys, values))
     assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
-    bits = 8 * VARIANTS[name].bytes_per_token(128, 128, 2) / 256 if name not in LOW_RANK else 0
+    bits = 8 * VARIANTS[name].bytes_per_token(128, 128, 2) / 256 if name not in REDUCED else 0
     for original, states_ in zip((keys, values), decoded, strict=True):
         assert states_.dtype == dtype and states_.shape == original.shape
-        if original.shape[-1] and name not in LOW_RANK:  # random numbers have no low rank
+        if original.shape[-1] and name not in REDUCED:  # random numbers have no low rank
             assert distance(states_, original) <= min(16 * 2**-bits, 0.6)
 
 
@@ -193,7 +216,7 @@ def test_zero_and_tiny_numbers(name, kind, dtype) -> None:
     decoded = compressor.decode(compressor.encode(keys, keys))
     for states_ in decoded:
         assert states_.isfinite().all()
-        if name in LOW_RANK:
+        if name in REDUCED:
             continue
         assert distance(states_, keys) <= 0.6
         if kind == "zero" and name != "int2_channel_asymmetric":
@@ -231,9 +254,8 @@ def check_attention(compressor: Compressor, dims, dtype, tokens: int, queries: i
     assert (lse - expected_lse).abs().max() <= 4 * TOLERANCE[dtype] * query.norm(dim=-1).max()
 
 
-@NAMES
+@NAMES_AND_DIMS
 @DTYPES
-@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("tokens", [48, 41, 1])
 def test_attention_reads_codes(name, dtype, dims, tokens) -> None:
     check_attention(fitted(name, dims), dims, dtype, tokens)
@@ -371,7 +393,7 @@ def test_bytes_in_a_cache(name, dtype) -> None:
         assert nbytes / tokens / heads / 256 <= BOUNDS[name]
 
 
-@NAMES
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in NO_LATENTS])
 def test_bytes_of_latents(name) -> None:
     keys = states("", 1, 1, 4, 64, 576).bfloat16()
     compressor = fitted(name, (576, 0), heads=1)
@@ -383,17 +405,60 @@ def test_bytes_of_latents(name) -> None:
 # ---- whole models -------------------------------------------------------------------------------
 
 
+class Asked:
+    """The queries that the layers of a cache gave its pages, in turn: `PageTable.append` is watched.
+
+    They are known by layer, batch row and the last column of the sealed tokens.
+    """
+
+    def __init__(self, monkeypatch) -> None:
+        self.tables: dict[PageTable, dict[tuple[int, int], list[Tensor]]] = {}
+        append = PageTable.append
+
+        def watched(table, span, rows, batch, queries=None):
+            if queries is not None:
+                mine = self.tables.setdefault(table, {})
+                for number, row in enumerate(rows):
+                    seals = mine.setdefault((row, int(span["positions"].max())), [])
+                    seals.append(queries[number : number + 1])
+            return append(table, span, rows, batch, queries)
+
+        monkeypatch.setattr(PageTable, "append", watched)
+
+    def of(self, cache: PiKVCache) -> dict[int, dict[tuple[int, int], list[Tensor]]]:
+        return {layer.layer_idx: self.tables.get(layer.pages, {}) for layer in paged(cache)}
+
+
+@pytest.fixture
+def asked(monkeypatch) -> Asked:
+    return Asked(monkeypatch)
+
+
+def decoded(compressor: Compressor, keys: Tensor, values: Tensor, queries: Tensor | None):
+    """What pages [R, H, S, P, D] are after they were encoded, by members for a mixed compressor."""
+    if not isinstance(compressor, MixedCompressor):
+        return compressor.decode(encoded(compressor, keys, values, queries))
+    choice = compressor.choose(keys, values, queries)[..., None, None]
+    found = [decoded(member, keys, values, queries) for member in compressor.members]
+    for number, (keys_, values_) in enumerate(found):
+        keys = torch.where(choice == number, keys_, keys)
+        values = torch.where(choice == number, values_, values)
+    return keys, values
+
+
 class Sealing(DynamicLayer):
     """A DynamicLayer that, after each forward, encodes and decodes what a page would hold by then.
 
-    `hidden` [B] are the left-padded columns of each row, which enter no page.
+    `hidden` [B] are the left-padded columns of each row, which enter no page; `asked` the queries
+    of each seal, by row and last column.
     """
 
     page_size, window = SMALL["page_size"], SMALL["window"]
 
-    def __init__(self, compressor: Compressor, is_latent: bool, hidden: list[int]) -> None:
+    def __init__(self, compressor: Compressor, is_latent: bool, hidden: list[int], asked) -> None:
         super().__init__()
         self.compressor, self.is_latent, self.hidden = compressor, is_latent, hidden
+        self.asked = asked
         self.sealed = 0
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -417,24 +482,27 @@ class Sealing(DynamicLayer):
             torch.nn.functional.pad(t, (0, 0, 0, missing)).unflatten(1, (-1, self.page_size))
             for t in states_
         ]
-        encoded = self.compressor.encode(*(t[None] for t in pages))
-        decoded = [t[0].flatten(1, 2)[:, : end - start] for t in self.compressor.decode(encoded)]
+        queries = self.asked[row, end - 1].pop(0) if self.compressor.observed_queries else None
+        found = decoded(self.compressor, *(t[None] for t in pages), queries)
+        states_ = [t[0].flatten(1, 2)[:, : end - start] for t in found]
         if self.is_latent:
-            decoded = decoded[0].split([self.keys.shape[-1], self.values.shape[-1]], dim=-1)
-        self.keys[row, :, start:end], self.values[row, :, start:end] = decoded
+            states_ = states_[0].split([self.keys.shape[-1], self.values.shape[-1]], dim=-1)
+        self.keys[row, :, start:end], self.values[row, :, start:end] = states_
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.sealed = min(self.sealed, self.get_seq_length())
 
 
-def sealing(model, name: str, compressor: Compressor, lengths):
+def sealing(model, name: str, compressor: Compressor, lengths, asked):
+    """A cache of the model whose pages are decoded at once; `asked` of one that ran before."""
     cache = dynamic(model)
     hidden = [max(lengths) - length for length in lengths]
     for idx, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             bound = compressor.bind(model.config, idx)
-            cache.layers[idx] = Sealing(bound, name == "deepseek_v3", hidden)
+            is_latent = name == "deepseek_v3"
+            cache.layers[idx] = Sealing(bound, is_latent, hidden, asked.get(idx, {}))
     return cache
 
 
@@ -448,54 +516,59 @@ def exact_model(name: str):
 
 CASES = [
     (name, model)
-    for name in VARIANTS
+    for name in VARIANTS | MIXED
     for model in (
         ["mixtral", "deepseek_v3", "gpt_oss", "jamba"] if name in COMPRESSORS else ["mixtral"]
     )
+    if name not in NO_LATENTS or model != "deepseek_v3"
 ]
+REGISTERED = pytest.mark.parametrize(
+    "name, model_name",
+    [case for case in CASES if case[1] in ("mixtral", "deepseek_v3") and case[0] in COMPRESSORS],
+)
 
 
 @pytest.mark.parametrize("name, model_name", CASES)
 @pytest.mark.parametrize("lengths", [(29,), PADDED], ids=["one_row", "left_padded"])
-def test_generation(name, model_name, lengths) -> None:
+def test_generation(name, model_name, lengths, asked) -> None:
     """Tokens and logits of a model whose own cache holds the decoded pages."""
     model = exact_model(model_name)
     inputs = prompt(model, lengths)
-    oracle = sealing(model, model_name, calibrated(name, model), lengths)
     cache = PiKVCache(model, compressor=calibrated(name, model), **SMALL)
+    actual = generate(model, inputs, cache)
+    oracle = sealing(model, model_name, calibrated(name, model), lengths, asked.of(cache))
     expected = generate(model, inputs, oracle)
-    assert_same(generate(model, inputs, cache), expected)
+    assert_same(actual, expected)
     assert_sealed_in_prefill_and_decode(cache, max(lengths))
     if name != "identity":
         exact = generate(model, inputs, dynamic(model))
         assert (expected.logits[1:] - exact.logits[1:]).abs().max() > 1e-3, "nothing was quantized"
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
-@pytest.mark.parametrize("model_name", ["mixtral", "deepseek_v3"])
-def test_beams(name, model_name) -> None:
+@REGISTERED
+def test_beams(name, model_name, asked) -> None:
     model = exact_model(model_name)
     inputs = prompt(model, (27,))
-    oracle = sealing(model, model_name, calibrated(name, model), (27,))
     cache = PiKVCache(model, compressor=calibrated(name, model), **SMALL)
     options = {"num_beams": 3, "do_sample": False}
-    expected = generate(model, inputs, oracle, **options)
-    assert_same(generate(model, inputs, cache, **options), expected)
+    actual = generate(model, inputs, cache, **options)
+    oracle = sealing(model, model_name, calibrated(name, model), (27,), asked.of(cache))
+    assert_same(actual, generate(model, inputs, oracle, **options))
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
-@pytest.mark.parametrize("model_name", ["mixtral", "deepseek_v3"])
+@REGISTERED
 @pytest.mark.parametrize("removed", [2, 11])
-def test_crop(name, model_name, removed) -> None:
+def test_crop(name, model_name, removed, asked) -> None:
     """Of the tail alone and into pages; what stays is not encoded again."""
     model = exact_model(model_name)
     ids = prompt(model, (40,))["input_ids"]
-    caches = [
-        sealing(model, model_name, calibrated(name, model), (40,)),
-        PiKVCache(model, compressor=calibrated(name, model), **SMALL),
-    ]
+    ours = PiKVCache(model, compressor=calibrated(name, model), **SMALL)
     logits = []
-    for cache in caches:
+    for is_ours in (True, False):
+        cache = ours
+        if not is_ours:
+            given = asked.of(ours)
+            cache = sealing(model, model_name, calibrated(name, model), (40,), given)
         forward(model, ids[:, :30], torch.ones(1, 30, dtype=torch.int64), cache)
         cache.crop(-removed)
         steps = [
@@ -503,7 +576,7 @@ def test_crop(name, model_name, removed) -> None:
             for at in range(30 - removed, 40)
         ]
         logits.append(torch.cat(steps, dim=1))
-    assert_close(logits[1], logits[0])
+    assert_close(logits[0], logits[1])
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int2", "fp8"])

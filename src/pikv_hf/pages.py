@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compressors import Compressor, MixedCompressor
+from .compressors import Compressor, MixedCompressor, encoded
 from .compressors.base import check_states
 from .memory import own
 from .pool import Pool, together
@@ -48,7 +48,7 @@ class PageTable:
         if isinstance(self.compressor, MixedCompressor):
             self._append_mixed(self.compressor, keys, values, known, rows, batch, queries)
         else:
-            fields = _encode(self.compressor, keys, values, queries)
+            fields = encoded(self.compressor, keys, values, queries)
             self._append_uniform(fields, known, rows, batch)
 
     def apart(self, span: Span, queries: Tensor | None = None) -> "PageTable":
@@ -115,7 +115,7 @@ class PageTable:
                 wanted = queries is not None and member.observed_queries
                 asked = queries[row, head][:, None] if wanted else None
                 states = (t[row, head, page][:, None, None] for t in (keys, values))
-                fields = _encode(member, *states, asked)
+                fields = encoded(member, *states, asked)
                 fields = {name: tensor[:, 0, 0] for name, tensor in fields.items()}
                 mine = Span({k: t[row, head, page][:, None] for k, t in known.tensors.items()})
                 pool = self._open_pool(member, fields, mine, batch, heads)
@@ -214,11 +214,3 @@ class PageTable:
         for slab in self.slabs:
             yield from slab.tensors()
         yield from self.compressor.tensors()
-
-
-def _encode(
-    compressor: Compressor, keys: Tensor, values: Tensor, queries: Tensor | None
-) -> dict[str, Tensor]:
-    if queries is None or not compressor.observed_queries:
-        return compressor.encode(keys, values)
-    return compressor.encode_observed(keys, values, queries)

@@ -1,13 +1,16 @@
 """How a sealed page is stored: one file per method."""
 
-from .base import Compressor, flat_tokens
+from .base import Compressor, encoded, flat_tokens
 from .distill import Distill
 from .fp8 import Fp8
 from .identity import Identity
 from .integer import Int2, Int4, Int8, Integer
 from .lowrank import LowRank, LowRankAffine
 from .mixed import MixedCompressor
+from .pikv import PiKV
+from .pyramid import Pyramid
 from .svd import Svd
+from .think import ThinK
 from .turboquant import TurboQuant
 
 COMPRESSORS: dict[str, type[Compressor]] = {
@@ -21,6 +24,9 @@ COMPRESSORS: dict[str, type[Compressor]] = {
     "lowrank": LowRank,
     "lowrank_affine": LowRankAffine,
     "distill": Distill,
+    "think": ThinK,
+    "pyramid": Pyramid,
+    "pikv": PiKV,
 }
 
 __all__ = [
@@ -36,7 +42,11 @@ __all__ = [
     "LowRank",
     "LowRankAffine",
     "MixedCompressor",
+    "PiKV",
+    "Pyramid",
     "Svd",
+    "ThinK",
     "TurboQuant",
+    "encoded",
     "flat_tokens",
 ]

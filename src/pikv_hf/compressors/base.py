@@ -106,6 +106,15 @@ class Compressor(ABC):
         """Bytes that a token of one KV head takes; `element_size` is that of the model's dtype."""
 
 
+def encoded(
+    compressor: Compressor, keys: Tensor, values: Tensor, queries: Tensor | None
+) -> dict[str, Tensor]:
+    """`encode`, or `encode_observed` if the compressor asks for `queries` and there are any."""
+    if queries is None or not compressor.observed_queries:
+        return compressor.encode(keys, values)
+    return compressor.encode_observed(keys, values, queries)
+
+
 PAGES_AT_A_TIME = 128  # bounds the float32 copies that encoding a long prompt makes
 
 

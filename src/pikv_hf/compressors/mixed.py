@@ -1,8 +1,11 @@
 """What a compressor does whose pages have different encodings."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .base import Compressor
 
@@ -11,7 +14,7 @@ class MixedCompressor(Compressor):
     """Chooses one of several compressors for each page, when it is sealed.
 
     Its pages are encoded and read by the chosen ones, which see every page alone: R pages of one
-    row and one head each.
+    row and one head each. It asks for as many queries as the members that it is made for.
     """
 
     @property
@@ -26,12 +29,40 @@ class MixedCompressor(Compressor):
         `queries` [R, H, Q, Dk] as in `encode_observed`; None before any query was seen.
         """
 
+    @property
+    def is_idempotent(self) -> bool:
+        return all(member.is_idempotent for member in self.members)
+
+    def check(self, model: PreTrainedModel) -> None:
+        for member in self.members:
+            member.check(model)
+
     def check_dims(self, key_dim: int, value_dim: int) -> None:
         for member in self.members:
             member.check_dims(key_dim, value_dim)
+
+    def tensors(self) -> Iterator[Tensor]:
+        for member in self.members:
+            yield from member.tensors()
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} has no encoding of its own: its members have.")
 
     def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{type(self).__name__} has no encoding of its own: its members have.")
+
+
+def check_members(argument: str, members: Any) -> None:
+    """Raise unless `members` can be those of a mixed compressor.
+
+    Calibrated ones know the KV heads of a layer apart, which pages of all heads together do not.
+    """
+    if not isinstance(members, tuple) or not members:
+        raise TypeError(f"`{argument}` is {members!r}; it must be a tuple of compressors.")
+    for member in members:
+        if not isinstance(member, Compressor):
+            raise TypeError(f"`{argument}` has {member!r}, which is no Compressor.")
+        if isinstance(member, MixedCompressor) or member.needs_calibration:
+            raise ValueError(
+                f"`{argument}` has {member!r}; it must have none that is calibrated or mixed itself."
+            )

@@ -1,0 +1,123 @@
+"""What the observed queries see in pages, and what they would see were the pages encoded.
+
+Shapes: R rows, H KV heads, S pages of P tokens, Q queries, M encodings, Dk and Dv key and value
+dims. Values of no dims stand for latents, which are their own values. All softmaxes are over the
+tokens of the pages given, no others; the zeros that fill up a page are no tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from pikv_kernels import merge_partial, partial_attention
+from torch import Tensor
+
+from .base import PAGES_AT_A_TIME, Compressor, computed_dtype, encoded
+
+STAND_INS = 32
+
+
+def asked(keys: Tensor, queries: Tensor | None) -> Tensor:
+    """`queries` [R, H, Q, Dk], scaled as in `Compressor.encode_observed`, in float32 or float64.
+
+    Without any, the newest keys stand in for them, the only guess at hand where queries will point.
+    """
+    if queries is None:
+        newest = keys.flatten(2, 3)[:, :, -STAND_INS:]
+        queries = newest * keys.shape[-1] ** -0.5
+    return queries.to(computed_dtype(keys.dtype))
+
+
+def page_masses(keys: Tensor, queries: Tensor) -> Tensor:
+    """The share of attention that goes to each page, [R, H, S], as the mean over `queries`.
+
+    Zero queries stand for padding and do not count. `keys` [R, H, S, P, Dk].
+    """
+    parts = [_scores(part, queries).logsumexp(-1) for part, _ in _portions(keys, keys)]
+    masses = torch.cat(parts, dim=2).softmax(2)
+    counts = (queries != 0).any(-1).to(masses.dtype)[:, :, None]
+    return (masses * counts).sum(-1) / counts.sum(-1).clamp_min(1)
+
+
+def output_errors(
+    encodings: Sequence[Compressor], keys: Tensor, values: Tensor, queries: Tensor, shrink: float
+) -> Tensor:
+    """Predicted squared error of attention outputs if a page were encoded, [M, R, H, S].
+
+    To first order, replacing k_i, v_i by k_i + dk_i, v_i + dv_i changes the output o of a query q
+    by the sum over i of a_i (dv_i + (q . dk_i) (v_i - o)), with a the attention weights. Errors of
+    tokens are taken to be independent: their squares are added, over tokens and `queries`.
+
+    The queries to come attend elsewhere than those observed: each squared weight a_i^2 is moved by
+    the share `shrink` towards the mean over all tokens of the KV head.
+    """
+    output, lse = _attention(keys, values, queries)
+    own, even, weight, tokens = [], [], [], []
+    for part, part_values in _portions(keys, values):
+        part_own, part_even = [], []
+        squares = (2 * (_scores(part, queries) - lse[:, :, None, :, None])).exp()
+        is_token = _is_token(part)[..., None, :]
+        for encoding in encodings:
+            again = encoding.decode(encoded(encoding, part, part_values, queries))
+            changes = _changes((part, part_values), again, queries, output) * is_token
+            part_own.append((squares * changes).sum(-1))
+            part_even.append(changes.sum(-1))
+        own.append(torch.stack(part_own))
+        even.append(torch.stack(part_even))
+        weight.append(squares.sum((2, 4)))
+        tokens.append(is_token.sum((2, 4)))
+    mean = sum(weight) / sum(tokens)
+    counts = (queries != 0).any(-1)[:, :, None]
+    errors = torch.lerp(torch.cat(own, 3), torch.cat(even, 3) * mean[:, :, None], shrink)
+    return (errors * counts).sum(-1)
+
+
+def _changes(
+    pages: tuple[Tensor, Tensor], again: tuple[Tensor, Tensor], queries: Tensor, output: Tensor
+) -> Tensor:
+    """|dv_i + (q . dk_i) (v_i - o)|^2 of each token and query, [R, H, S, Q, P]."""
+    dtype, asked_pages = queries.dtype, queries[:, :, None]
+    keys, again_keys = (t[0].to(dtype) for t in (pages, again))
+    values, again_values = (
+        t[1].to(dtype) if t[1].shape[-1] else t[0].to(dtype) for t in (pages, again)
+    )
+    logits = asked_pages @ (again_keys - keys).mT
+    change, output = again_values - values, output[:, :, None]
+    across = (change * values).sum(-1)[..., None, :] - output @ change.mT
+    apart = values.square().sum(-1)[..., None, :] - 2 * output @ values.mT
+    apart = apart + output.square().sum(-1)[..., None]
+    return change.square().sum(-1)[..., None, :] + logits * (2 * across + logits * apart)
+
+
+def _attention(keys: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs [R, H, Q, Dv] of attention over all pages, and its log-sum-exp [R, H, Q]."""
+    result = None
+    for part in _portions(keys, values):
+        flat = [states.flatten(2, 3).to(queries.dtype) for states in part]
+        mask = _hidden(part[0], queries.dtype).flatten(2, 3)[:, :, None]
+        values_ = flat[1] if flat[1].shape[-1] else flat[0]
+        more = partial_attention(queries, flat[0], values_, mask, 1.0)
+        result = more if result is None else merge_partial(*result, *more)
+    assert result is not None, "there are pages"
+    return result
+
+
+def _portions(keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few pages after the other: views."""
+    pages = max(PAGES_AT_A_TIME // (keys.shape[0] * keys.shape[1]), 1)
+    return zip(keys.split(pages, dim=2), values.split(pages, dim=2), strict=True)
+
+
+def _scores(keys: Tensor, queries: Tensor) -> Tensor:
+    """[R, H, S, Q, P], the least number where there is no token."""
+    scores = queries[:, :, None] @ keys.to(queries.dtype).mT
+    return scores + _hidden(keys, queries.dtype)[..., None, :]
+
+
+def _hidden(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores, [R, H, S, P]: 0, or very little where there is no token."""
+    return (~_is_token(keys)).to(dtype) * (torch.finfo(dtype).min / 4)
+
+
+def _is_token(keys: Tensor) -> Tensor:
+    """[R, H, S, P]; a key of nothing but zeros fills up a page."""
+    return (keys != 0).any(-1)

@@ -1,0 +1,114 @@
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Compressor, encoded
+from .identity import Identity
+from .integer import Int2, Int4, Int8
+from .mixed import MixedCompressor, check_members
+from .observed_attention import asked, output_errors
+from .svd import Svd
+
+# How far the weights of observed queries are moved towards their mean: with less, pages that only
+# the observed ones pass over are spoiled for others; with more, nothing is learnt from them.
+SHRINK = 0.5
+
+
+@dataclass(frozen=True)
+class PiKV(MixedCompressor):
+    """Each page in the encoding that spares attention the most error for its bytes.
+
+    PiKV's hybrid compressor (arXiv 2508.06526), given a meaning: every page is encoded in all ways,
+    and the error that each makes in the output of attention is predicted from the observed queries
+    (`output_errors`). The pages of a row that are sealed together, of all KV heads, have `share` of
+    their full bytes to spend. They begin in the one encoding of least predicted error that fits
+    them all; the rest of the budget buys what reduces the error most per byte, page by page along
+    the lower convex hull of (bytes, error). So no page is predicted worse than with the best single
+    encoding of that budget. Nothing is dropped.
+
+    Args:
+        share: of the bytes of a full cache that pages may take, in (0, 1].
+        candidates: the encodings to choose from; none that is calibrated.
+    """
+
+    observed_queries: ClassVar[int] = 32
+
+    share: float = 0.3
+    candidates: tuple[Compressor, ...] = (Identity(), Int8(), Int4(), Int2(), Svd(rank=8))
+
+    def __post_init__(self) -> None:
+        check_members("candidates", self.candidates)
+        is_number = isinstance(self.share, int | float) and not isinstance(self.share, bool)
+        if not is_number or not 0 < self.share <= 1:
+            raise ValueError(f"`share` is {self.share!r}; it must be a number in (0, 1].")
+
+    @property
+    def members(self) -> tuple[Compressor, ...]:
+        return self.candidates
+
+    def alternatives(self) -> tuple[Compressor, ...]:
+        return (replace(self, share=min(2 * self.share, 1.0)),)
+
+    def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
+        queries = asked(keys, queries)
+        page = keys[:1, :1, :1], values[:1, :1, :1]
+        fields = (encoded(member, *page, queries[:1, :1]) for member in self.candidates)
+        sizes = [sum(t.numel() * t.element_size() for t in each.values()) for each in fields]
+        full = sum(t.numel() * t.element_size() for t in page)
+        if min(sizes) > self.share * full:
+            least = min(sizes) / full
+            raise ValueError(
+                f"`share` is {self.share}, but no candidate takes less than {least:.3f} of the bytes "
+                "of these pages: raise it, or add a candidate."
+            )
+        errors = output_errors(self.candidates, keys, values, queries, SHRINK)
+        bytes_ = torch.tensor(sizes, dtype=torch.float64, device=keys.device)
+        choice = cheapest(errors.flatten(2).double(), bytes_, self.share * full)
+        return choice.view(errors.shape[1:])
+
+    def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
+        return self.share * (key_dim + value_dim) * element_size
+
+
+def cheapest(errors: Tensor, sizes: Tensor, allowed: float) -> Tensor:
+    """The encoding of each page, int64 [R, n], that `allowed` bytes a page in the mean can buy.
+
+    `errors` [M, R, n] are those of each page in each encoding, `sizes` [M] the bytes of a page.
+    Each row has its own budget.
+    """
+    order = sizes.argsort(stable=True)
+    errors, sizes = errors[order], sizes[order]
+    fits = (sizes <= allowed)[:, None]
+    start = errors.sum(-1).masked_fill(~fits, torch.inf).argmin(0)
+    room = (allowed - sizes[start]) * errors.shape[-1]
+    now = start[:, None].expand(errors.shape[1:])
+    steps = list(_hull(errors, sizes, now))
+    if not steps:
+        return order[now]
+    gains, costs, _ = (torch.cat(column, dim=1) for column in zip(*steps, strict=True))
+    best = gains.argsort(dim=1, descending=True, stable=True)
+    affordable = costs.gather(1, best).cumsum(1) <= room[:, None] * (1 + 1e-9)
+    # Along a hull gains fall, so that of the steps of a page those bought are the first ones.
+    bought = torch.zeros_like(affordable).scatter_(1, best, affordable) & (gains > 0)
+    for taken, (_, _, encoding) in zip(bought.chunk(len(steps), dim=1), steps, strict=True):
+        now = torch.where(taken, encoding, now)
+    return order[now]
+
+
+def _hull(errors: Tensor, sizes: Tensor, now: Tensor) -> "list[tuple[Tensor, Tensor, Tensor]]":
+    """The steps [R, n] up the lower convex hull from `now`: gain per byte, bytes, the encoding.
+
+    A page that has reached the end takes steps of no gain and no bytes.
+    """
+    steps = []
+    for _ in range(len(sizes) - 1):
+        error = errors.gather(0, now[None])
+        cost = sizes[:, None, None] - sizes[now]
+        gain = ((error - errors) / cost).masked_fill(cost <= 0, 0.0)
+        best, encoding = gain.max(0)
+        encoding = torch.where(best > 0, encoding, now)
+        steps.append((best.clamp_min(0), sizes[encoding] - sizes[now], encoding))
+        now = encoding
+    return steps

@@ -1,0 +1,98 @@
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Compressor, computed_dtype
+
+
+@dataclass(frozen=True)
+class ThinK(Compressor):
+    """Key channels that the newest queries use least are not stored (ThinK, arXiv 2407.21018).
+
+    For each page of a row and KV head the floor((1 - ratio) D) channels j of largest
+    |Q_j| |K_j| stay, which is the Frobenius norm of Q_j K_j^T in the paper, with Q the observed
+    queries of all query heads of the KV head; their numbers are stored beside them. (The paper
+    selects once for a whole prompt.) Values stay as they are, as in the paper's main method.
+    Without queries the channels of the largest keys stay. Latents are values too, of which nothing
+    can be dropped: they are refused.
+
+    Attention reads the kept channels, with the same channels of the query. Pages that a scheduler
+    fills anew are pruned anew: what a token lost is not found again.
+
+    Args:
+        ratio: share of key channels that is dropped, from 0 (nothing is lost) to less than 1.
+    """
+
+    observed_queries: ClassVar[int] = 32  # the observation window of the paper
+
+    ratio: float = 0.4
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
+        if not is_number or not 0 <= self.ratio < 1:
+            raise ValueError(f"`ratio` is {self.ratio!r}; it must be a number in [0, 1).")
+
+    def check_dims(self, key_dim: int, value_dim: int) -> None:
+        if value_dim == 0:
+            raise ValueError(
+                "think drops channels of keys, but latents (MLA) are keys and values at once: use "
+                "another compressor, such as int8."
+            )
+
+    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        return self._pruned(keys, values, keys.new_ones(()))
+
+    def encode_observed(self, keys: Tensor, values: Tensor, queries: Tensor) -> dict[str, Tensor]:
+        asked = queries.to(computed_dtype(queries.dtype)).square().sum(2)
+        return self._pruned(keys, values, asked[:, :, None])
+
+    def _pruned(self, keys: Tensor, values: Tensor, asked: Tensor) -> dict[str, Tensor]:
+        """`asked` [R, H, 1, Dk] or []: the sums of squares of the queries' channels."""
+        dim = keys.shape[-1]
+        self.check_dims(dim, values.shape[-1])
+        used = torch.linalg.vector_norm(keys, dim=-2, dtype=computed_dtype(keys.dtype)).square()
+        # `sort` puts channels that are used alike in an order that does not change.
+        order = (used * asked).sort(dim=-1, descending=True, stable=True).indices
+        channels = order[..., : self._kept(dim)].sort(dim=-1).values
+        kept = keys.gather(-1, channels[..., None, :].expand(*keys.shape[:-1], -1))
+        return {
+            "kept_keys": kept,
+            "channels": channels.to(torch.uint8 if dim <= 256 else torch.int16),
+            "values": values,
+            "key_dim": keys[..., :0, :],  # no bytes: its shape says how many channels there were
+        }
+
+    def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        kept, values = fields["kept_keys"], fields["values"]
+        channels = fields["channels"].long()[..., None, :].expand(kept.shape)
+        keys = kept.new_zeros(*kept.shape[:-1], fields["key_dim"].shape[-1])
+        return keys.scatter_(-1, channels, kept), values
+
+    def attend(
+        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        kept, pages = fields["kept_keys"], fields["kept_keys"].shape[2]
+        # Channels of the query are copied for each page, or those of its keys: the fewer.
+        if query.shape[2] > kept.shape[3]:
+            return super().attend(query, fields, tokens, scale)
+        index = fields["channels"].long()[:, :, :, None].expand(-1, -1, -1, query.shape[2], -1)
+        mine = query[:, :, None].expand(-1, -1, pages, -1, -1).gather(-1, index)
+        scores = (mine @ kept.mT).transpose(2, 3).flatten(3)[..., :tokens]
+        scores = scores.to(computed_dtype(query.dtype)) * scale
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse[..., None]).exp().to(query.dtype)
+        return weights @ fields["values"].flatten(2, 3)[:, :, :tokens], lse
+
+    def bytes_per_token(
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64
+    ) -> float:
+        kept = self._kept(key_dim)
+        index = (1 if key_dim <= 256 else 2) / page_size
+        return kept * (element_size + index) + value_dim * element_size
+
+    def _kept(self, dim: int) -> int:
+        # Rounding may make (1 - .9) * 10 a little less than 1.
+        return max(math.floor((1 - self.ratio) * dim + 1e-9), 1)
