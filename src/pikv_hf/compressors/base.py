@@ -115,7 +115,9 @@ def encoded(
     return compressor.encode_observed(keys, values, queries)
 
 
-PAGES_AT_A_TIME = 128  # bounds the float32 copies that encoding a long prompt makes
+# Bounds the float32 copies that encoding a long prompt makes. Larger ones leave the CPU's caches, and
+# holes in the heap when they are freed.
+PAGES_AT_A_TIME = 16
 
 
 def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -> dict[str, Tensor]:
