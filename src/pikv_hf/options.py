@@ -112,6 +112,8 @@ def _method(name: str, node: ast.expr, registry: dict[str, type], base: type) ->
 def _argument(name: str, node: ast.expr, registry: dict[str, type], base: type) -> Any:
     if isinstance(node, ast.Call | ast.Name):
         return resolve(name, _method(name, node, registry, base), registry, base)
+    if isinstance(node, ast.Tuple):
+        return tuple(_argument(name, part, registry, base) for part in node.elts)
     return _literal(name, node)
 
 
