@@ -20,6 +20,7 @@ SCRIPTS = [
     "compressors_cpu",
     "quality_cpu",
     "lowrank_cpu",
+    "schedulers_cpu",
 ]
 INTRO = """# CPU benchmarks
 
