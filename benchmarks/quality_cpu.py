@@ -7,15 +7,17 @@ leaves transformers' caches out (the first use of quanto compiles C++).
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from common import Result, random_states, start
-from compressors_cpu import encoded, uncalibrated
+from common import Result, start
+from compressors_cpu import uncalibrated
 from peers import GROUP, Peer, innermost, quantized_bytes
 from progress import Progress
+from sealed import encoded_bytes
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +25,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from pikv_hf import PiKVCache
 from pikv_hf.compressors import Compressor, Fp8, Identity, Int2, Int4, Int8, TurboQuant
 from pikv_hf.demo import load
+from pikv_hf.guard import LossWarning
 from pikv_hf.needles import NEEDLE_MODEL, Haystack, make_haystack
 
 PAGE, WINDOW = 64, 16
@@ -126,18 +129,15 @@ def held_bytes(cache: Cache) -> int:
     return sum(storages.values())
 
 
-def code_bytes(model: PreTrainedModel, method: Compressor | Peer) -> float:
-    """Bytes of an encoded element, with its share of scales and zeros."""
-    config = model.config
-    shape = (config.num_key_value_heads, config.head_dim, config.head_dim)
-    keys, values = random_states(0, 16 * PAGE, shape, model.dtype)
-    if isinstance(method, Compressor):
-        total = sum(t.nbytes for t in encoded(method, keys, keys, values).values())
-    else:
-        layer = method.cache(config).layers[0]
-        layer.update(keys, values)
-        total = quantized_bytes(layer)
-    return total / 2 / keys.numel()
+def code_bytes(model: PreTrainedModel, method: Compressor | Peer, texts: Tensor) -> float:
+    """Bytes of an encoded element, with its share of scales and zeros, of the texts [n, T]."""
+    cache, config = maker(model, method)(), model.config
+    model(texts, past_key_values=cache, logits_to_keep=1)
+    if isinstance(cache, PiKVCache):
+        pages = [encoded_bytes(layer.pages) for layer in cache.layers]
+        cache.detach()
+        return sum(pages) / len(pages) / (2 * PAGE * config.head_dim)
+    return sum(map(quantized_bytes, cache.layers)) / elements(config, len(texts), cache)
 
 
 def maker(model: PreTrainedModel, method: Compressor | Peer) -> Callable[[], Cache]:
@@ -211,6 +211,7 @@ def add_row(
 
 def main() -> None:
     quick = start(__doc__)
+    warnings.simplefilter("ignore", LossWarning)
     lengths, count = ((512,), 32) if quick else ((512, 1024, 2048), 200)
     model, tokenizer = load(str(NEEDLE_MODEL))
     methods = {n: m for n, m in ROWS.items() if not (quick and isinstance(m, Peer))}
@@ -227,10 +228,11 @@ def main() -> None:
         + ["exact, all", "KL, nats"],
     )
     full_size = model.dtype.itemsize
+    texts = Questions.of(tokenizer, lengths[-1], 8).texts
     add_row(result, FULL, full_size, full_size, cells[FULL], count)
     for name, method in methods.items():
         if name in usable:
-            size = code_bytes(model, method)
+            size = code_bytes(model, method, texts)
             add_row(result, name, size, full_size, cells[name], count)
         else:
             result.add(name, *[""] * (len(result.columns) - 1))
