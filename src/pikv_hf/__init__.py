@@ -2,10 +2,19 @@
 
 from .cache import PiKVCache
 from .compressors import COMPRESSORS
+from .guard import LossWarning
 from .placement import PLACEMENTS
 from .routers import ROUTERS
 from .schedulers import SCHEDULERS
 
 __version__ = "0.1.0"
 
-__all__ = ["COMPRESSORS", "PLACEMENTS", "ROUTERS", "SCHEDULERS", "PiKVCache", "__version__"]
+__all__ = [
+    "COMPRESSORS",
+    "PLACEMENTS",
+    "ROUTERS",
+    "SCHEDULERS",
+    "LossWarning",
+    "PiKVCache",
+    "__version__",
+]

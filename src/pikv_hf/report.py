@@ -14,9 +14,18 @@ if TYPE_CHECKING:
     from .cache import PiKVCache
 
 
+HEADINGS = ("layers", "held as", "pages", "tokens\nheld", "MiB", "bytes/\ntoken", "bf16/\nheld")
+
+
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: tokens are those of the fullest row and KV head; bytes are of all rows and heads."""
+    """One layer: `held_tokens` are those of the fullest row and KV head, bytes of all rows and heads.
+
+    `bytes_per_token`: bytes for each token that a row holds (mean of the KV heads), the open ones
+    included. `bf16_ratio`: how many times as much all tokens seen would take in bfloat16. `error`:
+    relative error of attention output over sealed tokens. None where there is no token, for layers
+    that are not ours, and without `probe=True`.
+    """
 
     layer: int
     kind: str
@@ -25,55 +34,79 @@ class LayerReport:
     pages: int
     held_tokens: int
     nbytes: int
+    bytes_per_token: float | None = None
+    bf16_ratio: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
     """What a cache holds. `full_nbytes` is what its paged layers would hold of all tokens seen in
-    the model's dtype, padding included, plus what the other layers hold: a full cache's bytes."""
+    the model's dtype, padding included, plus what the other layers hold: a full cache's bytes.
+    `full_bf16_nbytes` is the same with paged layers in bfloat16."""
 
     seen_tokens: int
     nbytes: int
     full_nbytes: int
+    full_bf16_nbytes: int
+    probe: bool
     settings: dict[str, str]
     layers: list[LayerReport]
 
     @classmethod
     def of(cls, cache: "PiKVCache") -> "Report":
         layers = [_layer_report(idx, layer) for idx, layer in enumerate(cache.layers)]
-        full = sum(
-            _full_nbytes(layer) if isinstance(layer, PagedLayer) else row.nbytes
-            for row, layer in zip(layers, cache.layers, strict=True)
+        full, full_bf16 = (
+            sum(
+                _full_nbytes(layer, size) if isinstance(layer, PagedLayer) else row.nbytes
+                for row, layer in zip(layers, cache.layers, strict=True)
+            )
+            for size in (None, 2)
         )
         shared = cache.shared
         names = ("scheduler", "budget", "compressor", "router", "placement", "page_size", "window")
         settings = {name: repr(getattr(shared, name)) for name in names}
-        return cls(cache.get_seq_length(), cache.nbytes, full, settings, layers)
+        seen, nbytes = cache.get_seq_length(), cache.nbytes
+        return cls(seen, nbytes, full, full_bf16, shared.probe, settings, layers)
 
     @property
     def ratio(self) -> float:
         """How many times smaller than a full cache; 1.0 when nothing is held."""
         return self.full_nbytes / self.nbytes if self.nbytes else 1.0
 
+    @property
+    def bf16_ratio(self) -> float:
+        """How many times smaller than a full cache in bfloat16; 1.0 when nothing is held."""
+        return self.full_bf16_nbytes / self.nbytes if self.nbytes else 1.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that all layers hold for a token which a row holds."""
+        return sum(row.bytes_per_token or 0.0 for row in self.layers)
+
+    @property
+    def error(self) -> float | None:
+        """Root mean square of the layers' errors; None if there is none."""
+        return _rms([row.error for row in self.layers if row.error is not None])
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"ratio": self.ratio}
+        names = ("ratio", "bf16_ratio", "bytes_per_token", "error")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
     def __rich__(self) -> Table:
         title = (
             f"PiKVCache: {self.seen_tokens} tokens seen, {_mib(self.nbytes)} held\n"
-            f"a full cache: {_mib(self.full_nbytes)}, {self.ratio:.2f} times as much"
+            f"a full cache: {_mib(self.full_nbytes)}, {self.ratio:.2f} times as much; "
+            f"in bfloat16 {self.bf16_ratio:.2f} times"
         )
-        table = Table("layers", "held as", "pages", "tokens held", "MiB", "remark", title=title)
+        has_remark = any(row.why for row in self.layers)
+        optional = (("error", self.probe), ("remark", has_remark))
+        table = Table(*HEADINGS, *(name for name, shown in optional if shown), title=title)
         for rows in _runs(self.layers):
-            first, last = rows[0].layer, rows[-1].layer
-            table.add_row(
-                str(first) if first == last else f"{first}-{last}",
-                rows[0].kind,
-                str(rows[0].pages) if rows[0].paged else "-",
-                str(rows[0].held_tokens),
-                f"{sum(row.nbytes for row in rows) / 2**20:.2f}",
-                rows[0].why or "",
-            )
+            error = _rms([row.error for row in rows if row.error is not None])
+            cells = "-" if error is None else f"{error:.2g}", rows[0].why or ""
+            shown = (cell for cell, (_, shown) in zip(cells, optional, strict=True) if shown)
+            table.add_row(*_cells(rows), *shown)
         table.caption = ", ".join(f"{k}={v}" for k, v in self.settings.items() if v != "None")
         return table
 
@@ -99,6 +132,29 @@ def storage_bytes(cache: "PiKVCache") -> int:
     return _distinct_bytes(tensors)
 
 
+def _cells(rows: list[LayerReport]) -> list[str]:
+    """A line of the table for neighbouring layers: MiB of them all, of the rest the means."""
+    first, last = rows[0].layer, rows[-1].layer
+    return [
+        str(first) if first == last else f"{first}-{last}",
+        rows[0].kind,
+        str(rows[0].pages) if rows[0].paged else "-",
+        str(rows[0].held_tokens),
+        f"{sum(row.nbytes for row in rows) / 2**20:.2f}",
+        _mean([row.bytes_per_token for row in rows], ".1f"),
+        _mean([row.bf16_ratio for row in rows], ".2f"),
+    ]
+
+
+def _mean(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(sum(known) / len(known), form) if known else "-"
+
+
+def _rms(values: list[float]) -> float | None:
+    return (sum(value**2 for value in values) / len(values)) ** 0.5 if values else None
+
+
 def _layer_report(idx: int, layer: Any) -> LayerReport:
     tensors = list(_layer_tensors(layer))
     nbytes = _distinct_bytes(tensors)
@@ -107,12 +163,24 @@ def _layer_report(idx: int, layer: Any) -> LayerReport:
         held = keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
         why = "transformers' own layer"
         return LayerReport(idx, type(layer).__name__, False, why, 0, held, nbytes)
+    held = layer.held_tokens() if layer.is_initialized else 0
+    per_token = nbytes / _row_tokens(layer) if held else None
+    ratio = _full_nbytes(layer, 2) / nbytes if held else None
+    sizes = (held, nbytes, per_token, ratio, layer.probe.error)
     if layer.unpaged is not None:
-        held = layer.tail.length if layer.is_initialized else 0
-        return LayerReport(idx, "full attention", False, layer.unpaged, 0, held, nbytes)
+        return LayerReport(idx, "full attention", False, layer.unpaged, 0, *sizes)
     kind = "full attention" if layer.latent_rank is None else "latent attention"
     pages = sum(slab.page_count for slab in layer.pages.slabs)
-    return LayerReport(idx, kind, True, None, pages, layer.held_tokens(), nbytes)
+    return LayerReport(idx, kind, True, None, pages, *sizes)
+
+
+def _row_tokens(layer: PagedLayer) -> float:
+    """Tokens held, of all rows: the mean of the KV heads."""
+    batch = layer.tail.batch
+    sealed = (layer.pages.held(row) for row in range(batch))
+    return batch * layer.tail.length + sum(
+        float(h.double().mean()) for h in sealed if h is not None
+    )
 
 
 def _layer_tensors(layer: Any) -> Iterator[Tensor]:
@@ -122,12 +190,13 @@ def _layer_tensors(layer: Any) -> Iterator[Tensor]:
         yield from _tensors_in(vars(layer))
 
 
-def _full_nbytes(layer: PagedLayer) -> int:
+def _full_nbytes(layer: PagedLayer, element_size: int | None = None) -> int:
+    """Bytes of all tokens seen, in numbers of `element_size` bytes; None = as large as they are."""
     if not layer.is_initialized:
         return 0
     keys, values = layer.tail.keys, layer.tail.values
-    per_token = (keys.shape[3] + values.shape[3]) * keys.element_size()
-    return keys.shape[0] * keys.shape[1] * layer.seen * per_token
+    numbers = keys.shape[0] * keys.shape[1] * layer.seen * (keys.shape[3] + values.shape[3])
+    return numbers * (element_size or keys.element_size())
 
 
 def _distinct_bytes(tensors: Any) -> int:

@@ -37,14 +37,21 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
             queries = queries.flatten(2, 3) * layer.scale
         try:
             layer.pages.append(span, rows, layer.tail.batch, queries)
+            _examine(layer, rows, new, queries)
         except ValueError as error:
             raise ValueError(f"layer {layer.layer_idx}: {error}") from error
-        sealed = layer.seen - layer.tail.length + count
-        layer.guard.check(layer.pages, new, queries, sealed, layer.layer_idx)
-        asked = layer.observed.of_rows(rows, layer.probe.queries)
-        if asked is not None:
-            pages = layer.pages.apart(new, queries)
-            layer.probe.measure(new, pages, asked.flatten(2, 3), layer.scale, layer.latent_rank)
+
+
+def _examine(layer: "PagedLayer", rows: list[int], new: Span, queries: Tensor | None) -> None:
+    """Guard and probe look at what sealing does to the tokens `new`, dropped ones included.
+
+    Not at what was sealed: that may hold tokens which were decoded, so that no original is left.
+    """
+    layer.guard.check(layer.pages, new, queries, layer.left[rows[0]], layer.layer_idx)
+    asked = layer.observed.of_rows(rows, layer.probe.queries)
+    if asked is not None:
+        pages = layer.pages.apart(new, queries)
+        layer.probe.measure(new, pages, asked.flatten(2, 3), layer.scale, layer.latent_rank)
 
 
 def _kept(
