@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner, Result
 
-from pikv_hf import PiKVCache, __version__, demo
+from pikv_hf import LossWarning, PiKVCache, __version__, demo
 from pikv_hf.cli import app
 from pikv_hf.compressors import Int8
 from pikv_hf.needles import NEEDLE_MODEL, make_haystack
@@ -67,6 +67,43 @@ def test_demo_writes_all_that_is_needed_to_read_and_repeat_it(folder: Path):
     for row in results["caches"]:
         assert row["first_token_s"] > 0
         assert row["decode_tokens_per_s"] > 0
+
+
+def test_demo_of_compressors_with_their_error(tmp_path):
+    """`--compressor X` is `--cache compressor=X`; `--probe` adds a number and a column."""
+    args = ("--compressor", "int8", "--compressor", "int4(rotate=False)", "--cache", "lossless")
+    result = pikv("demo", *SMALL, "--out", tmp_path, *args, "--cache", "compressor=int8", "--probe")
+    assert result.exit_code == 0, result.output
+    assert "error" in result.stdout.split("DynamicCache")[0]
+    assert "LossWarning" not in result.output
+    rows = json.loads((tmp_path / "results.json").read_text())["caches"]
+    names = ["DynamicCache", "PiKVCache()", "PiKVCache(compressor=int8)"]
+    assert [row["cache"] for row in rows] == [*names, "PiKVCache(compressor=int4(rotate=False))"]
+    full, lossless, int8, int4 = rows
+    assert full["error"] is None
+    assert lossless["error"] is None or lossless["error"] < 1e-5
+    assert 1e-3 < int8["error"] < 0.05 < int4["error"]
+    assert full["bf16_ratio"] == 0.5  # the bundled model is in float32
+    assert full["bytes_per_token"] == full["nbytes"] / (384 - 4 + len_of_steps(tmp_path))
+    assert int4["bytes_per_token"] < int8["bytes_per_token"] < lossless["bytes_per_token"]
+    assert int8["bf16_ratio"] == pytest.approx(0.5 * full["nbytes"] / int8["nbytes"], rel=0.01)
+
+
+def len_of_steps(folder: Path) -> int:
+    """Reply tokens that were cached: one for each step behind the first token."""
+    trials = json.loads((folder / "results.json").read_text())["trials"]
+    (steps,) = {len(trial["step_s"]) for trial in trials if trial["cache"] == "DynamicCache"}
+    return steps
+
+
+def test_demo_shows_no_error_unless_asked(folder: Path, tmp_path):
+    assert all(
+        row["error"] is None for row in json.loads((folder / "results.json").read_text())["caches"]
+    )
+    result = pikv("demo", *SMALL, "--out", tmp_path, "--compressor", "int8")
+    assert "error" not in result.stdout.split("DynamicCache")[0]
+    rows = json.loads((tmp_path / "results.json").read_text())["caches"]
+    assert [row["cache"] for row in rows] == ["DynamicCache", "PiKVCache(compressor=int8)"]
 
 
 def test_demo_interrupted_keeps_what_every_cache_has_answered(tmp_path, monkeypatch):
@@ -160,6 +197,15 @@ def test_generate_answers_and_reports(prompt, cache):
     assert "full attention" in result.stdout
 
 
+def test_generate_with_a_compressor_warns_and_measures(prompt):
+    args = ("--compressor", "int2", "--max-new-tokens", "2", "--probe")
+    with pytest.warns(LossWarning, match="layer 0: int2 changes"):
+        result = pikv("generate", "--prompt-file", prompt[0], *args)
+    assert result.exit_code == 0, result.output
+    assert "compressor=Int2(" in result.stdout
+    assert "error" in result.stdout
+
+
 def test_generate_reads_standard_input_and_knows_the_baseline(prompt):
     args = ("generate", "--prompt-file", "-", "--cache", "dynamic", "--max-new-tokens", "2")
     result = pikv(*args, stdin=prompt[0].read_text())
@@ -233,6 +279,9 @@ def test_cache_is_made_with_its_arguments(bundled):
         (("--cache", "scheduler=streaming_llm(sink=1)"), "argument 'sink'"),
         (("--cache", "scheduler=streaming_llm(sinks=-1)"), "`sinks` is -1"),
         (("--cache", "page_size=0"), "`page_size` is 0"),
+        (("--compressor", "int9"), "--compressor: `compressor` is 'int9'; it must be one of"),
+        (("--compressor", "turboquant(bits=5)"), "`bits` is 5; it must be one of"),
+        (("--compressor", "int8,budget=1"), "there is no `scheduler`"),
         (("--model", "/no/such/model"), "--model: /no/such/model could not be loaded"),
         (("--length", "1000000"), "the model reads at most"),
         (("--needles", "60", "--length", "128"), "ask for fewer needles"),
@@ -255,6 +304,7 @@ def test_demo_says_what_is_wrong_in_one_sentence(args, says, tmp_path, monkeypat
         (b"\xff\xfe", (), "not UTF-8"),
         (b"the cat waits .", ("--chat",), "no chat template"),
         (b"the cat waits .", ("--cache", "router=nope"), "`router` is 'nope'"),
+        (b"the cat", ("--cache", "lossless", "--compressor", "int8"), "only one of them"),
     ],
 )
 def test_generate_says_what_is_wrong_in_one_sentence(content, args, says, tmp_path):

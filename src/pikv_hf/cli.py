@@ -1,6 +1,7 @@
 """The command `pikv`: `demo` compares caches, `generate` answers on one's own text, `calibrate`."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextSt
 
 from . import PiKVCache, __version__, demo
 from .calibrate.command import calibrate_command
+from .guard import LossWarning
 from .needles import Haystack
 from .options import DYNAMIC, LOSSLESS, METHODS, CacheOption, parse_cache
 from .plot import accuracy_against_memory
@@ -21,12 +23,14 @@ from .terminal import (
     Dtype,
     DtypeOption,
     Model,
+    distinct,
     err,
     fail,
     load,
     make_folder,
     one_sentence,
     out,
+    parse_caches,
 )
 
 app = typer.Typer(
@@ -44,10 +48,15 @@ CACHES = (
 HEADINGS = (
     "exact\nanswers",
     "KV held\nMiB",
-    "times\nsmaller",
-    "decode\ntokens/s",
-    "first\ntoken ms",
+    "bytes/\ntoken",
+    "bf16/\nheld",
+    "decode\ntok/s",
+    "first\nms",
 )
+Probe = Annotated[
+    bool,
+    typer.Option("--probe", help="Measure the error of attention over compressed pages, too."),
+]
 STREAMING = "scheduler=streaming_llm,budget=0.25"
 DEFAULTS = [LOSSLESS, "compressor=int8", STREAMING, f"{STREAMING},compressor=int8"]
 
@@ -73,6 +82,10 @@ def demo_command(
             "Default: lossless, int8, streaming_llm at 25 %, and both of these."
         ),
     ] = None,
+    compressor: Annotated[
+        list[str] | None, typer.Option(help="As --cache compressor=...; repeatable.")
+    ] = None,
+    probe: Probe = False,
     dtype: DtypeOption = Dtype.auto,
     device_map: DeviceMap = None,
     output: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path(
@@ -80,7 +93,8 @@ def demo_command(
     ),
 ) -> None:
     """Hide needles in a haystack and find them with several caches: accuracy, memory, speed."""
-    caches = _parse_all([DYNAMIC, *(cache or DEFAULTS)])
+    named = parse_caches(cache or (DEFAULTS if not compressor else ()), compressor or ())
+    caches = distinct([parse_cache(DYNAMIC), *named], probe)
     make_folder(output)
     loaded, tokenizer = load(model, dtype, device_map)
     _check_length(loaded, length)
@@ -115,7 +129,11 @@ def generate_command(
     ],
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    cache: Annotated[str, typer.Option(help="The cache to use.")] = LOSSLESS,
+    cache: Annotated[
+        str | None, typer.Option(help=f"The cache to use. Default: {LOSSLESS}.")
+    ] = None,
+    compressor: Annotated[str | None, typer.Option(help="As --cache compressor=...")] = None,
+    probe: Probe = False,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a chat message of the user.")
     ] = False,
@@ -123,7 +141,10 @@ def generate_command(
     device_map: DeviceMap = None,
 ) -> None:
     """Answer on one's own text, greedily, and say what the cache holds afterwards."""
-    option = _parse_all([cache])[0]
+    if cache is not None and compressor is not None:
+        fail("--cache and --compressor: only one of them can be given.")
+    named = parse_caches([cache] if cache else [], [compressor] if compressor else [])
+    option = distinct(named or [parse_cache(LOSSLESS)], probe)[0]
     text = _read(prompt_file)
     loaded, tokenizer = load(model, dtype, device_map)
     text = _as_chat(tokenizer, text) if chat else text
@@ -148,18 +169,6 @@ def generate_command(
     _report(result.past_key_values if made is None else made)
 
 
-def _parse_all(texts: Sequence[str]) -> list[CacheOption]:
-    """One option for each text; the same cache named twice counts once."""
-    options: dict[str, CacheOption] = {}
-    for text in texts:
-        try:
-            option = parse_cache(text)
-        except ValueError as error:
-            fail(f"--cache: {error}")
-        options.setdefault(option.name, option)
-    return list(options.values())
-
-
 def _check_length(model: PreTrainedModel, length: int) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and length > most:
@@ -175,7 +184,11 @@ def _collect(
     """All trials, and whether Ctrl-C cut them short."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     trials: list[demo.Trial] = []
-    with Progress(TextColumn("answering"), *columns, console=err) as progress:
+    with (
+        Progress(TextColumn("answering"), *columns, console=err) as progress,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", LossWarning)  # the table says what the loss costs
         task = progress.add_task("", total=len(caches) * len(stacks))
         try:
             for trial in demo.run(model, tokenizer, caches, stacks):
@@ -188,24 +201,33 @@ def _collect(
 
 def _table(rows: Sequence[demo.Row], labels: Sequence[str], title: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("cache")
-    for heading in HEADINGS:
+    table.add_column("cache", overflow="fold")
+    has_error = any(row.error is not None for row in rows)
+    for heading in (*HEADINGS, "error") if has_error else HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for label, row in zip(labels, rows, strict=True):
         speed = row.decode_tokens_per_s
-        table.add_row(
+        cells = [
             label,
             f"{row.exact}/{row.questions}",
             f"{row.nbytes / 2**20:.2f}",
-            f"{row.ratio:.2f}",
+            f"{row.bytes_per_token:.0f}",
+            f"{row.bf16_ratio:.2f}",
             "-" if speed is None else f"{speed:.1f}",
             f"{1000 * row.first_token_s:.0f}",
-        )
+        ]
+        if has_error:
+            cells.append("-" if row.error is None else f"{row.error:.2g}")
+        table.add_row(*cells)
     return table
 
 
 def _speed_note(model: PreTrainedModel, bundled: bool) -> str:
-    note = "exact: answers right to the word. KV held: after the answer; times: medians."
+    note = (
+        "exact: answers right to the word. KV held: after the answer; bytes/token: of one held; "
+        "bf16/held: times that a full cache in bfloat16 is larger; error: of attention over sealed "
+        "tokens; times: medians, those of --probe included."
+    )
     if bundled:
         note += (
             f" The bundled model has {model.num_parameters() / 1e6:.1f} million parameters: its "

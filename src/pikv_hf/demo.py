@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from .cache import PiKVCache
@@ -37,7 +38,10 @@ SPARE_TOKENS = 2
 
 @dataclass(frozen=True)
 class Trial:
-    """One question answered with one cache; times in seconds, `nbytes` after the last token."""
+    """One question answered with one cache; times in seconds, what it holds after the last token.
+
+    `error` is that of attention outputs, if the cache was to measure it.
+    """
 
     cache: str
     question: int
@@ -45,19 +49,25 @@ class Trial:
     reply: str
     exact: bool
     nbytes: int
+    bytes_per_token: float
+    bf16_ratio: float
+    error: float | None
     first_token_s: float
     step_s: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cache over all questions: sums of answers, medians of bytes and times."""
+    """One cache over all questions: sums of answers, medians of bytes, ratios, errors and times."""
 
     cache: str
     questions: int
     exact: int
     nbytes: int
     ratio: float
+    bytes_per_token: float
+    bf16_ratio: float
+    error: float | None
     decode_tokens_per_s: float | None
     first_token_s: float
 
@@ -158,13 +168,35 @@ def answer(
         answer=stack.answers[0],
         reply=reply,
         exact=stack.is_exact(reply),
-        nbytes=held_bytes(out.past_key_values),
+        **holdings(out.past_key_values),
         first_token_s=steps[0],
         step_s=tuple(steps[1:]),
     )
     if cache is not None:
         cache.detach()
     return trial
+
+
+def holdings(cache: Cache) -> dict[str, Any]:
+    """What a cache holds, as the `report` of a PiKVCache says it; for any cache."""
+    if isinstance(cache, PiKVCache):
+        report = cache.report()
+        names = ("nbytes", "bytes_per_token", "bf16_ratio", "error")
+        return {name: getattr(report, name) for name in names}
+    nbytes = held_bytes(cache)
+    in_bf16 = sum(
+        sum(2 * tensor.numel() for tensor in _tensors([layer.keys, layer.values]))
+        if type(layer) is DynamicLayer
+        else sum(tensor.nbytes for tensor in _tensors(vars(layer)))
+        for layer in cache.layers
+    )
+    per_token = nbytes / max(cache.get_seq_length(), 1)
+    return {
+        "nbytes": nbytes,
+        "bytes_per_token": per_token,
+        "bf16_ratio": in_bf16 / nbytes if nbytes else 1.0,
+        "error": None,
+    }
 
 
 def held_bytes(cache: Cache) -> int:
@@ -191,6 +223,7 @@ def summarize(trials: Sequence[Trial], caches: Sequence[CacheOption]) -> list[Ro
 
 def _row(name: str, trials: Sequence[Trial], full: float) -> Row:
     steps = [step for trial in trials for step in trial.step_s]
+    errors = [trial.error for trial in trials if trial.error is not None]
     nbytes = statistics.median(trial.nbytes for trial in trials)
     return Row(
         cache=name,
@@ -198,6 +231,9 @@ def _row(name: str, trials: Sequence[Trial], full: float) -> Row:
         exact=sum(trial.exact for trial in trials),
         nbytes=round(nbytes),
         ratio=full / nbytes,
+        bytes_per_token=statistics.median(trial.bytes_per_token for trial in trials),
+        bf16_ratio=statistics.median(trial.bf16_ratio for trial in trials),
+        error=statistics.median(errors) if errors else None,
         decode_tokens_per_s=1 / statistics.median(steps) if steps else None,
         first_token_s=statistics.median(trial.first_token_s for trial in trials),
     )

@@ -1,7 +1,7 @@
 """From the text of `--cache` to a cache: what a user types is what `PiKVCache` takes."""
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -48,6 +48,12 @@ class CacheOption:
     def make(self, model: PreTrainedModel) -> PiKVCache | None:
         """A new cache attached to `model`; None leaves the choice to `generate`."""
         return None if self.arguments is None else PiKVCache(model, **self.arguments)
+
+    def probed(self) -> "CacheOption":
+        """The same cache, which measures its error; transformers' own has none."""
+        if self.arguments is None:
+            return self
+        return replace(self, arguments=self.arguments | {"probe": True})
 
     def _parts(self) -> list[tuple[str, str]]:
         """Names and values as they were typed."""

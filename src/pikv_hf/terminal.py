@@ -1,6 +1,6 @@
 """What the commands have in common: their consoles, the options for a model, how they fail."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from . import demo
 from .needles import NEEDLE_MODEL
+from .options import CacheOption, parse_cache
 
 out = Console()
 err = Console(stderr=True)
@@ -62,6 +63,27 @@ def load(
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         fail(f"--model: {name or NEEDLE_MODEL} could not be loaded: {reason}")
+
+
+def parse_caches(caches: Sequence[str], compressors: Sequence[str] = ()) -> list[CacheOption]:
+    """One option for each text of --cache, then of --compressor."""
+    texts = [("--cache", text) for text in caches]
+    texts += [("--compressor", f"compressor={text}") for text in compressors]
+    options = []
+    for flag, text in texts:
+        try:
+            options.append(parse_cache(text))
+        except ValueError as error:
+            fail(f"{flag}: {error}")
+    return options
+
+
+def distinct(options: Sequence[CacheOption], probe: bool) -> list[CacheOption]:
+    """The same cache named twice counts once; with `probe`, all measure their error."""
+    once: dict[str, CacheOption] = {}
+    for option in options:
+        once.setdefault(option.name, option.probed() if probe else option)
+    return list(once.values())
 
 
 def make_folder(path: Path) -> None:
