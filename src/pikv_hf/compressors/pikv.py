@@ -57,7 +57,8 @@ class PiKV(MixedCompressor):
         fields = (encoded(member, *page, queries[:1, :1]) for member in self.candidates)
         sizes = [sum(t.numel() * t.element_size() for t in each.values()) for each in fields]
         full = sum(t.numel() * t.element_size() for t in page)
-        if min(sizes) > self.share * full:
+        allowed = self.share * full * (1 + 1e-9)  # a share that was computed from bytes fits them
+        if min(sizes) > allowed:
             least = min(sizes) / full
             raise ValueError(
                 f"`share` is {self.share}, but no candidate takes less than {least:.3f} of the bytes "
@@ -65,7 +66,7 @@ class PiKV(MixedCompressor):
             )
         errors = output_errors(self.candidates, keys, values, queries, SHRINK)
         bytes_ = torch.tensor(sizes, dtype=torch.float64, device=keys.device)
-        choice = cheapest(errors.flatten(2).double(), bytes_, self.share * full)
+        choice = cheapest(errors.flatten(2).double(), bytes_, allowed)
         return choice.view(errors.shape[1:])
 
     def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
@@ -89,7 +90,7 @@ def cheapest(errors: Tensor, sizes: Tensor, allowed: float) -> Tensor:
         return order[now]
     gains, costs, _ = (torch.cat(column, dim=1) for column in zip(*steps, strict=True))
     best = gains.argsort(dim=1, descending=True, stable=True)
-    affordable = costs.gather(1, best).cumsum(1) <= room[:, None] * (1 + 1e-9)
+    affordable = costs.gather(1, best).cumsum(1) <= room[:, None]
     # Along a hull gains fall, so that of the steps of a page those bought are the first ones.
     bought = torch.zeros_like(affordable).scatter_(1, best, affordable) & (gains > 0)
     for taken, (_, _, encoding) in zip(bought.chunk(len(steps), dim=1), steps, strict=True):
