@@ -20,6 +20,7 @@ test-all: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check src kernels --python $(VENV)
 
 install: $(VENV)/installed
 
