@@ -198,6 +198,7 @@ def test_what_a_budget_buys(seed, allowed) -> None:
     errors = torch.rand(6, 3, 20, generator=generator, dtype=torch.float64).exp()
     errors = errors / sizes[:, None, None] ** 2
     errors[0] = 0
+    errors[[1, 3], 1] *= 100  # this row begins with fewer bytes than the others
     choice = cheapest(errors, sizes, allowed)
     for row in range(3):
         assert choice[row].tolist() == bought(errors[:, row].tolist(), sizes.tolist(), allowed)
