@@ -19,6 +19,7 @@ from .span import Span
 # Room is made for 1/16 of the pages held: few slabs, little unused room.
 GROWTH = 16
 MIN_GROWTH, MAX_GROWTH = 4, 32
+PAGES_AT_A_TIME = 64  # of a pool
 
 
 class PageTable:
@@ -109,28 +110,40 @@ class PageTable:
         is_last = torch.arange(last + 1, device=keys.device) == last
         for member_index, member in enumerate(mixed.members):
             for tokens, part in ((self.page_size, ~is_last), (in_last, is_last)):
-                row, head, page = ((choice == member_index) & part).nonzero(as_tuple=True)
-                if not len(row):
-                    continue
-                wanted = queries is not None and member.observed_queries
-                asked = queries[row, head][:, None] if wanted else None
-                states = (t[row, head, page][:, None, None] for t in (keys, values))
-                fields = encoded(member, *states, asked)
-                fields = {name: tensor[:, 0, 0] for name, tensor in fields.items()}
-                mine = Span({k: t[row, head, page][:, None] for k, t in known.tensors.items()})
-                pool = self._open_pool(member, fields, mine, batch, heads)
-                pool.write(fields, mine, owner_row[row] * heads + head, tokens)
+                chosen = ((choice == member_index) & part).nonzero()
+                to_come = len(chosen)
+                # What is copied and encoded at a time stays small.
+                portions = chosen.split(PAGES_AT_A_TIME) if to_come else ()
+                for row, head, page in (portion.unbind(1) for portion in portions):
+                    wanted = queries is not None and member.observed_queries
+                    asked = queries[row, head][:, None] if wanted else None
+                    states = (t[row, head, page][:, None, None] for t in (keys, values))
+                    fields = encoded(member, *states, asked)
+                    fields = {name: tensor[:, 0, 0] for name, tensor in fields.items()}
+                    mine = Span({k: t[row, head, page][:, None] for k, t in known.tensors.items()})
+                    pool = self._open_pool(member, fields, mine, batch, heads, to_come)
+                    pool.write(fields, mine, owner_row[row] * heads + head, tokens)
+                    to_come -= len(row)
 
     def _open_pool(
-        self, member: Compressor, fields: dict[str, Tensor], known: Span, batch: int, heads: int
+        self,
+        member: Compressor,
+        fields: dict[str, Tensor],
+        known: Span,
+        batch: int,
+        heads: int,
+        to_come: int,
     ) -> Pool:
-        """The last pool of `member` if these pages can be written behind its own, or a new one."""
+        """The last pool of `member` if these pages can be written behind its own, or a new one.
+
+        `to_come`: how many are to be written, these included.
+        """
         for pool in reversed(self.slabs):
             if isinstance(pool, Pool) and pool.compressor == member:
                 if pool.fits(known, batch):
                     return pool
                 break
-        room = max(known["positions"].shape[0], self._growth(batch) * batch * heads // 2)
+        room = max(to_come, self._growth(batch) * batch * heads // 2)
 
         def empty(tensor: Tensor) -> Tensor:
             return tensor.new_empty(room, *tensor.shape[1:])

@@ -51,24 +51,33 @@ def output_errors(
     the share `shrink` towards the mean over all tokens of the KV head.
     """
     output, lse = _attention(keys, values, queries)
-    own, even, weight, tokens = [], [], [], []
+    mean = _mean_squares(keys, queries, lse)[:, :, None, :, None]
+    counts = (queries != 0).any(-1)[:, :, None, :, None]
+    errors = []
     for part, part_values in _portions(keys, values):
-        part_own, part_even = [], []
-        squares = (2 * (_scores(part, queries) - lse[:, :, None, :, None])).exp()
-        is_token = _is_token(part)[..., None, :]
+        squares = _squares(part, queries, lse)
+        weight = torch.lerp(squares, mean, shrink) * counts * _is_token(part)[..., None, :]
+        predicted = []
         for encoding in encodings:
             again = encoding.decode(encoded(encoding, part, part_values, queries))
-            changes = _changes((part, part_values), again, queries, output) * is_token
-            part_own.append((squares * changes).sum(-1))
-            part_even.append(changes.sum(-1))
-        own.append(torch.stack(part_own))
-        even.append(torch.stack(part_even))
-        weight.append(squares.sum((2, 4)))
-        tokens.append(is_token.sum((2, 4)))
-    mean = sum(weight) / sum(tokens)
-    counts = (queries != 0).any(-1)[:, :, None]
-    errors = torch.lerp(torch.cat(own, 3), torch.cat(even, 3) * mean[:, :, None], shrink)
-    return (errors * counts).sum(-1)
+            changes = _changes((part, part_values), again, queries, output)
+            predicted.append((weight * changes).sum((-1, -2)))
+        errors.append(torch.stack(predicted))
+    return torch.cat(errors, dim=3)
+
+
+def _squares(keys: Tensor, queries: Tensor, lse: Tensor) -> Tensor:
+    """The squared attention weights [R, H, S, Q, P]; `lse` [R, H, Q] is over all pages."""
+    return (2 * (_scores(keys, queries) - lse[:, :, None, :, None])).exp()
+
+
+def _mean_squares(keys: Tensor, queries: Tensor, lse: Tensor) -> Tensor:
+    """The mean of the squared attention weights over all tokens, [R, H, Q]."""
+    total, tokens = torch.zeros_like(lse), torch.zeros_like(lse)
+    for part, _ in _portions(keys, keys):
+        total += _squares(part, queries, lse).sum((2, 4))
+        tokens += _is_token(part).sum((2, 3))[..., None]
+    return total / tokens
 
 
 def _changes(

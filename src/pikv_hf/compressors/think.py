@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Compressor, computed_dtype
+from .base import PAGES_AT_A_TIME, Compressor, computed_dtype
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ class ThinK(Compressor):
         # `sort` puts channels that are used alike in an order that does not change.
         order = (used * asked).sort(dim=-1, descending=True, stable=True).indices
         channels = order[..., : self._kept(dim)].sort(dim=-1).values
-        kept = keys.gather(-1, channels[..., None, :].expand(*keys.shape[:-1], -1))
+        portions = zip(
+            keys.split(PAGES_AT_A_TIME, 2), channels.split(PAGES_AT_A_TIME, 2), strict=True
+        )
+        kept = torch.cat([_gathered(*portion) for portion in portions], dim=2)
         return {
             "kept_keys": kept,
             "channels": channels.to(torch.uint8 if dim <= 256 else torch.int16),
@@ -96,3 +99,8 @@ class ThinK(Compressor):
     def _kept(self, dim: int) -> int:
         # Rounding may make (1 - .9) * 10 a little less than 1.
         return max(math.floor((1 - self.ratio) * dim + 1e-9), 1)
+
+
+def _gathered(keys: Tensor, channels: Tensor) -> Tensor:
+    """Channels [R, H, s, kept] of keys [R, H, s, P, D]."""
+    return keys.gather(-1, channels[..., None, :].expand(*keys.shape[:-1], -1))
