@@ -57,8 +57,15 @@ Probe = Annotated[
     bool,
     typer.Option("--probe", help="Measure the error of attention over compressed pages, too."),
 ]
-STREAMING = "scheduler=streaming_llm,budget=0.25"
-DEFAULTS = [LOSSLESS, "compressor=int8", STREAMING, f"{STREAMING},compressor=int8"]
+KEYDIFF = "scheduler=keydiff,budget=0.25"
+DEFAULTS = [
+    LOSSLESS,
+    "compressor=int8",
+    "compressor=int4",
+    "scheduler=streaming_llm,budget=0.25",
+    KEYDIFF,
+    f"{KEYDIFF},compressor=int4",
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -79,7 +86,7 @@ def demo_command(
         list[str] | None,
         typer.Option(
             help="A cache to compare with DynamicCache; repeatable. "
-            "Default: lossless, int8, streaming_llm at 25 %, and both of these."
+            "Default: lossless, int8, int4, streaming_llm and keydiff at 25 %, and keydiff with int4."
         ),
     ] = None,
     compressor: Annotated[
