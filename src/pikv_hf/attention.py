@@ -107,6 +107,7 @@ def _attend_slab(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Partial results [B, H, R, Dv] over pages, which all queries see, since they lie in the past."""
     batch = query.shape[0]
+    # Pools are read whole: a router that selects pages is refused where there are any.
     selected = _selected_pages(layer, slab, query) if isinstance(slab, Slab) else None
     if selected is not None and isinstance(slab, Slab):
         mine = query.index_select(0, slab.index("readers", query.device))

@@ -75,7 +75,8 @@ class PageTable:
             return slab.write(fields, known)
         pages = next(iter(fields.values())).shape[2]
         grows = is_whole and len(known) % self.page_size == 0
-        room = max(pages, self._growth(batch)) if grows else pages
+        heads = next(iter(fields.values())).shape[1]
+        room = max(pages, self._growth(batch * heads)) if grows else pages
         if room > pages:
             fields = dict(Span(fields).with_room(room).tensors)
         slab = Slab(
@@ -143,7 +144,7 @@ class PageTable:
                 if pool.fits(known, batch):
                     return pool
                 break
-        room = max(to_come, self._growth(batch) * batch * heads // 2)
+        room = max(to_come, self._growth(batch * heads) * batch * heads // 2)
 
         def empty(tensor: Tensor) -> Tensor:
             return tensor.new_empty(room, *tensor.shape[1:])
@@ -162,11 +163,10 @@ class PageTable:
         self.slabs.append(pool)
         return pool
 
-    def _growth(self, batch: int) -> int:
-        """Pages of each row and head to make room for."""
-        held = sum(int(slab.page_count) for slab in self.slabs)
-        heads = self.slabs[0].held().shape[1] if self.slabs else 1
-        return min(max(held // (batch * heads * GROWTH), MIN_GROWTH), MAX_GROWTH)
+    def _growth(self, owners: int) -> int:
+        """Pages to make room for, for each of `owners`, the KV heads of all rows."""
+        held = sum(slab.page_count for slab in self.slabs)
+        return min(max(held // (owners * GROWTH), MIN_GROWTH), MAX_GROWTH)
 
     def held(self, row: int) -> Tensor | None:
         """Tokens of each KV head of a batch row, [H] on the CPU; None = none at all."""

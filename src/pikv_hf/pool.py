@@ -56,8 +56,8 @@ class Pool(StoredRows):
 
     def _lengths(self) -> Tensor:
         """Valid tokens of each page, [N] on the CPU."""
-        lengths = [tokens for pages, tokens in self.runs for _ in range(pages)]
-        return torch.tensor(lengths, dtype=torch.int64)
+        pages, tokens = torch.tensor(self.runs, dtype=torch.int64).view(-1, 2).unbind(1)
+        return tokens.repeat_interleave(pages)
 
     def fits(self, meta: Span, batch: int) -> bool:
         """Whether pages like `meta` [n, 1, P, ...] of any of `batch` rows can be written behind."""

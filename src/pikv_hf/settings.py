@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from .compressors import COMPRESSORS, Compressor, Identity
+from .compressors import COMPRESSORS, Compressor, Identity, MixedCompressor
 from .methods import resolve
 from .placement import PLACEMENTS, Local, Placement
-from .routers import ROUTERS, Router
+from .routers import ROUTERS, All, Router
 from .schedulers import SCHEDULERS, Scheduler
 from .shared import Shared
 
@@ -77,6 +77,12 @@ def make_shared(
         raise ValueError(
             f"`compressor` is {compressor}, whose pages cannot be encoded again when a scheduler "
             "drops tokens: use another compressor, or no scheduler."
+        )
+    selects = router is not None and not isinstance(router, All)
+    if selects and isinstance(compressor, MixedCompressor):
+        raise ValueError(
+            f"`router` is {router}, which selects pages, but those of {compressor} are all read: use "
+            "router='all', or another compressor."
         )
     tokens = scheduler.budget(0) if scheduler is not None and budget is None else budget
     shared = Shared(

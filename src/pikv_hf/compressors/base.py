@@ -37,7 +37,7 @@ class Compressor(ABC):
 
     @property
     def is_idempotent(self) -> bool:
-        """Whether decoded pages can be encoded again without a further loss, as eviction does."""
+        """Whether decoded pages may be encoded again, as eviction does, with little further loss."""
         return True
 
     def check(self, model: PreTrainedModel) -> None:
@@ -148,8 +148,8 @@ def check_finite(compressor: Compressor, name: str, scale: Tensor) -> None:
     """Refuse what has no code: a NaN or infinity in the `name` makes a `scale` like it."""
     if not scale.isfinite().all():
         raise ValueError(
-            f"{compressor.title} cannot store {name}s that are NaN or infinite: look for the module that made "
-            "them, or for a dtype that overflows (float16), with compressor='identity'."
+            f"{compressor.title} cannot store {name}s that are NaN or infinite: look for the module "
+            "that made them, or for a dtype that overflows (float16), with compressor='identity'."
         )
 
 
