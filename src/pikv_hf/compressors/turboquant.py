@@ -6,7 +6,7 @@ import torch
 from pikv_kernels import PACKED_TOGETHER, look_up, pack_indices, partial_attention, word_table
 from torch import Tensor
 
-from .base import Compressor, flat_tokens, in_portions
+from .base import Compressor, check_finite, flat_tokens, in_portions
 
 GRID = 2**16  # cells in which the density of a coordinate is integrated
 LLOYD_STEPS = 300
@@ -93,6 +93,7 @@ class TurboQuant(Compressor):
         if dim == 0:
             return {f"{name}_codes": states.to(torch.uint8), f"{name}_norms": states}
         fields = in_portions(lambda pages: self._quantize(pages, residual), states)
+        check_finite(self, name, fields["norms"])
         return {f"{name}_{part}": tensor for part, tensor in fields.items()}
 
     def _quantize(self, pages: Tensor, residual: bool) -> dict[str, Tensor]:
