@@ -15,6 +15,9 @@ from .base import PAGES_AT_A_TIME, Compressor, computed_dtype, encoded
 
 STAND_INS = 32
 
+# Outputs [R, H, Q, Dv] and log-sum-exp [R, H, Q].
+Partial = tuple[Tensor, Tensor]
+
 
 def asked(keys: Tensor, queries: Tensor | None) -> Tensor:
     """`queries` [R, H, Q, Dk], scaled as in `Compressor.encode_observed`, in float32 or float64.
@@ -41,29 +44,43 @@ def page_masses(keys: Tensor, queries: Tensor) -> Tensor:
 def output_errors(
     encodings: Sequence[Compressor], keys: Tensor, values: Tensor, queries: Tensor, shrink: float
 ) -> Tensor:
-    """Predicted squared error of attention outputs if a page were encoded, [M, R, H, S].
+    """Squared error of attention outputs if a page were encoded, [M, R, H, S].
 
-    To first order, replacing k_i, v_i by k_i + dk_i, v_i + dv_i changes the output o of a query q
-    by the sum over i of a_i (dv_i + (q . dk_i) (v_i - o)), with a the attention weights. Errors of
-    tokens are taken to be independent: their squares are added, over tokens and `queries`.
+    What an encoding of all pages of a KV head does to the outputs of `queries` is measured, and
+    shared out among the pages as it is predicted of them. To first order, replacing k_i, v_i by
+    k_i + dk_i, v_i + dv_i changes the output o of a query q by the sum over i of
+    a_i (dv_i + (q . dk_i) (v_i - o)), with a the attention weights. The share of a page goes by the
+    squares of its terms, added over tokens and `queries`. Their sum alone would be the error if
+    those of tokens were independent; they are not, and less so in one encoding than in another.
 
-    The queries to come attend elsewhere than those observed: each squared weight a_i^2 is moved by
-    the share `shrink` towards the mean over all tokens of the KV head.
+    The queries to come attend elsewhere than those observed: for the shares, each squared weight
+    a_i^2 is moved by `shrink` towards the mean over all tokens of the KV head.
     """
     output, lse = _attention(keys, values, queries)
     mean = _mean_squares(keys, queries, lse)[:, :, None, :, None]
-    counts = (queries != 0).any(-1)[:, :, None, :, None]
+    counts = (queries != 0).any(-1)
+    predicted: list[list[Tensor]] = [[] for _ in encodings]
+    seen: list[Partial | None] = [None for _ in encodings]
+    for pages in _portions(keys, values):
+        weight = torch.lerp(_squares(pages[0], queries, lse), mean, shrink)
+        weight = weight * counts[:, :, None, :, None] * _is_token(pages[0])[..., None, :]
+        for number, encoding in enumerate(encodings):
+            again = encoding.decode(encoded(encoding, *pages, queries))
+            changes = _changes(pages, again, queries, output)
+            predicted[number].append((weight * changes).sum((-1, -2)))
+            seen[number] = _with_pages(seen[number], again, pages[0], queries)
     errors = []
-    for part, part_values in _portions(keys, values):
-        squares = _squares(part, queries, lse)
-        weight = torch.lerp(squares, mean, shrink) * counts * _is_token(part)[..., None, :]
-        predicted = []
-        for encoding in encodings:
-            again = encoding.decode(encoded(encoding, part, part_values, queries))
-            changes = _changes((part, part_values), again, queries, output)
-            predicted.append((weight * changes).sum((-1, -2)))
-        errors.append(torch.stack(predicted))
-    return torch.cat(errors, dim=3)
+    for parts, result in zip(predicted, seen, strict=True):
+        assert result is not None, "there are pages"
+        squares = (result[0] - output).square().sum(-1)
+        errors.append(_shared_out((squares * counts).sum(-1), torch.cat(parts, dim=2)))
+    return torch.stack(errors)
+
+
+def _shared_out(whole: Tensor, parts: Tensor) -> Tensor:
+    """`parts` [R, H, S], none negative, scaled so that their sum is `whole` [R, H]."""
+    total = parts.sum(-1).clamp_min(torch.finfo(parts.dtype).tiny)
+    return parts * (whole / total)[..., None]
 
 
 def _squares(keys: Tensor, queries: Tensor, lse: Tensor) -> Tensor:
@@ -97,17 +114,23 @@ def _changes(
     return change.square().sum(-1)[..., None, :] + logits * (2 * across + logits * apart)
 
 
-def _attention(keys: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+def _attention(keys: Tensor, values: Tensor, queries: Tensor) -> Partial:
     """The outputs [R, H, Q, Dv] of attention over all pages, and its log-sum-exp [R, H, Q]."""
     result = None
     for part in _portions(keys, values):
-        flat = [states.flatten(2, 3).to(queries.dtype) for states in part]
-        mask = _hidden(part[0], queries.dtype).flatten(2, 3)[:, :, None]
-        values_ = flat[1] if flat[1].shape[-1] else flat[0]
-        more = partial_attention(queries, flat[0], values_, mask, 1.0)
-        result = more if result is None else merge_partial(*result, *more)
+        result = _with_pages(result, part, part[0], queries)
     assert result is not None, "there are pages"
     return result
+
+
+def _with_pages(
+    result: Partial | None, pages: tuple[Tensor, Tensor], originals: Tensor, queries: Tensor
+) -> Partial:
+    """`result` merged with attention over more pages; `originals` are keys that say where tokens are."""
+    keys, values = (states.flatten(2, 3).to(queries.dtype) for states in pages)
+    mask = _hidden(originals, queries.dtype).flatten(2, 3)[:, :, None]
+    more = partial_attention(queries, keys, values if values.shape[-1] else keys, mask, 1.0)
+    return more if result is None else merge_partial(*result, *more)
 
 
 def _portions(keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

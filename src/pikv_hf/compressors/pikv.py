@@ -10,10 +10,22 @@ from .integer import Int2, Int4, Int8
 from .mixed import MixedCompressor, check_members
 from .observed_attention import asked, output_errors
 from .svd import Svd
+from .turboquant import TurboQuant
 
 # How far the weights of observed queries are moved towards their mean: with less, pages that only
 # the observed ones pass over are spoiled for others; with more, nothing is learnt from them.
 SHRINK = 0.5
+
+CANDIDATES = (
+    Identity(),
+    Int8(),
+    Int4(),
+    TurboQuant(bits=4),
+    TurboQuant(bits=3),
+    Int2(),
+    TurboQuant(bits=2),
+    Svd(rank=8),
+)
 
 
 @dataclass(frozen=True)
@@ -21,12 +33,13 @@ class PiKV(MixedCompressor):
     """Each page in the encoding that spares attention the most error for its bytes.
 
     PiKV's hybrid compressor (arXiv 2508.06526), given a meaning: every page is encoded in all ways,
-    and the error that each makes in the output of attention is predicted from the observed queries
-    (`output_errors`). The pages of a row that are sealed together, of all KV heads, have `share` of
-    their full bytes to spend. They begin in the one encoding of least predicted error that fits
-    them all; the rest of the budget buys what reduces the error most per byte, page by page along
-    the lower convex hull of (bytes, error). So no page is predicted worse than with the best single
-    encoding of that budget. Nothing is dropped.
+    and the error that this makes in the output of attention to the observed queries is measured and
+    shared out among the pages (`output_errors`). Of encodings of equal bytes each KV head takes the
+    better one. The pages of a row that are sealed together, of all KV heads, have `share` of their
+    full bytes to spend. They begin with the bytes of least error that fit them all; the rest of the
+    budget buys what reduces the error most per byte, page by page along the lower convex hull of
+    (bytes, error). So no page begins worse than with the best single encoding of that budget.
+    Nothing is dropped.
 
     Args:
         share: of the bytes of a full cache that pages may take, in (0, 1].
@@ -36,7 +49,7 @@ class PiKV(MixedCompressor):
     observed_queries: ClassVar[int] = 32
 
     share: float = 0.3
-    candidates: tuple[Compressor, ...] = (Identity(), Int8(), Int4(), Int2(), Svd(rank=8))
+    candidates: tuple[Compressor, ...] = CANDIDATES
 
     def __post_init__(self) -> None:
         check_members("candidates", self.candidates)
@@ -64,13 +77,30 @@ class PiKV(MixedCompressor):
                 f"`share` is {self.share}, but no candidate takes less than {least:.3f} of the bytes "
                 "of these pages: raise it, or add a candidate."
             )
-        errors = output_errors(self.candidates, keys, values, queries, SHRINK)
+        errors = output_errors(self.candidates, keys, values, queries, SHRINK).double()
+        errors, members, sizes = best_of_equal(errors, sizes)
         bytes_ = torch.tensor(sizes, dtype=torch.float64, device=keys.device)
-        choice = cheapest(errors.flatten(2).double(), bytes_, allowed)
-        return choice.view(errors.shape[1:])
+        choice = cheapest(errors.flatten(2), bytes_, allowed).view(errors.shape[1:])
+        return members[..., None].expand_as(errors).gather(0, choice[None])[0]
 
     def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
         return self.share * (key_dim + value_dim) * element_size
+
+
+def best_of_equal(errors: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """Of encodings that take as many bytes, the one of least error in each KV head.
+
+    From `errors` [M, R, H, S] and `sizes` [M], the same of U different sizes, and the encoding that
+    each of them stands for, [U, R, H].
+    """
+    found, members, different = [], [], sorted(set(sizes))
+    for size in different:
+        alike = torch.tensor([m for m, other in enumerate(sizes) if other == size])
+        alike = alike.to(errors.device)
+        members.append(alike[errors[alike].sum(-1).argmin(0)])
+        index = members[-1][None, ..., None].expand(1, *errors.shape[1:])
+        found.append(errors.gather(0, index)[0])
+    return torch.stack(found), torch.stack(members), different
 
 
 def cheapest(errors: Tensor, sizes: Tensor, allowed: float) -> Tensor:
