@@ -129,6 +129,7 @@ class Binding:
         if cache is None:
             return
         check_forward(cache, self.model(), kwargs)
+        cache.begin_forward(_length(args, kwargs))
         CONTEXT.cache, CONTEXT.ids = cache, kwargs.get("input_ids")
 
     @torch.compiler.disable
@@ -142,6 +143,13 @@ class Binding:
         CONTEXT.cache = CONTEXT.ids = None
 
 
+def _length(args: Any, kwargs: dict[str, Any]) -> int:
+    """How many tokens a forward pass is given."""
+    embeds = kwargs.get("inputs_embeds")
+    ids = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+    return 0 if ids is None else ids.shape[1]
+
+
 def _forget_generate(model: weakref.ref[PreTrainedModel]) -> None:
     if (owner := model()) is not None:
         vars(owner).pop("generate", None)
@@ -150,7 +158,7 @@ def _forget_generate(model: weakref.ref[PreTrainedModel]) -> None:
 def _label(layers: list[int], experts: Tensor, weights: Tensor) -> None:
     """A gate has spoken: hand its choice to the layers that it labels."""
     cache = CONTEXT.cache
-    if cache is not None and cache.shared.router is not None:
+    if cache is not None and cache.shared.needs_labels:
         for idx in layers:
             cache.label(idx, experts, weights)
 

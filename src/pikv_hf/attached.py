@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from typing_extensions import Self
 
 from .context import CONTEXT
+from .eviction import output_weight
 from .geometry import head_dims
 from .layer import PagedLayer
 from .native import model_cache_class, reads_full_mask, release_prompt, with_native
@@ -74,18 +75,24 @@ class AttachedCache(Cache):
             self._check_fit(model, binding)
             if not hasattr(self, "layers"):
                 self._fill(model.config, binding)
-            binding.acquire(labels=self.shared.router is not None)
+            binding.acquire(labels=self.shared.needs_labels)
         self.binding, self.shared.attached = binding, True
+        self.shared.modules = {idx: found[0] for idx, found in binding.attention.items()}
         self._finalizer = weakref.finalize(self, binding.release)
         return self
 
     def _check_fit(self, model: PreTrainedModel, binding: "Binding") -> None:
         """Refuse a model that this cache was not made for, or that has no gates to label by."""
-        if self.shared.router is not None and not binding.gate_of:
+        if self.shared.needs_labels and not binding.gate_of:
+            shared = self.shared
+            name = "scheduler" if shared.router is None else "router"
             raise ValueError(
-                f"`router` is {self.shared.router}, which needs the gates of an MoE model; none is "
-                f"found in {type(model).__name__}."
+                f"`{name}` is {getattr(shared, name)}, which needs the gates of an MoE model; none "
+                f"is found in {type(model).__name__}."
             )
+        if self.shared.scheduler is not None and "output" in self.shared.scheduler.needs:
+            for modules in binding.attention.values():
+                output_weight(modules[0])
         if not hasattr(self, "layers"):
             self.shared.compressor.check(model)
             return
@@ -103,6 +110,7 @@ class AttachedCache(Cache):
         if self._finalizer is not None:
             self._finalizer()
         self.binding, self.shared.attached, self._finalizer = None, False, None
+        self.shared.modules = {}
 
     def __enter__(self) -> Self:
         return self
@@ -188,6 +196,25 @@ class AttachedCache(Cache):
                 "this model with `PiKVCache(model)`."
             )
 
+    def begin_forward(self, length: int) -> None:
+        """A forward pass of `length` tokens begins: a prompt that was held back ends at 1."""
+        shared = self.shared
+        is_drafting = any(getattr(layer, "record_past", False) for layer in self.layers)
+        if not shared.holds_prompts or is_drafting:
+            return
+        if length > 1:
+            shared.holding = True
+        elif shared.holding:
+            self.compress()
+
+    def compress(self) -> None:
+        """Seal, and drop what is over the budget, now: the end of a document, or of `holding()`."""
+        self.shared.holding = False
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer.compress()
+        self.shared.end_forward()
+
     def end_forward(self, ids: Tensor | None) -> None:
         """A forward pass of the token `ids` has ended: was every attention and gate heard?"""
         self.shared.end_forward()
@@ -213,7 +240,6 @@ class AttachedCache(Cache):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A loaded cache holds its tokens and waits for `attach`."""
         vars(self).update(state)
-        self.shared.attached = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         plain = self.plain_class or type(self)

@@ -1,11 +1,14 @@
 """PiKVCache: the object that a user passes as `past_key_values`."""
 
-from collections.abc import Iterator
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
+from typing_extensions import Self
 
 from .attached import AttachedCache
 from .compressors import Compressor, Identity
@@ -35,8 +38,17 @@ class PiKVCache(AttachedCache):
             PEFT or torch.compile is accepted.
         config: instead of a model, its config: an unattached cache, lossless and without methods.
         scheduler: which tokens stay: a name of `SCHEDULERS`, a `Scheduler`, or None for all.
-        budget: tokens that the scheduler keeps for each row and KV head: a number of tokens (int),
-            or a share of the tokens seen (float in (0, 1]); None = the scheduler's own.
+        budget: what the scheduler keeps: a number of tokens of each row and KV head (int), a share
+            of the tokens that the row has seen (float in (0, 1]), or bytes of all paged layers
+            together ("2GiB"); None = the scheduler's own. A dict gives `prefill` and `decode` budgets
+            apart: without the first a prompt is kept whole; without the second what is generated
+            adds to what was kept of the prompt.
+        sinks: first tokens of each row that the scheduler never drops.
+        interval: tokens that are collected over the budget, while generating, before any is
+            dropped: larger is faster, and holds up to `interval - 1` more.
+        hold_prompt: nothing of a prompt is dropped (or compressed) before its first generated token,
+            so that one which is read in several pieces ends as one that is read at once; until then
+            it is held whole. Without it, every piece is evicted from as it comes.
         compressor: how sealed pages are stored: a name of `COMPRESSORS`, a `Compressor`, or None
             for the model's dtype.
         router: which pages a query reads: a name of `ROUTERS`, a `Router`, or None for all. With a
@@ -58,7 +70,10 @@ class PiKVCache(AttachedCache):
         *,
         config: PreTrainedConfig | None = None,
         scheduler: str | Scheduler | None = None,
-        budget: int | float | None = None,
+        budget: int | float | str | Mapping[str, int | float | str] | None = None,
+        sinks: int = 0,
+        interval: int = 1,
+        hold_prompt: bool = False,
         compressor: str | Compressor | None = None,
         router: str | Router | None = None,
         placement: str | Placement | None = None,
@@ -78,6 +93,8 @@ class PiKVCache(AttachedCache):
         needing = {
             "scheduler": scheduler,
             "budget": budget,
+            "sinks": sinks or None,
+            "hold_prompt": hold_prompt or None,
             "compressor": compressor,
             "router": router,
             "probe": probe or None,
@@ -89,8 +106,19 @@ class PiKVCache(AttachedCache):
                 "instead of its config."
             )
         self.shared = make_shared(
-            scheduler, budget, compressor, router, placement, page_size, window, probe
+            scheduler=scheduler,
+            budget=budget,
+            sinks=sinks,
+            interval=interval,
+            hold_prompt=hold_prompt,
+            compressor=compressor,
+            router=router,
+            placement=placement,
+            page_size=page_size,
+            window=window,
+            probe=probe,
         )
+        self._budget = budget
         self.log = TokenLog()
         if config is not None:
             self._fill(config)
@@ -137,16 +165,52 @@ class PiKVCache(AttachedCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row `repeats` times; pages are shared, not copied."""
         check_count("repeats", repeats)
-        super().batch_repeat_interleave(repeats)
-        if self.log.ids is not None:
-            rows = torch.arange(self.log.ids.shape[0])
-            self.log.map_rows(rows.repeat_interleave(repeats))
+        if self.rows is None:
+            return super().batch_repeat_interleave(repeats)
+        # Every layer can be reordered, linear attention too.
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows `indices`; the pages of the others are freed."""
         super().batch_select_indices(indices)
         if self.log.ids is not None:
             self.log.map_rows(torch.arange(self.log.ids.shape[0])[indices.cpu()])
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[Self]:
+        """Within the block nothing is sealed or dropped; at its end the cache is compressed.
+
+        ```python
+        with cache.holding():
+            for chunk in document.split(2048, dim=1):
+                model(chunk, past_key_values=cache)
+        answers = model.generate(**questions, past_key_values=cache.fork(n))
+        ```
+
+        What is read in the block in several pieces ends as if it was read at once.
+        """
+        self.shared.holding = True
+        try:
+            yield self
+        finally:
+            self.compress()
+
+    def fork(self, n: int = 1) -> Self:
+        """A new cache whose rows `i * n` to `i * n + n - 1` continue row i; this one stays as it is.
+
+        Sealed pages are shared, not copied: n questions about one document.
+        """
+        check_count("n", n)
+        paged = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+        shared = {id(t): t for layer in paged for t in layer.pages.tensors()}
+        new = copy.deepcopy(self, dict(shared))
+        for cache in (self, new):
+            for layer in cache.layers:
+                if isinstance(layer, PagedLayer):
+                    layer.pages.mark_forked()
+        if n > 1:
+            new.batch_repeat_interleave(n)
+        return new
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Keys, values and sliding window of each layer, as `DynamicCache` yields them."""
@@ -173,7 +237,7 @@ class PiKVCache(AttachedCache):
         shared = self.shared
         methods = {
             "scheduler": shared.scheduler,
-            "budget": shared.budget,
+            "budget": self._budget,
             "compressor": None if shared.compressor == Identity() else shared.compressor,
             "router": shared.router,
         }

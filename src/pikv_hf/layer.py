@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from .context import CONTEXT
 from .geometry import alike
 from .guard import Guard
+from .listing import listed_states
 from .observed import Observed
 from .pages import PageTable
 from .probe import Probe
@@ -43,6 +44,8 @@ class PagedLayer(DynamicLayer):
         self.guard, self.probe = Guard(), Probe(shared.probe)
         self.observed = Observed(max(compressor.observed_queries, wanted, self.probe.queries))
         self.seen = 0
+        # `seen` at the end of the prompt; what came later was generated.
+        self.prompt_end = 0
         # Tokens of each row, padding not counted, that are no longer in the tail.
         self.left: list[int] = []
         self.unpaged: str | None = None
@@ -83,6 +86,8 @@ class PagedLayer(DynamicLayer):
             scratch = self.shared.scratch if self._seals else None
             self.tail.append(keys, values, self._capacity, scratch)
         self.seen += key_states.shape[2]
+        if self.is_first or (key_states.shape[2] > 1 and not self.record_past):
+            self.prompt_end = self.seen
         if self.unpaged is not None:
             return self.tail.view()
         self.awaits = "attention"
@@ -130,7 +135,12 @@ class PagedLayer(DynamicLayer):
     @property
     def _seals(self) -> bool:
         """Whether the tail is kept short."""
-        return self.unpaged is None and not self.record_past
+        return self.unpaged is None and not self.record_past and not self.shared.holding
+
+    @property
+    def generated(self) -> int:
+        """Tokens behind the prompt."""
+        return self.seen - self.prompt_end
 
     def observe(self, query: Tensor, mask: Tensor | None, scale: float) -> None:
         """Keep the newest of the queries [B, Hq, q, D] that are asked of this layer's keys.
@@ -148,9 +158,9 @@ class PagedLayer(DynamicLayer):
     def finish(self, mask: Tensor | None) -> None:
         """Attention has run with `mask`: seal, or wait for the labels that come before sealing."""
         self._mask = mask
-        if self.record_past and mask is not None:
+        if not self._seals and mask is not None:
             self._mask = mask if mask.dim() == 2 else mask[:, :1, -1:]
-        if self.has_gate and self.shared.router is not None:
+        if self.has_gate and self.shared.needs_labels:
             self.awaits = "experts"
         else:
             self.awaits = None
@@ -174,6 +184,12 @@ class PagedLayer(DynamicLayer):
         if count > 0 or self.is_first:
             self.tail.drop(max(count, 0), self._capacity, self.shared.scratch)
         self._mask = None
+
+    def compress(self) -> None:
+        """Seal what was held back."""
+        if self.is_initialized and self._seals:
+            self.is_first = True  # the buffer was made for more than a tail
+            self.seal()
 
     def get_seq_length(self) -> int:
         """Tokens ever seen, dropped ones included: positions stay true."""
@@ -204,12 +220,11 @@ class PagedLayer(DynamicLayer):
         mask = self._mask
         self.tail.truncate(max(target - sealed, 0))
         self.observed.truncate(-tokens_to_remove)
-        self.seen = target
+        self.seen, self.prompt_end = target, min(self.prompt_end, target)
         if self.record_past:
             self._mask = mask if mask is None else mask[..., : mask.shape[-1] + tokens_to_remove]
             self.record_past = False
-            self.is_first = True  # the buffer was made for more than a tail
-            self.seal()
+            self.compress()
             self.record_past = True
 
     def check_crop(self, tokens_to_remove: int) -> None:
@@ -232,7 +247,7 @@ class PagedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens; the layer can be used for another batch, dtype or device."""
-        self._tail, self.seen, self.is_first = None, 0, False
+        self._tail, self.seen, self.prompt_end, self.is_first = None, 0, 0, False
         self.pages = PageTable(self.pages.compressor, self.pages.page_size)
         self.observed = Observed(self.observed.limit)
         self.guard.reset()
@@ -274,21 +289,7 @@ class PagedLayer(DynamicLayer):
             return None, None
         if self.shared.scheduler is not None:
             raise RuntimeError("keys and values of a cache that drops tokens cannot be listed.")
-        sealed = self.seen - self.tail.length
-        full = []
-        for name, tail in zip(("keys", "values"), self.tail.view(), strict=True):
-            states = tail.new_zeros(*tail.shape[:2], self.seen, tail.shape[3])
-            states[:, :, sealed:] = tail
-            for row in range(self.tail.batch):
-                for span in self.pages.spans([row]):
-                    columns = span["positions"][0].long().to(states.device)
-                    heads = torch.arange(states.shape[1], device=states.device)[:, None]
-                    states[row, heads, columns] = span[name][0]
-            full.append(states)
-        if self.latent_rank is not None:
-            rank = self.latent_rank
-            return full[0][..., :rank], full[0][..., rank:]
-        return full[0], full[1]
+        return listed_states(self)
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything this layer holds."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .compressors import Compressor, MixedCompressor, encoded
 from .compressors.base import check_states
 from .memory import own
-from .pool import Pool, together
+from .pool import Pages, Pool, Unplaced, together
 from .slab import Slab
 from .span import Span
 
@@ -35,6 +35,7 @@ class PageTable:
     ) -> None:
         """Seal `span`, tokens of the batch rows `rows`, with `keys`, `values` and what is known.
 
+        If `valid` is known, the valid tokens of each row and KV head are its first ones.
         `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them.
 
         Raises:
@@ -43,14 +44,20 @@ class PageTable:
         if not self.compressor.is_lossless:
             check_states(self.compressor, span["keys"], span["values"])
         keys, values = self._paged(span["keys"]), self._paged(span["values"])
-        known = span.without("keys", "values")
+        known = span.without("keys", "values", "valid")
         positions = Span({"positions": known["positions"].to(torch.int32)})
         known = positions.joined(known.without("positions"))
-        if isinstance(self.compressor, MixedCompressor):
-            self._append_mixed(self.compressor, keys, values, known, rows, batch, queries)
-        else:
+        is_mixed = isinstance(self.compressor, MixedCompressor)
+        is_behind_pools = any(isinstance(slab, Pool) for slab in self.slabs)
+        if not (is_mixed or is_behind_pools or "valid" in span):
             fields = encoded(self.compressor, keys, values, queries)
-            self._append_uniform(fields, known, rows, batch)
+            return self._append_uniform(fields, known, rows, batch)
+        lead = keys.shape[:2]
+        known = {
+            name: self._paged(t.expand(*lead, *t.shape[2:])) for name, t in known.tensors.items()
+        }
+        lengths = self._paged(span.all_valid()["valid"].expand(*lead, -1)).sum(-1)
+        self._append_pooled(Unplaced(keys, values, known, lengths, rows, queries), batch)
 
     def apart(self, span: Span, queries: Tensor | None = None) -> "PageTable":
         """A table of nothing but `span`, whose pages are as `append` makes them of it here."""
@@ -90,76 +97,38 @@ class PageTable:
         )
         self.slabs.append(slab)
 
-    def _append_mixed(
-        self,
-        mixed: MixedCompressor,
-        keys: Tensor,
-        values: Tensor,
-        known: Span,
-        rows: list[int],
-        batch: int,
-        queries: Tensor | None,
-    ) -> None:
-        """Each page into a pool of the member chosen for it."""
-        choice = mixed.choose(keys, values, queries)
-        heads, last = keys.shape[1], keys.shape[2] - 1
-        in_last = len(known) - last * self.page_size
-        lead = len(rows), heads
-        known = Span({k: t.expand(*lead, *t.shape[2:]) for k, t in known.tensors.items()})
-        known = Span({name: self._paged(tensor) for name, tensor in known.tensors.items()})
-        owner_row = torch.tensor(rows, device=keys.device)
-        is_last = torch.arange(last + 1, device=keys.device) == last
-        for member_index, member in enumerate(mixed.members):
-            for tokens, part in ((self.page_size, ~is_last), (in_last, is_last)):
-                chosen = ((choice == member_index) & part).nonzero()
+    def _append_pooled(self, new: Unplaced, batch: int) -> None:
+        """Each page into a pool of the compressor chosen for it."""
+        members, choice = (self.compressor,), torch.zeros_like(new.lengths)
+        if isinstance(self.compressor, MixedCompressor):
+            members = self.compressor.members
+            choice = self.compressor.choose(new.keys, new.values, new.queries)
+        is_full = new.lengths == self.page_size
+        for member_index, member in enumerate(members):
+            mine = choice == member_index
+            for part in (is_full, ~is_full & (new.lengths > 0)):
+                chosen = (mine & part).nonzero()
                 to_come = len(chosen)
                 # What is copied and encoded at a time stays small.
-                portions = chosen.split(PAGES_AT_A_TIME) if to_come else ()
-                for row, head, page in (portion.unbind(1) for portion in portions):
-                    wanted = queries is not None and member.observed_queries
-                    asked = queries[row, head][:, None] if wanted else None
-                    states = (t[row, head, page][:, None, None] for t in (keys, values))
-                    fields = encoded(member, *states, asked)
-                    fields = {name: tensor[:, 0, 0] for name, tensor in fields.items()}
-                    mine = Span({k: t[row, head, page][:, None] for k, t in known.tensors.items()})
-                    pool = self._open_pool(member, fields, mine, batch, heads, to_come)
-                    pool.write(fields, mine, owner_row[row] * heads + head, tokens)
-                    to_come -= len(row)
+                for at in chosen.split(PAGES_AT_A_TIME) if to_come else ():
+                    pages = new.encoded(member, at)
+                    self._open_pool(member, pages, batch, new.heads, to_come).write(pages)
+                    to_come -= len(at)
 
     def _open_pool(
-        self,
-        member: Compressor,
-        fields: dict[str, Tensor],
-        known: Span,
-        batch: int,
-        heads: int,
-        to_come: int,
+        self, member: Compressor, pages: Pages, batch: int, heads: int, to_come: int
     ) -> Pool:
-        """The last pool of `member` if these pages can be written behind its own, or a new one.
+        """The last pool of `member` if `pages` can be written behind its own, or a new one.
 
         `to_come`: how many are to be written, these included.
         """
         for pool in reversed(self.slabs):
             if isinstance(pool, Pool) and pool.compressor == member:
-                if pool.fits(known, batch):
+                if pool.fits(pages, batch):
                     return pool
                 break
         room = max(to_come, self._growth(batch * heads) * batch * heads // 2)
-
-        def empty(tensor: Tensor) -> Tensor:
-            return tensor.new_empty(room, *tensor.shape[1:])
-
-        pool = Pool(
-            compressor=member,
-            fields={name: empty(tensor) for name, tensor in fields.items()},
-            meta=Span({name: empty(tensor) for name, tensor in known.tensors.items()}),
-            owner=torch.empty(room, dtype=torch.int64, device=next(iter(fields.values())).device),
-            runs=[],
-            stored_rows=batch,
-            heads=heads,
-            readers=list(range(batch)),
-            stored=list(range(batch)),
-        )
+        pool = Pool.like(pages, member, room, batch, heads)
         self.slabs.append(pool)
         return pool
 
@@ -222,6 +191,11 @@ class PageTable:
         if free:
             for slab in self.slabs:
                 slab.forget_unread_rows()
+
+    def mark_forked(self) -> None:
+        """Another table has the same pages: what is to come is written elsewhere."""
+        for slab in self.slabs:
+            slab.is_forked = True
 
     def tensors(self) -> Iterator[Tensor]:
         for slab in self.slabs:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from pikv_kernels import merge_segments
+from pikv_kernels import merge_segments, partial_attention
 from torch import Tensor
 
-from .compressors import Compressor
+from .compressors import Compressor, encoded, flat_tokens
 from .memory import is_writable
 from .rows import Partial, StoredRows
 from .span import Span
@@ -25,15 +25,17 @@ class Pool(StoredRows):
     """Pages of one encoding in any order, each with its owner.
 
     `fields` [capacity, ...] are the encoded pages, `meta` [capacity, 1, P, ...] what is known of
-    their tokens, `owner` [capacity] = stored row * H + KV head. `runs` counts the pages in order:
-    (pages, valid tokens in each of them).
+    their tokens, `owner` [capacity] = stored row * H + KV head, and `lengths` [capacity] the valid
+    tokens, the first ones of a page. `runs` counts the pages in order: (pages, valid tokens in each
+    of them, or None if they differ).
     """
 
     compressor: Compressor
     fields: dict[str, Tensor]
     meta: Span
     owner: Tensor
-    runs: list[tuple[int, int]]
+    lengths: Tensor
+    runs: list[tuple[int, int | None]]
     stored_rows: int
     heads: int
 
@@ -51,36 +53,54 @@ class Pool(StoredRows):
 
     def held(self) -> Tensor:
         held = torch.zeros(self.rows * self.heads, dtype=torch.int64)
-        owner = self.owner[: self.page_count].cpu()
-        return held.index_add_(0, owner, self._lengths()).view(self.rows, self.heads)
+        owner, lengths = (t[: self.page_count].cpu() for t in (self.owner, self.lengths))
+        return held.index_add_(0, owner, lengths.long()).view(self.rows, self.heads)
 
-    def _lengths(self) -> Tensor:
-        """Valid tokens of each page, [N] on the CPU."""
-        pages, tokens = torch.tensor(self.runs, dtype=torch.int64).view(-1, 2).unbind(1)
-        return tokens.repeat_interleave(pages)
+    @classmethod
+    def like(
+        cls, pages: "Pages", compressor: Compressor, room: int, rows: int, heads: int
+    ) -> "Pool":
+        """An empty pool of `rows` batch rows with room for `room` pages of the kind of `pages`."""
 
-    def fits(self, meta: Span, batch: int) -> bool:
-        """Whether pages like `meta` [n, 1, P, ...] of any of `batch` rows can be written behind."""
+        def empty(tensor: Tensor) -> Tensor:
+            return tensor.new_empty(room, *tensor.shape[1:])
+
+        return cls(
+            compressor=compressor,
+            fields={name: empty(tensor) for name, tensor in pages.fields.items()},
+            meta=Span({name: empty(tensor) for name, tensor in pages.meta.tensors.items()}),
+            owner=empty(pages.owner),
+            lengths=empty(pages.lengths),
+            runs=[],
+            stored_rows=rows,
+            heads=heads,
+            readers=list(range(rows)),
+            stored=list(range(rows)),
+        )
+
+    def fits(self, pages: "Pages", batch: int) -> bool:
+        """Whether pages like `pages` of any of `batch` rows can be written behind these."""
         return (
-            meta.tensors.keys() == self.meta.tensors.keys()
+            pages.meta.tensors.keys() == self.meta.tensors.keys()
+            and not self.is_forked
             and self.is_read_by_all(batch)
             and self.is_in_order()
-            and self.page_count + meta["positions"].shape[0] <= self.owner.shape[0]
+            and self.page_count + len(pages.owner) <= self.owner.shape[0]
             and is_writable(self.owner)
         )
 
-    def write(self, fields: dict[str, Tensor], meta: Span, owner: Tensor, tokens: int) -> None:
-        """Write pages `fields` [n, ...] behind these, each with `tokens` valid tokens."""
-        start, pages = self.page_count, owner.shape[0]
-        for name, tensor in fields.items():
-            self.fields[name].narrow(0, start, pages).copy_(tensor)
-        for name, tensor in meta.tensors.items():
-            self.meta[name].narrow(0, start, pages).copy_(tensor)
-        self.owner.narrow(0, start, pages).copy_(owner)
-        self._add_run(pages, tokens)
+    def write(self, pages: "Pages") -> None:
+        """Write `pages` behind these."""
+        start, count = self.page_count, len(pages.owner)
+        for mine, new in zip(self._stored(), pages.tensors(), strict=True):
+            mine.narrow(0, start, count).copy_(new)
+        self._add_run(count, pages.tokens)
         self.changed()
 
-    def _add_run(self, pages: int, tokens: int) -> None:
+    def _stored(self) -> Iterator[Tensor]:
+        yield from (*self.fields.values(), *self.meta.tensors.values(), self.owner, self.lengths)
+
+    def _add_run(self, pages: int, tokens: int | None) -> None:
         if self.runs and self.runs[-1][1] == tokens:
             pages += self.runs.pop()[0]
         self.runs.append((pages, tokens))
@@ -97,10 +117,24 @@ class Pool(StoredRows):
                 fields = {name: field[block, None, None] for name, field in self.fields.items()}
                 owner = self.owner[block]
                 mine = asked.index_select(0, owner)[:, None]
-                out, lse = self.compressor.attend(mine, fields, tokens, scale)
+                if tokens is None:
+                    out, lse = self._attend_masked(mine, fields, self.lengths[block], scale)
+                else:
+                    out, lse = self.compressor.attend(mine, fields, tokens, scale)
                 out, lse = merge_segments(out[:, 0], lse[:, 0], owner, len(asked))
                 yield out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
             start += pages
+
+    def _attend_masked(
+        self, query: Tensor, fields: dict[str, Tensor], lengths: Tensor, scale: float
+    ) -> Partial:
+        """`Compressor.attend` of `query` [n, 1, Q, Dk] over pages [n, 1, 1, ...] of any lengths."""
+        keys, values = (flat_tokens(t, self.page_size) for t in self.compressor.decode(fields))
+        place = torch.arange(self.page_size, device=lengths.device)
+        mask = torch.zeros(len(lengths), 1, 1, len(place), dtype=query.dtype, device=query.device)
+        mask.masked_fill_((place >= lengths[:, None])[:, None, None], torch.finfo(query.dtype).min)
+        values = values if values.shape[-1] else keys
+        return partial_attention(query, keys, values, mask, scale)
 
     def decoded(self) -> Span:
         """All its tokens decoded, [N, 1, P, ...], with what is known of them and `order`:
@@ -112,7 +146,7 @@ class Pool(StoredRows):
         keys, values = (states[:, :, 0] for states in self.compressor.decode(fields))
         meta = Span({name: tensor[:used] for name, tensor in self.meta.tensors.items()})
         place = torch.arange(self.page_size, device=self.owner.device)
-        valid = place < self._lengths().to(place.device)[:, None, None]
+        valid = place < self.lengths[:used, None, None]
         order = (self.owner[:used, None, None] << 32) + meta["positions"]
         order = order.masked_fill(~valid, -1)
         return meta.joined(Span({"keys": keys, "values": values, "order": order}))
@@ -127,29 +161,87 @@ class Pool(StoredRows):
     def crop(self, position: int) -> None:
         columns = self.meta["positions"][: self.page_count, 0]
         place = torch.arange(self.page_size, device=columns.device)
-        valid = place < self._lengths().to(place.device)[:, None]
-        lengths = ((columns < position) & valid).sum(1)
-        self._keep_pages(lengths > 0, self.owner[: self.page_count], lengths)
+        valid = place < self.lengths[: self.page_count, None]
+        self.lengths = ((columns < position) & valid).sum(1, dtype=torch.int32)
+        self._keep_pages(self.lengths > 0, self.owner[: self.page_count])
         self.changed()
 
-    def _keep_pages(self, keep: Tensor, owner: Tensor, lengths: Tensor | None = None) -> None:
-        """Free all pages but those of `keep` [N]; `owner` and `lengths` [N] are their new ones."""
+    def _keep_pages(self, keep: Tensor, owner: Tensor) -> None:
+        """Free all pages but those of `keep` [N], whose owners are now those of `owner` [N]."""
         index = keep.nonzero().flatten()
-        kept = (self._lengths() if lengths is None else lengths.cpu())[index.cpu()]
         self.fields = {k: v.index_select(0, index.to(v.device)) for k, v in self.fields.items()}
         self.meta = self.meta.rows(index)
         self.owner = owner.index_select(0, index)
-        self.runs = [(len(list(same)), size) for size, same in itertools.groupby(kept.tolist())]
+        self.lengths = self.lengths[: len(keep)].index_select(0, index)
+        same_lengths = itertools.groupby(self.lengths.tolist())
+        self.runs = [(len(list(same)), size) for size, same in same_lengths]
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from self.fields.values()
-        yield from self.meta.tensors.values()
-        yield self.owner
+        yield from self._stored()
         yield from self._index.values()
 
 
+@dataclass(frozen=True)
+class Pages:
+    """N pages for a pool: `fields` and `meta` [N, ...], `owner` and `lengths` [N] as there.
+
+    `tokens`: the length of each of them, None if they differ.
+    """
+
+    fields: dict[str, Tensor]
+    meta: Span
+    owner: Tensor
+    lengths: Tensor
+    tokens: int | None
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (*self.fields.values(), *self.meta.tensors.values(), self.owner, self.lengths)
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """Tokens of batch rows `rows` that are to go into pools, page by page, each row and head apart.
+
+    `keys` [R, H, S, P, Dk], `values`, and in `known` [R, H, S, P, ...] what is known of them;
+    `lengths` [R, H, S], how many are valid, the first ones of a page; `queries` [R, H, Q, Dk], if
+    the compressor asks for any.
+    """
+
+    keys: Tensor
+    values: Tensor
+    known: dict[str, Tensor]
+    lengths: Tensor
+    rows: list[int]
+    queries: Tensor | None
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[1]
+
+    def encoded(self, compressor: Compressor, at: Tensor) -> Pages:
+        """The pages `at` [N, 3], places in R, H and S, as `compressor` encodes them."""
+        row, head, page = at.unbind(1)
+        wanted = self.queries is not None and compressor.observed_queries
+        asked = self.queries[row, head][:, None] if wanted else None
+        states = (t[row, head, page][:, None, None] for t in (self.keys, self.values))
+        fields = encoded(compressor, *states, asked)
+        lengths = self.lengths[row, head, page]
+        least, most = lengths.aminmax()
+        return Pages(
+            fields={name: tensor[:, 0, 0] for name, tensor in fields.items()},
+            meta=Span({name: t[row, head, page][:, None] for name, t in self.known.items()}),
+            owner=torch.tensor(self.rows, device=row.device)[row] * self.heads + head,
+            lengths=lengths.to(torch.int32),
+            tokens=int(least) if least == most else None,
+        )
+
+
 def together(pools: list[Pool], rows: list[int]) -> Span:
-    """All tokens of batch rows that have equally many in each KV head, from all their pools."""
+    """All tokens of some batch rows from all their pools, [R, H, T, ...].
+
+    T is what the fullest KV head holds; `valid` says where the others, whose tokens are the last
+    ones of T, hold any, if there are such.
+    """
     parts, heads = [], pools[0].heads
     for pool in pools:
         tokens = pool.decoded()
@@ -162,6 +254,17 @@ def together(pools: list[Pool], rows: list[int]) -> Span:
     every = parts[0]
     for part in parts[1:]:
         every = every.then(part)
-    every = every.tokens(every["order"][0, 0].argsort()).without("order")
-    shape = len(rows), heads, len(every) // (len(rows) * heads)
-    return Span({name: t[0, 0].unflatten(0, shape) for name, t in every.tensors.items()})
+    order, index = every["order"][0, 0].sort()
+    every, owner = every.tokens(index).without("order"), order >> 32
+    counts = torch.bincount(owner, minlength=len(rows) * heads)
+    width = int(counts.max())
+    if width * len(counts) == len(every):
+        shape = len(rows), heads, width
+        return Span({name: t[0, 0].unflatten(0, shape) for name, t in every.tensors.items()})
+    # Token i of an owner is the i-th of `every` behind the tokens of the owners before it.
+    behind = counts.cumsum(0)[:, None] - torch.arange(width, 0, -1, device=counts.device)
+    valid = behind >= (counts.cumsum(0) - counts)[:, None]
+    padded = every.tokens(behind.clamp_min(0).flatten())
+    shape = len(rows), heads, width
+    spread = {name: t[0, 0].unflatten(0, shape) for name, t in padded.tensors.items()}
+    return Span(spread | {"valid": valid.unflatten(0, shape[:2])})

@@ -19,6 +19,8 @@ class StoredRows(ABC):
 
     readers: list[int]
     stored: list[int]
+    # Another cache has the same tensors: nothing is written behind them.
+    is_forked: bool = field(default=False, kw_only=True)
     _index: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .schedulers import Scheduler, Tokens
+from .eviction import kept
 from .shared import rows_by_visibility
 from .span import Span
 
@@ -29,7 +29,7 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
         for row in rows:
             layer.left[row] += len(span)
         if layer.shared.scheduler is not None:
-            span = _kept(layer, rows, span, count, layer.shared.scheduler)
+            span = kept(layer, rows, span, count, layer.shared.scheduler)
         if not len(span):
             continue  # nothing stays
         queries = layer.observed.of_rows(rows, compressor.observed_queries)
@@ -52,38 +52,6 @@ def _examine(layer: "PagedLayer", rows: list[int], new: Span, queries: Tensor | 
     if asked is not None:
         pages = layer.pages.apart(new, queries)
         layer.probe.measure(new, pages, asked.flatten(2, 3), layer.scale, layer.latent_rank)
-
-
-def _kept(
-    layer: "PagedLayer", rows: list[int], new: Span, count: int, scheduler: Scheduler
-) -> Span:
-    """What of `new`, tokens of `rows`, is to be sealed: with the sealed tokens, if some must go.
-
-    `count` tokens at the beginning of the tail are leaving it.
-    """
-    held = layer.pages.held(rows[0])
-    available = len(new) + (0 if held is None else int(held.max()))
-    left = layer.left[rows[0]]
-    open_tokens = min(layer.shared.window, layer.tail.length)
-    budget = layer.shared.budget_of(left + layer.tail.length - count) - open_tokens
-    budget = scheduler.layer_budget(max(budget, scheduler.least), left, *layer.place)
-    if available <= budget:
-        return new
-    sealed = layer.pages.take(rows)
-    span = new if sealed is None else sealed.then(new)
-    open_keys = layer.tail.view()[0][:, :, count:]
-    queries = layer.observed.of_rows(rows, scheduler.observed_queries)
-    tokens = Tokens(
-        positions=span["positions"].long().expand(*span["keys"].shape[:3]),
-        keys=span["keys"],
-        values=span["values"],
-        open_keys=open_keys.index_select(0, torch.tensor(rows, device=open_keys.device)),
-        seen=layer.seen,
-        layer_idx=layer.layer_idx,
-        queries=queries,
-        scale=layer.scale,
-    )
-    return span.gather(scheduler.keep(tokens, budget))
 
 
 def _groups(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .budget import ACCEPTED, Budget, make_budget
 from .compressors import COMPRESSORS, Compressor, Identity, MixedCompressor
 from .methods import resolve
 from .placement import PLACEMENTS, Local, Placement
@@ -20,45 +21,41 @@ def check_count(argument: str, value: Any) -> int:
     return value
 
 
-def check_budget(budget: Any, scheduler: Scheduler | None) -> None:
-    if budget is None:
+def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
+    """`given` as a budget, if `scheduler` can keep to it; None = the scheduler's own."""
+    if given is None:
         if scheduler is not None and scheduler.budget(0) is None:
-            raise ValueError(
-                f"`scheduler` is {scheduler}, which needs a `budget`: a number of tokens (int) or a "
-                "share of them (float in (0, 1])."
-            )
-        return
+            raise ValueError(f"`scheduler` is {scheduler}, which needs a `budget`: {ACCEPTED}.")
+        return None
     if scheduler is None:
-        raise ValueError(f"`budget` is {budget!r}, but there is no `scheduler` to keep to it.")
-    is_share = isinstance(budget, float) and 0 < budget <= 1
-    is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget > 0
-    if not (is_share or is_count):
-        raise ValueError(
-            f"`budget` is {budget!r}; it must be a positive number of tokens (int) or a share of "
-            "them (float in (0, 1])."
-        )
+        raise ValueError(f"`budget` is {given!r}, but there is no `scheduler` to keep to it.")
+    return make_budget(given)
 
 
-def default_window(window: int | None, budget: int | float | None, saves_memory: bool) -> int:
-    """The newest tokens that stay open; they must fit into a budget given in tokens.
+def default_window(window: int | None, count: int | None, saves_memory: bool) -> int:
+    """The newest tokens that stay open; they must fit into a budget of `count` tokens.
 
     Where pages save no memory, a longer tail is read in one piece and sealed less often.
     """
     if window is None:
         default = DEFAULT_WINDOW if saves_memory else LOSSLESS_WINDOW
-        return default if not isinstance(budget, int) else min(default, max(budget // 2, 1))
+        return default if count is None else min(default, max(count // 2, 1))
     check_count("window", window)
-    if isinstance(budget, int) and window >= budget:
+    if count is not None and window >= count:
         raise ValueError(
-            f"`window` is {window}, which leaves nothing of a budget of {budget} tokens; it must be "
+            f"`window` is {window}, which leaves nothing of a budget of {count} tokens; it must be "
             "smaller."
         )
     return window
 
 
 def make_shared(
+    *,
     scheduler: str | Scheduler | None,
-    budget: int | float | None,
+    budget: Any,
+    sinks: int,
+    interval: int,
+    hold_prompt: bool,
     compressor: str | Compressor | None,
     router: str | Router | None,
     placement: str | Placement | None,
@@ -70,21 +67,14 @@ def make_shared(
     scheduler = resolve("scheduler", scheduler, SCHEDULERS, Scheduler)
     compressor = resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity()
     router = resolve("router", router, ROUTERS, Router)
-    check_budget(budget, scheduler)
-    if not isinstance(probe, bool):
-        raise TypeError(f"`probe` is {probe!r}; it must be True or False.")
-    if scheduler is not None and not compressor.is_idempotent:
-        raise ValueError(
-            f"`compressor` is {compressor}, whose pages cannot be encoded again when a scheduler "
-            "drops tokens: use another compressor, or no scheduler."
-        )
-    selects = router is not None and not isinstance(router, All)
-    if selects and isinstance(compressor, MixedCompressor):
-        raise ValueError(
-            f"`router` is {router}, which selects pages, but those of {compressor} are all read: use "
-            "router='all', or another compressor."
-        )
-    tokens = scheduler.budget(0) if scheduler is not None and budget is None else budget
+    amounts = check_budget(budget, scheduler)
+    for name, value in (("probe", probe), ("hold_prompt", hold_prompt)):
+        if not isinstance(value, bool):
+            raise TypeError(f"`{name}` is {value!r}; it must be True or False.")
+    _check_together(scheduler, compressor, router)
+    count = None if amounts is None else amounts.least_count
+    if scheduler is not None and budget is None:
+        count = scheduler.budget(0)
     shared = Shared(
         compressor=compressor,
         scheduler=scheduler,
@@ -92,8 +82,44 @@ def make_shared(
         placement=resolve("placement", placement, PLACEMENTS, Placement) or Local(),
         page_size=check_count("page_size", page_size),
         window=0,
-        budget=budget,
+        budget=amounts,
+        sinks=sinks,
+        interval=check_count("interval", interval),
+        holds_prompts=hold_prompt,
         probe=probe,
     )
-    shared.window = default_window(window, tokens, shared.saves_memory)
+    shared.window = default_window(window, count, shared.saves_memory)
+    _check_sinks(sinks, count, shared.window)
     return shared
+
+
+def _check_together(scheduler: Scheduler | None, compressor: Compressor, router: Any) -> None:
+    """Refuse methods that cannot serve one cache."""
+    if scheduler is not None and not compressor.is_idempotent:
+        raise ValueError(
+            f"`compressor` is {compressor}, whose pages cannot be encoded again when a scheduler "
+            "drops tokens: use another compressor, or no scheduler."
+        )
+    is_ragged = scheduler is not None and scheduler.is_ragged
+    if is_ragged and compressor.needs_calibration:
+        raise ValueError(
+            f"`compressor` is {compressor}, whose calibration is of KV heads of equal length, but "
+            f"with {scheduler} they differ: use another compressor or scheduler."
+        )
+    selects = router is not None and not isinstance(router, All)
+    if selects and (is_ragged or isinstance(compressor, MixedCompressor)):
+        raise ValueError(
+            f"`router` is {router}, which selects pages, but those of "
+            f"{scheduler if is_ragged else compressor} are all read: use router='all', or another "
+            f"{'scheduler' if is_ragged else 'compressor'}."
+        )
+
+
+def _check_sinks(sinks: Any, count: int | None, window: int) -> None:
+    if not isinstance(sinks, int) or isinstance(sinks, bool) or sinks < 0:
+        raise ValueError(f"`sinks` is {sinks!r}; it must be a whole number, 0 or more.")
+    if count is not None and sinks + window > count:
+        raise ValueError(
+            f"`sinks` is {sinks}, which with a window of {window} tokens exceeds a budget of {count} "
+            "tokens; it must be smaller."
+        )

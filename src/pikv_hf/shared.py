@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .budget import Budget
 from .compressors import Compressor, Identity
 from .placement import Placement
 from .routers import Router
@@ -24,14 +25,22 @@ class Shared:
     placement: Placement
     page_size: int
     window: int
-    budget: int | float | None = None
+    budget: Budget | None = None
+    sinks: int = 0
+    # Tokens over the budget that are collected, while generating, before any is dropped.
+    interval: int = 1
+    # Nothing is sealed: for the time being, or in each prompt until its first generated token.
+    holding: bool = False
+    holds_prompts: bool = False
     probe: bool = False
     attached: bool = False
+    # The attention modules of the paged layers, while attached.
+    modules: dict[int, Any] = field(default_factory=dict)
     # A layer outside of our hands reads the same mask, which then spans the whole sequence.
     full_mask: bool = False
-    recording: bool = False
     memo: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     scratch: Scratch = field(default_factory=Scratch)
+    _notes: dict[tuple[int, ...], dict[Any, Any]] = field(default_factory=dict)
 
     def remember(self, name: str, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
         """`compute()`, once per `key` (compared by identity of its parts) for all layers."""
@@ -46,6 +55,12 @@ class Shared:
         return value
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether tokens carry the experts that the model's gates chose for them."""
+        wanted = self.scheduler is not None and "experts" in self.scheduler.needs
+        return wanted or self.router is not None
+
+    @property
     def saves_memory(self) -> bool:
         """Whether sealing makes tokens smaller or fewer."""
         return self.scheduler is not None or self.compressor != Identity()
@@ -53,16 +68,16 @@ class Shared:
     def end_forward(self) -> None:
         """Forget what served one forward pass only."""
         self.memo.clear()
+        self._notes.clear()
         self.scratch.end_forward()
 
-    def budget_of(self, seen: int) -> int:
-        """Tokens per row and KV head to hold after `seen`."""
-        assert self.scheduler is not None
-        if self.budget is None:
-            own = self.scheduler.budget(seen)
-            assert own is not None, "refused when the cache was made"
-            return own
-        return self.budget if isinstance(self.budget, int) else int(self.budget * seen)
+    def notes(self, rows: list[int]) -> dict[Any, Any]:
+        """What earlier layers of this forward pass left for later ones, about these batch rows."""
+        return self._notes.setdefault(tuple(rows), {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model, which is copied or saved by itself."""
+        return vars(self) | {"attached": False, "modules": {}}
 
 
 def visible_columns(mask: Tensor | None, length: int) -> Tensor | None:

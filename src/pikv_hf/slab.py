@@ -60,6 +60,7 @@ class Slab(StoredRows):
         )
         return (
             alike
+            and not self.is_forked
             and self.is_read_by_all(batch)
             and self.is_in_order()
             and self.length % self.page_size == 0

@@ -12,7 +12,7 @@ class Span:
     """T consecutive tokens of R rows and H KV heads: tensors [R or 1, H or 1, T, ...] by name.
 
     A 1 stands for "the same in all rows" or "in all heads". Names in use: `keys` and `values`;
-    `positions`, the column of the sequence; `experts` and `weights`, the k experts that the model's
+    `positions`, the column of the sequence; `valid`, where there is a token, if not everywhere; `experts` and `weights`, the k experts that the model's
     gate chose for the token and their weights as the gate returned them. No method changes a tensor.
     """
 
@@ -54,7 +54,12 @@ class Span:
         return self._map(take)
 
     def then(self, newer: "Span") -> "Span":
-        """This span followed by `newer`, in the tensors that both have."""
+        """This span followed by `newer`, in the tensors that both have.
+
+        Places of the one are `valid` if it does not say so while the other does.
+        """
+        if ("valid" in self) != ("valid" in newer):
+            return self.all_valid().then(newer.all_valid())
 
         def concatenate(name: str) -> Tensor:
             a, b = self[name], newer[name].to(self[name].device)
@@ -62,6 +67,12 @@ class Span:
             return torch.cat([t.expand(*lead, *t.shape[2:]) for t in (a, b)], dim=2)
 
         return Span({name: concatenate(name) for name in self.tensors if name in newer})
+
+    def all_valid(self) -> "Span":
+        """The same with `valid`, which is true everywhere if it was not there."""
+        device = next(iter(self.tensors.values())).device
+        ones = torch.ones(1, 1, len(self), dtype=torch.bool, device=device)
+        return Span({"valid": ones} | self.tensors)
 
     def with_room(self, tokens: int) -> "Span":
         """Copies long enough for `tokens`, the rest unwritten."""

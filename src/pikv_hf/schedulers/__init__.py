@@ -1,5 +1,6 @@
 """Which tokens stay: one file per method."""
 
+from .adakv import AdaKV
 from .base import Scheduler, Tokens
 from .chunkkv import ChunkKV
 from .keydiff import KeyDiff
@@ -18,11 +19,13 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "keydiff": KeyDiff,
     "chunkkv": ChunkKV,
     "pyramidkv": PyramidKV,
+    "adakv": AdaKV,
     "random": Random,
 }
 
 __all__ = [
     "SCHEDULERS",
+    "AdaKV",
     "ChunkKV",
     "KeyDiff",
     "Knorm",

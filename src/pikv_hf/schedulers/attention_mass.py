@@ -26,6 +26,10 @@ def attention_mass(tokens: Tokens) -> Tensor:
     opened_at = torch.arange(tokens.seen - opened, tokens.seen, device=device)
     block = max(1, BLOCK // queries[..., 0].numel())
 
+    positions = tokens.positions
+    if tokens.valid is not None:  # a place without a token is newer than every query
+        positions = positions.masked_fill(~tokens.valid, tokens.seen)
+
     def scores(keys: Tensor, positions: Tensor) -> Tensor:
         """[R, H, G, m, t], -inf where a key is newer than the query."""
         product = queries.float() @ keys.float()[:, :, None].transpose(-1, -2) * tokens.scale
@@ -33,11 +37,13 @@ def attention_mass(tokens: Tokens) -> Tensor:
         return product.masked_fill(hidden, -torch.inf)
 
     parts = [
-        (tokens.keys[:, :, i : i + block], tokens.positions[:, :, None, i : i + block])
+        (tokens.keys[:, :, i : i + block], positions[:, :, None, i : i + block])
         for i in range(0, tokens.keys.shape[2], block)
     ]
     sums = [scores(keys, positions).logsumexp(-1) for keys, positions in parts]
     if opened:
         sums.append(scores(tokens.open_keys, opened_at).logsumexp(-1))
     total = torch.stack(sums).logsumexp(0)[..., None]
+    # A query whose keys have all been dropped attends to none of those that came later.
+    total = total.masked_fill(total == -torch.inf, torch.inf)
     return torch.cat([(scores(*part) - total).exp().mean(-2) for part in parts], dim=-1)

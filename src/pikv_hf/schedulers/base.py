@@ -1,24 +1,34 @@
 """Which tokens stay."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Candidates of R rows with equally many of them, H KV heads, T tokens each, oldest first.
+    """Candidates of R rows, T places for each of their H KV heads, oldest first.
 
     `positions` [R, H, T] int64: columns of the sequence, padding included, ascending. `keys`
     [R, H, T, D] and `values` [R, H, T, Dv] are those that the cache holds: keys after their rotary
-    embedding, or latents without values (Dv = 0). `seen`: tokens that layer `layer_idx` has ever
-    been given.
+    embedding, or latents without values (Dv = 0). `valid` [R, H, T]: which places hold a token, the
+    last ones of each head; None = all. The oldest `sinks` tokens stay in any case. `seen`: tokens
+    that layer `layer_idx` has ever been given.
 
     `open_keys` [R, H, n, D] are the newest n tokens, which stay in any case. `queries`
     [R, H, G, m, D], asked with the factor `scale`, are those of the newest m tokens and of the G
     query heads of each KV head: as many as `observed_queries` of the scheduler, or fewer at first;
     zeros stand for padding. None if it asks for none.
+
+    What a scheduler `needs`, else None: `experts` [R, 1 or H, T, k] and `weights`, the choice of the
+    model's gate for each candidate, `open_experts` [R, 1, n, k] and `open_weights` those of the open
+    tokens (None, too, in a layer without a gate); `output` [hidden, Hq * Dv], the weight of the
+    layer's output projection; `module`, its attention module.
+
+    `notes` is empty at the first layer of each forward pass: what earlier layers left for later ones.
     """
 
     positions: Tensor
@@ -29,6 +39,21 @@ class Tokens:
     layer_idx: int = 0
     queries: Tensor | None = None
     scale: float = 1.0
+    valid: Tensor | None = None
+    sinks: int = 0
+    experts: Tensor | None = None
+    weights: Tensor | None = None
+    open_experts: Tensor | None = None
+    open_weights: Tensor | None = None
+    output: Tensor | None = None
+    module: Any = None
+    notes: dict[Any, Any] = field(default_factory=dict)
+
+    def number(self) -> Tensor:
+        """Of each place, how many tokens of its head are older: [R or 1, H or 1, T]; < 0 = no token."""
+        if self.valid is None:
+            return torch.arange(self.keys.shape[2], device=self.keys.device)[None, None]
+        return self.valid.cumsum(-1).masked_fill(~self.valid, 0) - 1
 
 
 class Scheduler(ABC):
@@ -36,6 +61,21 @@ class Scheduler(ABC):
 
     A scheduler is a frozen dataclass: its own configuration, without run state.
     """
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether KV heads may keep different numbers of tokens."""
+        return False
+
+    @property
+    def is_per_head(self) -> bool:
+        """Whether the scores of a KV head depend on nothing of the others."""
+        return True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What of `experts`, `output` and `module` it wants to find in `Tokens`."""
+        return frozenset()
 
     @property
     def observed_queries(self) -> int:
@@ -63,11 +103,25 @@ class Scheduler(ABC):
 
     @abstractmethod
     def scores(self, tokens: Tokens) -> Tensor:
-        """[R, H, T] float; the highest stay, of equal ones the later. Changes nothing."""
+        """[R, H, T] float; the highest stay, of equal ones the later. Changes nothing.
+
+        Scores of places without a token are never read.
+        """
+
+    def ranked(self, tokens: Tokens) -> Tensor:
+        """`scores`, with sinks above all tokens and places without a token below all."""
+        scores, number = self.scores(tokens), tokens.number()
+        if tokens.sinks:
+            scores = scores.masked_fill((number >= 0) & (number < tokens.sinks), torch.inf)
+        return scores if tokens.valid is None else scores.masked_fill(number < 0, -torch.inf)
 
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
-        """Indices [R, H, budget] of the tokens that stay, ascending; changes nothing."""
-        return newest_of_best(self.scores(tokens), budget).sort(dim=-1).values
+        """Indices [R, H, K] of the places that stay, ascending; changes nothing.
+
+        A mean of at most `budget` tokens for each KV head. Where a head keeps fewer than K, -1
+        stands behind its own (ragged schedulers only).
+        """
+        return newest_of_best(self.ranked(tokens), budget).sort(dim=-1).values
 
 
 def newest_of_best(scores: Tensor, count: int) -> Tensor:
@@ -75,3 +129,53 @@ def newest_of_best(scores: Tensor, count: int) -> Tensor:
     # A stable sort, from the newest to the oldest.
     newest_first = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
     return scores.shape[-1] - 1 - newest_first[..., :count]
+
+
+def best_of_each_head(ranked: Tensor, counts: Tensor) -> Tensor:
+    """Indices [R, H, K] of the `counts` [R, H] best places of each head, ascending, then -1."""
+    width = int(counts.max())
+    best = newest_of_best(ranked, width)
+    absent = ranked.shape[-1]  # behind all others when sorted
+    beyond = torch.arange(width, device=best.device) >= counts[..., None]
+    ascending = best.masked_fill(beyond, absent).sort(dim=-1).values
+    return ascending.masked_fill(ascending == absent, -1)
+
+
+@dataclass(frozen=True)
+class Wrapper(Scheduler):
+    """A scheduler that changes what another one's scores lead to.
+
+    Args:
+        scorer: whose scores decide.
+    """
+
+    scorer: Scheduler
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scorer, Scheduler):
+            raise TypeError(f"`scorer` is {self.scorer!r}; it must be a Scheduler.")
+
+    @property
+    def is_per_head(self) -> bool:
+        return self.scorer.is_per_head
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.scorer.needs
+
+    @property
+    def observed_queries(self) -> int:
+        return self.scorer.observed_queries
+
+    @property
+    def least(self) -> int:
+        return self.scorer.least
+
+    def budget(self, seen: int) -> int | None:
+        return self.scorer.budget(seen)
+
+    def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
+        return self.scorer.layer_budget(budget, available, layer, layers)
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        return self.scorer.scores(tokens)

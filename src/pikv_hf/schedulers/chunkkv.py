@@ -3,12 +3,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Scheduler, Tokens, Wrapper
 from .snapkv import SnapKV
 
 
 @dataclass(frozen=True)
-class ChunkKV(Scheduler):
+class ChunkKV(Wrapper):
     """Whole chunks of neighbours stay or go (Liu et al., arXiv 2502.00299, section 3.2).
 
     Candidates are cut into chunks of `chunk_length`, oldest first; a chunk's score is the mean of
@@ -24,15 +24,14 @@ class ChunkKV(Scheduler):
     chunk_length: int = 20
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         length = self.chunk_length
-        if not isinstance(self.scorer, Scheduler):
-            raise TypeError(f"`scorer` is {self.scorer!r}; it must be a Scheduler.")
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ValueError(f"`chunk_length` is {length!r}; it must be a positive whole number.")
 
     @property
-    def observed_queries(self) -> int:
-        return self.scorer.observed_queries
+    def is_per_head(self) -> bool:
+        return False
 
     def scores(self, tokens: Tokens) -> Tensor:
         scores = self.scorer.scores(tokens).mean(dim=1)

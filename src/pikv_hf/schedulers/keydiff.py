@@ -17,6 +17,8 @@ class KeyDiff(Scheduler):
 
     def scores(self, tokens: Tokens) -> Tensor:
         directions = F.normalize(tokens.keys.float(), dim=-1)
+        if tokens.valid is not None:
+            directions = directions * tokens.valid[..., None]
         newest = F.normalize(tokens.open_keys.float(), dim=-1)
         mean = torch.cat([directions, newest], dim=2).mean(dim=2, keepdim=True)
         return -F.cosine_similarity(directions, mean, dim=-1)

@@ -2,12 +2,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Scheduler, Tokens, Wrapper
 from .snapkv import SnapKV
 
 
 @dataclass(frozen=True)
-class PyramidKV(Scheduler):
+class PyramidKV(Wrapper):
     """Lower layers keep more tokens (Cai et al., arXiv 2406.02069, section 4.1).
 
     Budgets fall linearly from layer to layer, their mean is the budget of the cache; the last layer
@@ -23,19 +23,18 @@ class PyramidKV(Scheduler):
     beta: float = 20.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scorer, Scheduler):
-            raise TypeError(f"`scorer` is {self.scorer!r}; it must be a Scheduler.")
+        super().__post_init__()
         if not isinstance(self.beta, int | float) or not self.beta > 1:
             raise ValueError(f"`beta` is {self.beta!r}; it must be a number greater than 1.")
 
     @property
-    def observed_queries(self) -> int:
-        return self.scorer.observed_queries
+    def is_ragged(self) -> bool:
+        return self.scorer.is_ragged
 
     def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
         first = min(2 * budget - budget / self.beta, available)
         last = max(2 * budget - first, 0)
         return round(first + (last - first) * layer / max(layers - 1, 1))
 
-    def scores(self, tokens: Tokens) -> Tensor:
-        return self.scorer.scores(tokens)
+    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+        return self.scorer.keep(tokens, budget)

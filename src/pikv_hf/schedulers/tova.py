@@ -18,6 +18,10 @@ class Tova(Scheduler):
     def observed_queries(self) -> int:
         return 1
 
+    @property
+    def is_per_head(self) -> bool:
+        return False
+
     def scores(self, tokens: Tokens) -> Tensor:
         mean = attention_mass(tokens).mean(dim=(1, 2))
         return mean[:, None].expand(-1, tokens.keys.shape[1], -1)

@@ -1,0 +1,131 @@
+"""What stays within the budget, of the tokens that leave the tail and of the sealed ones."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .pages import MAX_GROWTH, MIN_GROWTH
+from .schedulers import Scheduler, Tokens
+from .span import Span
+
+if TYPE_CHECKING:
+    from .layer import PagedLayer
+
+OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "linear_out")
+
+
+def kept(layer: "PagedLayer", rows: list[int], new: Span, count: int, scheduler: Scheduler) -> Span:
+    """What of `new`, tokens of `rows`, is to be sealed: with the sealed tokens, if some must go.
+
+    `count` tokens at the beginning of the tail are leaving it.
+    """
+    held = layer.pages.held(rows[0])
+    available = len(new) + (0 if held is None else math.ceil(held.double().mean()))
+    budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
+    slack = 0 if layer.generated == 0 else layer.shared.interval - 1
+    if budget is None or available <= budget + slack:
+        return new
+    sealed = layer.pages.take(rows)
+    span = new if sealed is None else sealed.then(new)
+    keep = scheduler.keep(_tokens(layer, rows, span, count, scheduler), budget)
+    if not scheduler.is_ragged:
+        return span.gather(keep)
+    stays = Span({"valid": keep >= 0})
+    return span.without("valid").gather(keep.clamp_min(0)).joined(stays)
+
+
+def _sealed_budget(layer: "PagedLayer", left: int, count: int, scheduler: Scheduler) -> int | None:
+    """How many tokens of each KV head, of `left` that have left the tail, may be sealed."""
+    shared, tail = layer.shared, layer.tail.length
+    seen = left + tail - count
+    if shared.budget is None:
+        budget = scheduler.budget(seen)
+    else:
+        budget = shared.budget.tokens(seen, layer.generated, lambda n: _tokens_in(layer, n))
+    if budget is None:
+        return None
+    least = max(scheduler.least, shared.sinks)
+    budget = max(budget - min(shared.window, tail), least)
+    return max(scheduler.layer_budget(budget, left, *layer.place), least)
+
+
+def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
+    """Tokens of each row and KV head, open ones included, for which the bytes of a cache suffice.
+
+    Raises:
+        ValueError: they do not suffice for the open tokens alone.
+    """
+    shared, tail = layer.shared, layer.tail
+    share = nbytes // layer.place[1]
+    owners, size = tail.batch * tail.keys.shape[1], tail.keys.element_size()
+    dims = tail.keys.shape[3], tail.values.shape[3]
+    fixed = (shared.window + shared.page_size) * sum(dims) * size * owners
+    others = (*layer.observed.tensors(), *layer.pages.compressor.tensors())
+    fixed += sum(tensor.nbytes for tensor in others)
+    per_token = layer.pages.compressor.bytes_per_token(*dims, size)
+    per_token += 4  # its position
+    if tail.labels is not None:
+        labels = tail.labels.tensors.values()
+        per_token += sum(t[0, 0, 0].numel() * t.element_size() for t in labels)
+    if share <= fixed:
+        raise ValueError(
+            f"`budget` leaves {share} bytes for layer {layer.layer_idx}, but its open tokens alone "
+            f"take {fixed} in this batch of {tail.batch}: give more, or a smaller `window` or "
+            "`page_size`."
+        )
+    sealed = int((share - fixed) / (owners * per_token))
+    # Room that pages are given for later ones, a page that is not full, and what is not yet due.
+    room = min(max(sealed // 17, MIN_GROWTH * shared.page_size), MAX_GROWTH * shared.page_size)
+    spare = room + shared.page_size + shared.interval - 1
+    return max(sealed - spare, 0) + min(shared.window, tail.length)
+
+
+def _tokens(
+    layer: "PagedLayer", rows: list[int], span: Span, count: int, scheduler: Scheduler
+) -> Tokens:
+    """`span` and what else of the layer the scheduler asks for."""
+    index, needs = torch.tensor(rows), scheduler.needs
+    opened = Span({"keys": layer.tail.view()[0]})
+    if layer.tail.labels is not None:
+        opened = opened.joined(layer.tail.labels)
+    opened = opened.narrow(count, len(opened) - count).rows(index)
+    labels: dict[str, Any] = {}
+    if "experts" in needs and "experts" in span:
+        labels = {name: span[name] for name in ("experts", "weights")}
+        labels |= {f"open_{name}": opened[name] for name in ("experts", "weights")}
+    module = layer.shared.modules.get(layer.layer_idx)
+    shape = span["keys"].shape[:3]
+    return Tokens(
+        positions=span["positions"].long().expand(shape),
+        keys=span["keys"],
+        values=span["values"],
+        open_keys=opened["keys"],
+        seen=layer.seen,
+        layer_idx=layer.layer_idx,
+        queries=layer.observed.of_rows(rows, scheduler.observed_queries),
+        scale=layer.scale,
+        valid=span["valid"].expand(shape) if "valid" in span else None,
+        sinks=layer.shared.sinks,
+        output=output_weight(module) if "output" in needs else None,
+        module=module if "module" in needs else None,
+        notes=layer.shared.notes(rows),
+        **labels,
+    )
+
+
+def output_weight(module: Any) -> Tensor:
+    """The weight [hidden, Hq * Dv] of the output projection of an attention module.
+
+    Raises:
+        ValueError: it has none that is known.
+    """
+    for name in OUTPUTS:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if isinstance(weight, Tensor):
+            return weight
+    raise ValueError(
+        f"`scheduler` reads the output projection of {type(module).__name__}, which has none of "
+        f"{OUTPUTS}."
+    )

@@ -1,0 +1,141 @@
+"""What a cache may hold: tokens, shares, bytes; prompts and generated tokens apart; sinks."""
+
+import pytest
+import torch
+from helpers import forward, generate, paged, tiny
+from test_schedulers import kept
+from zoo import prompt
+
+from pikv_hf import PiKVCache
+from pikv_hf.budget import Budget, make_budget, parse_bytes
+from pikv_hf.schedulers import AdaKV, SnapKV
+
+SMALL = {"page_size": 1, "window": 4}
+
+
+def type_name(method) -> str:
+    return method if isinstance(method, str) else type(method).__name__
+
+
+def held(cache: PiKVCache) -> int:
+    return paged(cache)[0].held_tokens()
+
+
+def read(cache, model, inputs, first: int, step: int = 1) -> list[tuple[int, int]]:
+    """(tokens seen, tokens held) after a prompt of `first` and after each step of `step`."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    out = []
+    for start, end in [(0, first), *((at, at + step) for at in range(first, ids.shape[1], step))]:
+        forward(model, ids[:, start:end], mask[:, :end], cache)
+        out.append((end, held(cache)))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (20, lambda seen: 20),
+        (0.5, lambda seen: seen // 2),
+        ({"prefill": 0.5}, lambda seen: 20 + seen - 40),
+        ({"prefill": 12}, lambda seen: 12 + seen - 40),
+        ({"decode": 24}, lambda seen: 40 if seen == 40 else 24),
+        ({"prefill": 0.5, "decode": 0.25}, lambda seen: 20 if seen == 40 else seen // 4),
+        ({"prefill": 10, "decode": 30}, lambda seen: min(10 + seen - 40, 30)),
+    ],
+)
+def test_prefill_and_decode(budget, expected) -> None:
+    """Tokens held after a prompt of 40 and after each generated token."""
+    model = tiny("mixtral")
+    cache = PiKVCache(model, scheduler="knorm", budget=budget, **SMALL)
+    for seen, tokens in read(cache, model, prompt(model, (80,)), 40):
+        assert tokens == expected(seen), seen
+
+
+def test_interval() -> None:
+    """Tokens pile up to the interval, then all that are over the budget go at once."""
+    model = tiny("mixtral")
+    inputs = prompt(model, (90,))
+    cache = PiKVCache(model, scheduler="knorm", budget=20, interval=8, **SMALL)
+    counts = [tokens for _, tokens in read(cache, model, inputs, 40)]
+    assert counts[0] == 20
+    assert counts[1:17] == [21, 22, 23, 24, 25, 26, 27, 20] * 2
+    streams = []
+    for interval in (1, 8):
+        cache = PiKVCache(model, scheduler="streaming_llm", interval=interval, **SMALL)
+        read(cache, model, inputs, 40)
+        streams.append(kept(cache, 0))
+    assert streams[0] == streams[1], "nothing was over 1024 tokens"
+
+
+@pytest.mark.parametrize("method", ["knorm", "snapkv", "adakv", "random", "pyramidkv"])
+def test_sinks_stay(method) -> None:
+    """The first tokens of each row stay, whatever their scores; without `sinks` some do not."""
+    model = tiny("mixtral")
+    inputs = prompt(model, (60, 47))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    firsts = [set(range(60 - length, 60 - length + 3)) for length in (60, 47)]
+    all_kept = {}
+    for sinks in (0, 3):
+        cache = PiKVCache(model, scheduler=method, budget=16, sinks=sinks, **SMALL)
+        forward(model, ids[:, :50], mask[:, :50], cache)
+        for end in range(51, 61):
+            forward(model, ids[:, end - 1 : end], mask[:, :end], cache)
+        sets = [[head for layer in kept(cache, row) for head in layer] for row in (0, 1)]
+        stay = all(first <= s for first, row in zip(firsts, sets, strict=True) for s in row)
+        all_kept[sinks] = stay
+        totals = [sum(map(len, row)) for row in sets]
+        if method != "pyramidkv":  # whose last layer may keep no more than the sinks
+            assert totals == [12 * len(sets[0])] * 2
+    assert all_kept[3]
+    if method in ("knorm", "random"):  # what others score, the first tokens often win anyway
+        assert not all_kept[0]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("compressor", [None, "int8", "pikv"])
+@pytest.mark.parametrize(
+    "method", ["knorm", SnapKV(window_size=4), AdaKV(SnapKV(window_size=4))], ids=type_name
+)
+@pytest.mark.parametrize("interval", [1, 16])
+def test_bytes(name, compressor, method, interval) -> None:
+    """All paged layers together never hold more bytes than the budget, and use most of it."""
+    model = tiny(name)
+    inputs = prompt(model, (700, 640))
+    options = {"page_size": 8, "window": 8, "compressor": compressor, "interval": interval}
+    unlimited = PiKVCache(model, **{**options, "interval": 1})
+    generate(model, inputs, unlimited, max_new_tokens=2)
+    limit = unlimited.nbytes // 2
+    cache = PiKVCache(model, scheduler=method, budget=f"{limit}B", **options)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    used = []
+    for start, end in [(0, 660), *((at, at + 1) for at in range(660, 700))]:
+        forward(model, ids[:, start:end], mask[:, :end], cache)
+        used.append(sum(t.nbytes for layer in paged(cache) for t in layer.tensors()))
+    assert max(used) <= limit
+    assert min(used) >= 0.6 * limit
+
+
+def test_what_is_no_budget() -> None:
+    model = tiny("mixtral")
+    for given in (0, -1, True, 1.5, 0.0, "2 apples", "GiB", "0B", {}, {"prompt": 3}, {"decode": 0}):
+        with pytest.raises(ValueError, match="`budget"):
+            PiKVCache(model, scheduler="knorm", budget=given)
+    with pytest.raises(ValueError, match="`budget` leaves 250 bytes for layer 0"):
+        cache = PiKVCache(model, scheduler="knorm", budget="1kB", **SMALL)
+        read(cache, model, prompt(model, (40,)), 40)
+    for sinks in (-1, 1.0, True):
+        with pytest.raises(ValueError, match="`sinks` is"):
+            PiKVCache(model, scheduler="knorm", budget=100, sinks=sinks)
+    with pytest.raises(ValueError, match="exceeds a budget of 20 tokens"):
+        PiKVCache(model, scheduler="knorm", budget=20, sinks=17, window=4)
+    with pytest.raises(ValueError, match="`interval` is 0"):
+        PiKVCache(model, scheduler="knorm", budget=20, interval=0)
+
+
+def test_amounts() -> None:
+    assert parse_bytes("2GiB") == 2 * 1024**3 and parse_bytes("1.5 mb") == 1_500_000
+    assert parse_bytes("300B") == 300 and parse_bytes("1 KiB") == 1024
+    assert make_budget({"decode": 0.5}) == Budget(None, 0.5)
+    assert make_budget("1GB") == Budget("1GB", "1GB")
+    assert Budget(0.1, None).tokens(30, 10, int) == 12
+    assert torch.inf > Budget("9B", None).tokens(30, 0, lambda nbytes: nbytes // 3) == 3

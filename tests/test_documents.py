@@ -1,0 +1,132 @@
+"""One document, many questions: held back until it is whole, then forked."""
+
+import pytest
+import torch
+from helpers import FAMILIES, PADDED, assert_close, dynamic, forward, generate, paged, tiny
+from test_schedulers import kept
+from zoo import prompt
+
+from pikv_hf import SCHEDULERS, PiKVCache
+
+SMALL = {"page_size": 2, "window": 4}
+OPTIONS = {"budget": 16, **SMALL}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("method", SCHEDULERS)
+@pytest.mark.parametrize("compressor", [None, "int4"])
+def test_pieces_end_as_one(name, method, compressor) -> None:
+    """A padded prompt in pieces, held back, leaves the tokens and logits that it leaves at once."""
+    model = tiny(name)
+    inputs = prompt(model, (50, 41, 46))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    found = []
+    for way in ("at once", "holding", "hold_prompt"):
+        hold = way == "hold_prompt"
+        cache = PiKVCache(
+            model, scheduler=method, compressor=compressor, hold_prompt=hold, **OPTIONS
+        )
+        pieces = [(0, 48)] if way == "at once" else [(0, 20), (20, 33), (33, 48)]
+
+        def read(pieces=pieces, cache=cache) -> None:
+            for start, end in pieces:
+                forward(model, ids[:, start:end], mask[:, :end], cache)
+
+        if way == "holding":
+            with cache.holding():
+                read()
+                assert paged(cache)[0].tail.length == 48
+        else:
+            read()
+        logits = [forward(model, ids[:, at : at + 1], mask[:, : at + 1], cache) for at in (48, 49)]
+        found.append(([kept(cache, row) for row in range(3)], torch.cat(logits, dim=1)))
+    for sets, logits in found[1:]:
+        assert sets == found[0][0]
+        assert_close(logits, found[0][1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generate_in_pieces(name) -> None:
+    """`generate(prefill_chunk_size=...)` as without, beams and a second turn included."""
+    model = tiny(name)
+    inputs = prompt(model, PADDED)
+    for options in ({}, {"num_beams": 3}):
+        outs = []
+        for extra in ({}, {"prefill_chunk_size": 7}):
+            cache = PiKVCache(model, scheduler="snapkv", hold_prompt=True, **OPTIONS)
+            outs.append(generate(model, inputs, cache, **options, **extra))
+            assert paged(cache)[0].pages.slabs
+        assert torch.equal(outs[0].tokens, outs[1].tokens)
+        assert_close(outs[1].logits, outs[0].logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", [None, "adakv", "keydiff"])
+def test_fork(name, method) -> None:
+    """Each of n questions about each row is answered as by a cache of its own; the origin stays."""
+    model = tiny(name)
+    options = {"scheduler": method, **(OPTIONS if method else SMALL)}
+    inputs = prompt(model, (50, 41))
+    ids, mask = inputs["input_ids"][:, :40], inputs["attention_mask"][:, :40]
+    questions = torch.randint(0, model.config.vocab_size, (6, 9))
+    every = mask.repeat_interleave(3, dim=0)
+
+    def answer(cache, batch: slice):
+        logits = []
+        for at in range(9):
+            rows = torch.cat([every[batch], torch.ones_like(questions[batch, : at + 1])], dim=1)
+            logits.append(forward(model, questions[batch, at : at + 1], rows, cache))
+        return torch.cat(logits, dim=1)
+
+    document = PiKVCache(model, **options)
+    forward(model, ids, mask, document)
+    before = [t.clone() for layer in paged(document) for t in layer.pages.tensors()]
+    nbytes = document.nbytes
+    forked = document.fork(3)
+    actual = answer(forked, slice(None))
+    assert document.nbytes == nbytes and document.get_seq_length() == 40
+    after = [t for layer in paged(document) for t in layer.pages.tensors()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    alone = PiKVCache(model, **options)
+    forward(model, ids, mask, alone)
+    alone.batch_repeat_interleave(3)
+    assert_close(actual, answer(alone, slice(None)))
+    # The origin goes on after its fork has written, and both forks and origin agree.
+    again = answer(document.fork(3), slice(None))
+    assert_close(again, actual)
+    document.batch_repeat_interleave(3)
+    assert_close(answer(document, slice(None)), actual)
+
+
+def test_forks_share_sealed_pages() -> None:
+    model = tiny("mixtral")
+    inputs = prompt(model, (400,))
+    document = PiKVCache(model, page_size=8, window=8)
+    forward(model, inputs["input_ids"], inputs["attention_mask"], document)
+    held = {t.data_ptr() for layer in paged(document) for t in layer.pages.tensors()}
+    fork = document.fork(4)
+    slabs = [t for layer in paged(fork) for slab in layer.pages.slabs for t in slab.fields.values()]
+    assert slabs and all(t.data_ptr() in held for t in slabs)
+    out = model.generate(
+        torch.cat([inputs["input_ids"], torch.tensor([[5, 6]])], dim=1).repeat(4, 1),
+        past_key_values=fork,
+        max_new_tokens=12,
+    )
+    expected = model.generate(
+        torch.cat([inputs["input_ids"], torch.tensor([[5, 6]])], dim=1),
+        past_key_values=dynamic(model),
+        max_new_tokens=12,
+    )
+    assert (out == expected).all()
+    with pytest.raises(ValueError, match="`n` is 0"):
+        document.fork(0)
+
+
+def test_an_error_within_holding_still_ends_it() -> None:
+    model = tiny("mixtral")
+    inputs = prompt(model, (40,))
+    cache = PiKVCache(model, scheduler="knorm", **OPTIONS)
+    with pytest.raises(KeyError), cache.holding():
+        forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
+        raise KeyError
+    assert not cache.shared.holding and paged(cache)[0].held_tokens() == 16
