@@ -25,6 +25,7 @@ from .attention import NAME
 from .checks import check_forward, check_generate
 from .context import CONTEXT
 from .gates import Gate, gates_of_layers
+from .rotary import Rotary, rotaries
 
 _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
 # Held from looking a binding up to counting a cache in, and while one is counted out.
@@ -67,6 +68,11 @@ class Binding:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
         return self  # a copied model's hooks find that they are not of their own model
+
+    @functools.cached_property
+    def rotaries(self) -> dict[int, Rotary]:
+        """How the keys of each paged layer turn with their position; raises ValueError."""
+        return rotaries(self.decoder(), self.attention)
 
     def acquire(self, *, labels: bool) -> None:
         """Count a cache in; the first one attaches, the first that needs labels hooks the gates."""

@@ -73,6 +73,8 @@ class AttachedCache(Cache):
         with LOCK:
             binding = binding_of(model)
             self._check_fit(model, binding)
+            if self.shared.needs_rotary:
+                self.shared.rotaries = binding.rotaries
             if not hasattr(self, "layers"):
                 self._fill(model.config, binding)
             binding.acquire(labels=self.shared.needs_labels)

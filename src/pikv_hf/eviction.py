@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .pages import MAX_GROWTH, MIN_GROWTH
-from .schedulers import Scheduler, Tokens
+from .records import settled, with_record
+from .schedulers import PlacedTokens, Scheduler, Tokens
 from .span import Span
 
 if TYPE_CHECKING:
@@ -16,19 +17,32 @@ if TYPE_CHECKING:
 OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "linear_out")
 
 
-def kept(layer: "PagedLayer", rows: list[int], new: Span, count: int, scheduler: Scheduler) -> Span:
+def kept(
+    layer: "PagedLayer",
+    rows: list[int],
+    new: Span,
+    count: int,
+    scheduler: Scheduler,
+    mask: Tensor | None,
+) -> Span:
     """What of `new`, tokens of `rows`, is to be sealed: with the sealed tokens, if some must go.
 
-    `count` tokens at the beginning of the tail are leaving it.
+    `count` tokens at the beginning of the tail are leaving it; `mask` is the newest of the model.
     """
     held = layer.pages.held(rows[0])
     available = len(new) + (0 if held is None else math.ceil(held.double().mean()))
     budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
     slack = 0 if layer.generated == 0 else layer.shared.interval - 1
-    if budget is None or available <= budget + slack:
+    is_within = budget is None or available <= budget + slack
+    if is_within and not scheduler.records:
         return new
     sealed = layer.pages.take(rows)
+    if scheduler.records:
+        sealed = settled(layer, rows, sealed, mask)
+        new = with_record(layer, rows, new)
     span = new if sealed is None else sealed.then(new)
+    if is_within:
+        return span.front()
     keep = scheduler.keep(_tokens(layer, rows, span, count, scheduler), budget)
     if not scheduler.is_ragged:
         return span.gather(keep)
@@ -87,7 +101,8 @@ def _tokens(
 ) -> Tokens:
     """`span` and what else of the layer the scheduler asks for."""
     index, needs = torch.tensor(rows), scheduler.needs
-    opened = Span({"keys": layer.tail.view()[0]})
+    keys, values = layer.tail.view()
+    opened = Span({"keys": keys, "values": values})
     if layer.tail.labels is not None:
         opened = opened.joined(layer.tail.labels)
     opened = opened.narrow(count, len(opened) - count).rows(index)
@@ -97,19 +112,23 @@ def _tokens(
         labels |= {f"open_{name}": opened[name] for name in ("experts", "weights")}
     module = layer.shared.modules.get(layer.layer_idx)
     shape = span["keys"].shape[:3]
-    return Tokens(
+    return PlacedTokens(
         positions=span["positions"].long().expand(shape),
         keys=span["keys"],
         values=span["values"],
         open_keys=opened["keys"],
+        open_values=opened["values"],
+        latent_rank=layer.latent_rank,
         seen=layer.seen,
         layer_idx=layer.layer_idx,
         queries=layer.observed.of_rows(rows, scheduler.observed_queries),
         scale=layer.scale,
+        record=span["record"] if scheduler.records else None,
         valid=span["valid"].expand(shape) if "valid" in span else None,
         sinks=layer.shared.sinks,
         output=output_weight(module) if "output" in needs else None,
         module=module if "module" in needs else None,
+        rotary=layer.shared.rotaries.get(layer.layer_idx),
         notes=layer.shared.notes(rows),
         **labels,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from .budget import Budget
 from .compressors import Compressor, Identity
 from .placement import Placement
+from .rotary import Rotary
 from .routers import Router
 from .schedulers import Scheduler
 from .scratch import Scratch
@@ -36,6 +37,8 @@ class Shared:
     attached: bool = False
     # The attention modules of the paged layers, while attached.
     modules: dict[int, Any] = field(default_factory=dict)
+    # How their keys turn with their position, where that is asked for.
+    rotaries: dict[int, Rotary] = field(default_factory=dict)
     # A layer outside of our hands reads the same mask, which then spans the whole sequence.
     full_mask: bool = False
     memo: dict[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -53,6 +56,11 @@ class Shared:
         value = compute()
         self.memo[name] = (key, value)
         return value
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether keys or queries are moved to other positions."""
+        return self.scheduler is not None and "rotary" in self.scheduler.needs
 
     @property
     def needs_labels(self) -> bool:

@@ -3,8 +3,11 @@
 from .adakv import AdaKV
 from .base import Scheduler, Tokens
 from .chunkkv import ChunkKV
+from .expected_attention import ExpectedAttention
 from .keydiff import KeyDiff
 from .knorm import Knorm
+from .lagkv import LagKV
+from .placed import PlacedTokens
 from .pyramidkv import PyramidKV
 from .random import Random
 from .snapkv import SnapKV
@@ -20,6 +23,8 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "chunkkv": ChunkKV,
     "pyramidkv": PyramidKV,
     "adakv": AdaKV,
+    "lagkv": LagKV,
+    "expected_attention": ExpectedAttention,
     "random": Random,
 }
 
@@ -27,8 +32,11 @@ __all__ = [
     "SCHEDULERS",
     "AdaKV",
     "ChunkKV",
+    "ExpectedAttention",
     "KeyDiff",
     "Knorm",
+    "LagKV",
+    "PlacedTokens",
     "PyramidKV",
     "Random",
     "Scheduler",

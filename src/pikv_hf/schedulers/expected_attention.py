@@ -1,0 +1,105 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..rotary import Rotary
+from .base import Scheduler, Tokens
+from .placed import PlacedTokens
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Scheduler):
+    """What future queries are expected to attend to stays (Devoto et al., arXiv 2510.00636, sec. 3).
+
+    Queries without their positions are taken for normally distributed, with the mean m and the
+    covariance S of the newest `window_size` ones, turned to the mean of the next `future` positions.
+    The expected exp(scale * q k) is exp(scale * m k + scale^2 * k S k / 2): its share among all
+    tokens but the sinks, averaged over the query heads of a KV head, plus `epsilon`, times the norm
+    of the value. Of latents (MLA) that is the norm of the part that is a value, too.
+
+    The paper asks all queries of the prompt; those that are held for it take memory.
+
+    Args:
+        window_size: newest tokens whose queries count.
+        future: positions ahead over which the rotation is averaged.
+        sinks: first tokens of each row, which stay, and whose queries do not count; >= 0.
+        use_covariance: False: as if S were 0.
+        use_vnorm: False: not times the norm of the value.
+        epsilon: what is added to every share, >= 0.
+    """
+
+    window_size: int = 256
+    future: int = 512
+    sinks: int = 4
+    use_covariance: bool = True
+    use_vnorm: bool = True
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("window_size", 1), ("future", 1), ("sinks", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"`{name}` is {value!r}; it must be a whole number, {least} or more."
+                )
+        for name in ("use_covariance", "use_vnorm"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` is {getattr(self, name)!r}; it must be True or False.")
+        if not isinstance(self.epsilon, int | float) or not self.epsilon >= 0:
+            raise ValueError(f"`epsilon` is {self.epsilon!r}; it must be a number, 0 or more.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"rotary"})
+
+    @property
+    def observed_queries(self) -> int:
+        return self.window_size
+
+    @property
+    def least(self) -> int:
+        return self.sinks
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        assert isinstance(tokens, PlacedTokens)
+        number = tokens.number().expand(tokens.keys.shape[:3])
+        shares = self._shares(tokens, number < self.sinks)
+        if self.use_vnorm:
+            values = tokens.values if tokens.latent_rank is None else tokens.keys
+            shares = (shares + self.epsilon) * values[..., : tokens.latent_rank].float().norm(
+                dim=-1
+            )
+        return shares.masked_fill((number >= 0) & (number < self.sinks), torch.inf)
+
+    def _shares(self, tokens: PlacedTokens, hidden: Tensor) -> Tensor:
+        """The mean share [R, H, T] of the expected attention; 0 where `hidden` [R, H, T]."""
+        keys = torch.cat([tokens.keys, tokens.open_keys], dim=2).float()
+        count = tokens.keys.shape[2]
+        rotary, free, weight = self._free_queries(tokens)
+        shares = torch.zeros(hidden.shape, device=keys.device)
+        for queries in free.unbind(2):  # one query head of each KV head, [R, H, m, D]
+            total = weight.sum(2, keepdim=True).clamp_min(1)
+            mean = (queries * weight).sum(2, keepdim=True) / total
+            ahead = rotary.ahead(mean, tokens.seen, self.future)
+            logits = tokens.scale * (keys @ ahead.transpose(-1, -2))[..., 0]
+            if self.use_covariance:
+                spread = (queries - mean) * weight
+                spread = rotary.ahead(spread, tokens.seen, self.future)
+                covariance = spread.transpose(-1, -2) @ spread / total
+                logits += tokens.scale**2 / 2 * (keys @ covariance * keys).sum(-1)
+            logits[..., :count].masked_fill_(hidden, -torch.inf)
+            shares += logits.softmax(-1)[..., :count]
+        return shares / free.shape[2]
+
+    def _free_queries(self, tokens: PlacedTokens) -> tuple[Rotary, Tensor, Tensor]:
+        """Queries [R, H, G, m, D] without their positions, and which of them count, [R, 1, m, 1]."""
+        queries, rotary = tokens.queries, tokens.rotary
+        assert rotary is not None, "it is among the needs"
+        if queries is None:  # none yet: any attention is as likely
+            queries = tokens.keys.new_zeros(*tokens.keys.shape[:2], 1, 1, tokens.keys.shape[3])
+        columns = torch.arange(tokens.seen - queries.shape[3], tokens.seen, device=queries.device)
+        number = tokens.number().expand(tokens.positions.shape)
+        first = tokens.positions.masked_fill(number < 0, tokens.seen).amin((1, 2))
+        counts = queries.any(-1).any((1, 2)) & (columns >= first[:, None] + self.sinks)
+        return rotary, rotary.unrotate(queries, columns), counts[:, None, :, None].float()

@@ -1,0 +1,81 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Scheduler, Tokens
+from .placed import PlacedTokens
+
+
+@dataclass(frozen=True)
+class LagKV(Scheduler):
+    """Tokens that stand out from those which follow them stay (arXiv 2504.04704, section 2.2).
+
+    Behind the first `sinks` tokens the sequence, open tokens included, is cut into partitions of
+    `lag_size`. Each dim of keys and values is scaled by its least and greatest value in the next
+    partition; a token's score is the standard deviation over its dims, as a softmax over its
+    partition, the mean of keys' and values'. Every partition keeps the same share of its tokens,
+    the last full one and what is behind it all of them. Latents (MLA) count as keys. Needs no
+    queries.
+
+    Args:
+        sinks: first tokens kept, >= 0.
+        lag_size: tokens of a partition, > 1.
+        cross_scoring: compare the scores of all partitions, not ranks within each.
+    """
+
+    sinks: int = 4
+    lag_size: int = 128
+    cross_scoring: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("sinks", 0), ("lag_size", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"`{name}` is {value!r}; it must be a whole number, {least} or more."
+                )
+        if not isinstance(self.cross_scoring, bool):
+            raise TypeError(f"`cross_scoring` is {self.cross_scoring!r}; it must be True or False.")
+
+    @property
+    def least(self) -> int:
+        return self.sinks
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        number = tokens.number().expand(tokens.keys.shape[:3])
+        states = [torch.cat([tokens.keys, tokens.open_keys], dim=2)]
+        assert isinstance(tokens, PlacedTokens)
+        if tokens.open_values is not None and tokens.values.shape[-1]:
+            states.append(torch.cat([tokens.values, tokens.open_values], dim=2))
+        length = states[0].shape[2]
+        at = torch.arange(length, device=number.device)
+        held = number.amax(-1, keepdim=True) + 1
+        if tokens.valid is not None:  # the oldest token of each head comes first
+            missing = tokens.keys.shape[2] - held
+            index = (at + missing).clamp_max(length - 1)[..., None]
+            states = [t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in states]
+        information = torch.stack([self._information(t) for t in states]).mean(0)
+        if not self.cross_scoring:
+            ranks = information.argsort(dim=-1, stable=True).argsort(dim=-1)
+            information = ranks / self.lag_size
+        scores = information.new_ones(*number.shape[:2], length)
+        scores[..., self.sinks :][..., : information[0, 0].numel()] = information.flatten(2)
+        total = held + length - tokens.keys.shape[2]
+        partitions = (total - self.sinks).div(self.lag_size, rounding_mode="floor")
+        newest = at >= self.sinks + (partitions - 1).clamp_min(0) * self.lag_size
+        scores = torch.where(newest, 1 + at / length, scores)
+        scores = scores.masked_fill(at < self.sinks, torch.inf)
+        return scores.gather(-1, number.clamp_min(0))
+
+    def _information(self, states: Tensor) -> Tensor:
+        """[R, H, N - 1, lag_size] of all but the last of N full partitions of [R, H, T, D]."""
+        states = states[:, :, self.sinks :].float()
+        full = states.shape[2] // self.lag_size
+        if full < 2:
+            return states.new_zeros(*states.shape[:2], 0, self.lag_size)
+        parts = states[:, :, : full * self.lag_size].unflatten(2, (full, self.lag_size))
+        low, high = parts[:, :, 1:].aminmax(dim=3, keepdim=True)
+        width = high - low
+        scaled = torch.where(width > 0, (parts[:, :, :-1] - low) / width, 0.0)
+        return scaled.std(dim=-1).softmax(dim=-1)
