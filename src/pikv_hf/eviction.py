@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .layer import PagedLayer
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "linear_out")
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def kept(layer: "PagedLayer", rows: list[int], new: Span, count: int, scheduler: Scheduler) -> Span:
@@ -127,9 +128,9 @@ def output_weight(module: Any) -> Tensor:
     """
     for name in OUTPUTS:
         weight = getattr(getattr(module, name, None), "weight", None)
-        if isinstance(weight, Tensor):
+        if isinstance(weight, Tensor) and weight.dtype in PLAIN and not weight.is_meta:
             return weight
     raise ValueError(
         f"`scheduler` reads the output projection of {type(module).__name__}, which has none of "
-        f"{OUTPUTS}."
+        f"{OUTPUTS} with a weight at hand: not quantized, nor offloaded."
     )

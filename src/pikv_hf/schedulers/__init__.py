@@ -3,6 +3,7 @@
 from .adakv import AdaKV
 from .base import Scheduler, Tokens
 from .chunkkv import ChunkKV
+from .criticalkv import CriticalKV
 from .expected_attention import ExpectedAttention
 from .keydiff import KeyDiff
 from .knorm import Knorm
@@ -23,6 +24,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "chunkkv": ChunkKV,
     "pyramidkv": PyramidKV,
     "adakv": AdaKV,
+    "criticalkv": CriticalKV,
     "lagkv": LagKV,
     "expected_attention": ExpectedAttention,
     "random": Random,
@@ -32,6 +34,7 @@ __all__ = [
     "SCHEDULERS",
     "AdaKV",
     "ChunkKV",
+    "CriticalKV",
     "ExpectedAttention",
     "KeyDiff",
     "Knorm",

@@ -37,6 +37,10 @@ class AdaKV(Wrapper):
     def is_ragged(self) -> bool:
         return True
 
+    @property
+    def decides_by_scores(self) -> bool:
+        return False
+
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
         ranked = self.ranked(tokens)
         heads, places = ranked.shape[1:]
@@ -51,4 +55,5 @@ class AdaKV(Wrapper):
         stays = stays.unflatten(1, (places, heads)).transpose(1, 2)
         if tokens.valid is not None:
             stays = stays & tokens.valid
-        return best_of_each_head(shared, stays.sum(-1))
+        counts = stays.sum(-1)
+        return best_of_each_head(self.scorer.reranked(tokens, shared, counts), counts)

@@ -73,6 +73,11 @@ class Scheduler(ABC):
         return True
 
     @property
+    def decides_by_scores(self) -> bool:
+        """Whether a KV head keeps the tokens of its highest `scores`, and nothing else decides."""
+        return True
+
+    @property
     def needs(self) -> frozenset[str]:
         """What of `experts`, `output` and `module` it wants to find in `Tokens`."""
         return frozenset()
@@ -114,6 +119,10 @@ class Scheduler(ABC):
         if tokens.sinks:
             scores = scores.masked_fill((number >= 0) & (number < tokens.sinks), torch.inf)
         return scores if tokens.valid is None else scores.masked_fill(number < 0, -torch.inf)
+
+    def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
+        """`ranked` [R, H, T] as it is for heads that keep `counts` [R, H] tokens; changes nothing."""
+        return ranked
 
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
         """Indices [R, H, K] of the places that stay, ascending; changes nothing.
@@ -158,6 +167,10 @@ class Wrapper(Scheduler):
     @property
     def is_per_head(self) -> bool:
         return self.scorer.is_per_head
+
+    @property
+    def decides_by_scores(self) -> bool:
+        return self.scorer.decides_by_scores
 
     @property
     def needs(self) -> frozenset[str]:

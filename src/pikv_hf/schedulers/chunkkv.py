@@ -25,6 +25,11 @@ class ChunkKV(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.scorer.decides_by_scores:
+            raise ValueError(
+                f"`scorer` is {self.scorer!r}, which chooses by more than its scores; it must be one "
+                "that only scores tokens, such as SnapKV()."
+            )
         length = self.chunk_length
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ValueError(f"`chunk_length` is {length!r}; it must be a positive whole number.")

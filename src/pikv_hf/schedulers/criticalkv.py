@@ -1,0 +1,99 @@
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..latent import LatentQuery
+from .base import Scheduler, Tokens, Wrapper, newest_of_best
+from .snapkv import SnapKV
+
+# Numbers of one block of projected values: 64 MiB in float32.
+BLOCK = 2**24
+
+
+@dataclass(frozen=True)
+class CriticalKV(Wrapper):
+    """Attention times what it would add to the output (Feng et al., arXiv 2502.03805, algorithm 1).
+
+    Of the tokens that a KV head keeps, `first_stage_ratio` are those of the highest scores; the
+    others those whose score, plus `epsilon`, times the L1 norm of the value as the layer's output
+    projection leaves it is highest. The norm is the mean over the query heads of the KV head. The
+    paper's bound of the error that dropping makes needs both stages.
+
+    The budget is that of the tokens that may go: open ones have no part in it. In
+    `AdaKV(CriticalKV(...))` the scores alone share the budget among heads, each of which then
+    chooses in two stages, but keeps what AdaKV keeps safe.
+
+    Args:
+        scorer: whose scores decide, attention or what stands for it.
+        first_stage_ratio: share that the scores alone choose, in [0, 1].
+        epsilon: what is added to every score in the second stage, >= 0.
+    """
+
+    scorer: Scheduler = field(default_factory=SnapKV)
+    first_stage_ratio: float = 0.5
+    epsilon: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scorer, ratio = self.scorer, self.first_stage_ratio
+        if not scorer.observed_queries or not scorer.decides_by_scores:
+            raise ValueError(
+                f"`scorer` is {scorer!r}; it must be one whose scores are attention, such as "
+                "SnapKV(). With AdaKV: AdaKV(CriticalKV(SnapKV()))."
+            )
+        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio <= 1:
+            raise ValueError(f"`first_stage_ratio` is {ratio!r}; it must be a number in [0, 1].")
+        if not isinstance(self.epsilon, int | float) or not self.epsilon >= 0:
+            raise ValueError(f"`epsilon` is {self.epsilon!r}; it must be a number, 0 or more.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.scorer.needs | {"output", "module"}
+
+    @property
+    def decides_by_scores(self) -> bool:
+        return False
+
+    def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
+        first = (counts.double() * self.first_stage_ratio).long()
+        best = newest_of_best(ranked, int(first.max()))
+        is_first = torch.arange(best.shape[2], device=best.device) < first[..., None]
+        stays = torch.zeros_like(ranked, dtype=torch.bool).scatter(2, best, is_first)
+        second = (ranked + self.epsilon) * projected_norms(tokens)
+        # Sinks and what is no token stay above and below all others.
+        second = torch.where(ranked.isfinite(), second, ranked)
+        return second.masked_fill(stays, torch.inf)
+
+    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+        ranked = self.ranked(tokens)
+        counts = torch.full(ranked.shape[:2], min(budget, ranked.shape[2]), device=ranked.device)
+        return newest_of_best(self.reranked(tokens, ranked, counts), budget).sort(dim=-1).values
+
+
+def projected_norms(tokens: Tokens) -> Tensor:
+    """How long the output projection leaves each value: its L1 norm [R, H, T], in float32.
+
+    The mean over the query heads of each KV head. One head and a block of tokens at a time. Of
+    latents (MLA) the values are those that each query head expands from them.
+    """
+    assert tokens.output is not None, "the cache gives what `needs` names"
+    output, values, up = tokens.output, tokens.values, None
+    dim = values.shape[3]
+    if dim == 0:
+        dim, rank = tokens.module.v_head_dim, tokens.module.kv_lora_rank
+        each = tokens.keys.expand(-1, output.shape[1] // dim, -1, -1)
+        latent = LatentQuery(tokens.module, each, rank)
+        values, up = tokens.keys[..., :rank], latent.weight[:, latent.nope_dim :]
+    rows, heads, count = values.shape[:3]
+    groups = output.shape[1] // dim // heads
+    step = max(1, BLOCK // (rows * output.shape[0]))
+    norms = torch.zeros(rows, heads, count, device=values.device)
+    for head in range(heads * groups):
+        weight = output[:, head * dim : (head + 1) * dim].float().T
+        for start in range(0, count, step):
+            block = values[:, head // groups, start : start + step].float()
+            if up is not None:
+                block = block @ up[head].float().T
+            norms[:, head // groups, start : start + step] += (block @ weight).abs().sum(-1)
+    return norms / groups

@@ -1,0 +1,179 @@
+"""CriticalKV: two stages of choice, against the published algorithm token by token."""
+
+import pytest
+import torch
+from helpers import forward, paged, tiny
+from test_observed import asked
+from test_schedulers import OPEN, in_cached_space, kept, snapkv
+from zoo import prompt
+
+from pikv_hf import PiKVCache
+from pikv_hf.schedulers import (
+    AdaKV,
+    ChunkKV,
+    CriticalKV,
+    KeyDiff,
+    Knorm,
+    PyramidKV,
+    SnapKV,
+    Tokens,
+    criticalkv,
+)
+
+BUDGET, RATIO, EPSILON, ALPHA = 24, 0.5, 1e-4, 0.2
+SNAP = SnapKV(window_size=6, kernel_size=3)
+
+
+def norms(model, layer) -> torch.Tensor:
+    """[H, T]: the mean over a KV head's query heads of the L1 norm of W_o v, head by head."""
+    module = model.model.layers[layer.layer_idx].self_attn
+    keys, values = (t[0].double() for t in layer.states())
+    output = module.o_proj.weight.double()
+    if layer.latent_rank is not None:
+        dims = module.qk_nope_head_dim, module.v_head_dim
+        up = module.kv_b_proj(keys[0].float()).double().unflatten(-1, (-1, sum(dims)))
+        values = up[..., dims[0] :].transpose(0, 1)  # of each query head
+    length, dim = values.shape[1:]
+    heads = output.shape[1] // dim
+    found = torch.zeros(heads, length, dtype=torch.float64)
+    for head in range(heads):
+        value = values[head * len(values) // heads]
+        for token in range(length):
+            projected = output[:, head * dim : (head + 1) * dim] @ value[token]
+            found[head, token] = projected.abs().sum()
+    return found.unflatten(0, (len(keys), -1)).mean(1)
+
+
+def two_stages(scores, norm, budget: int, safe=()) -> set[int]:
+    """What one head keeps of T tokens: algorithm 1; `safe` tokens in any case."""
+    order = sorted(range(len(scores)), key=lambda t: -scores[t])
+    chosen = set(order[: int(budget * RATIO)]) | set(safe)
+    rest = sorted(
+        (t for t in order if t not in chosen), key=lambda t: -(scores[t] + EPSILON) * norm[t]
+    )
+    return chosen | set(rest[: budget - len(chosen)])
+
+
+def one_budget(scores, norm, budget: int) -> list[set[int]]:
+    return [two_stages(s, n, budget) for s, n in zip(scores.tolist(), norm.tolist(), strict=True)]
+
+
+def shared_budget(scores, norm, budget: int) -> list[set[int]]:
+    """The scores share the budget as AdaKV does; then each head chooses for itself."""
+    safe = int(ALPHA * budget)
+    orders = [sorted(range(len(s)), key=lambda t, s=s: -s[t]) for s in scores.tolist()]
+    rest = [(float(scores[h, t]), h) for h, order in enumerate(orders) for t in order[safe:]]
+    rest = sorted(rest, reverse=True)[: len(scores) * (budget - safe)]
+    counts = [safe + sum(head == h for _, head in rest) for h in range(len(scores))]
+    heads = zip(scores.tolist(), norm.tolist(), counts, orders, strict=True)
+    return [two_stages(s, n, count, order[:safe]) for s, n, count, order in heads]
+
+
+CRITICAL = CriticalKV(SNAP, RATIO, EPSILON)
+METHODS = {
+    "criticalkv": (CRITICAL, one_budget),
+    "adakv": (AdaKV(CRITICAL, alpha=ALPHA), shared_budget),
+}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("lengths", [(60,), (60, 51, 43)], ids=["one_row", "left_padded"])
+@pytest.mark.parametrize("method", METHODS)
+def test_kept_set(name, lengths, method) -> None:
+    """As published; in every row what it would be alone; not what the scores alone would keep."""
+    scheduler, oracle = METHODS[method]
+    model = tiny(name, num_hidden_layers=2)
+    inputs = prompt(model, lengths)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    options = {"page_size": 1, "window": OPEN, "budget": BUDGET}
+    cache = PiKVCache(model, scheduler=scheduler, **options)
+    forward(model, ids, mask, cache)
+    by_scores_alone = []
+    for row, length in enumerate(lengths):
+        alone = {"input_ids": ids[row : row + 1, -length:]}
+        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+        whole = PiKVCache(model)
+        forward(model, alone["input_ids"], alone["attention_mask"], whole)
+        everything = asked(name, alone, num_hidden_layers=2)
+        for layer, queries, found in zip(paged(whole), everything, kept(cache, row), strict=True):
+            queries, keys = in_cached_space(model, layer, queries)
+            scores = snapkv(queries, keys, paged(cache)[0].scale)
+            norm = norms(model, layer)[:, :-OPEN]
+            expected = oracle(scores, norm, BUDGET - OPEN)
+            pad = ids.shape[1] - length
+            assert [{at - pad for at in head} for head in found] == expected
+            assert sum(map(len, found)) == (BUDGET - OPEN) * len(found)
+            by_scores_alone.append(expected == oracle(scores, torch.ones_like(norm), BUDGET - OPEN))
+    assert not all(by_scores_alone), "norms make no difference"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_norms_in_blocks(seed, monkeypatch) -> None:
+    """The same in blocks of any size, with several rows and GQA."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    keys, values, output = draw(2, 3, 17, 8), draw(2, 3, 17, 5), draw(32, 3 * 2 * 5)
+    positions = torch.arange(17).expand(2, 3, -1)
+    tokens = Tokens(positions, keys, values, keys[:, :, :0], 17, output=output)
+    weights = output.double().T.unflatten(0, (3, 2, 5))
+    expected = torch.einsum("rhtd,hgdo->rhgto", values.double(), weights).abs().sum(-1).mean(2)
+    for block in (1, 5 * 2 * 32, 2**24):
+        monkeypatch.setattr(criticalkv, "BLOCK", block)
+        assert torch.allclose(criticalkv.projected_norms(tokens).double(), expected, rtol=1e-5)
+
+
+def test_sinks_and_places_without_a_token() -> None:
+    """Sinks stay though their values vanish, and what is no token never stays."""
+    torch.manual_seed(0)
+    keys, queries = torch.randn(1, 2, 12, 8), torch.randn(1, 2, 2, 6, 8)
+    values = torch.randn(1, 2, 12, 4)
+    valid = torch.arange(12).expand(1, 2, 12) >= torch.tensor([0, 5])[:, None]
+    values[0, 0, :3] = values[0, 1, 5:8] = 0
+    positions = torch.arange(12).expand(1, 2, 12)
+    tokens = Tokens(
+        positions, keys, values, keys[:, :, :0], 12, queries=queries, valid=valid, sinks=3,
+        output=torch.randn(16, 16),
+    )  # fmt: skip
+    for scheduler in (CRITICAL, AdaKV(CRITICAL)):
+        keep = scheduler.keep(tokens, 6)[0].tolist()
+        assert set(range(3)) <= set(keep[0]) and {5, 6, 7} <= set(keep[1])
+        assert all(at == -1 or valid[0, head, at] for head in (0, 1) for at in keep[head])
+
+
+def test_composition_and_refusals() -> None:
+    model = tiny("mixtral")
+    inputs = prompt(model, (80,))
+    options = {"budget": 30, "page_size": 1, "window": 6}
+    sets = []
+    for scheduler in (SNAP, CriticalKV(SNAP, 1.0), CRITICAL, PyramidKV(CRITICAL, beta=1.5)):
+        cache = PiKVCache(model, scheduler=scheduler, **options)
+        forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
+        sets.append(kept(cache, 0))
+    assert sets[0] == sets[1], "the first stage is all"
+    assert sets[1] != sets[2] and len(sets[3][0][0]) > len(sets[2][0][0]) > len(sets[3][-1][0])
+    for scorer in (Knorm(), KeyDiff(), AdaKV(SNAP), CRITICAL):
+        with pytest.raises(ValueError, match="whose scores are attention"):
+            CriticalKV(scorer)
+    for scorer in (AdaKV(SNAP), CRITICAL):
+        with pytest.raises(ValueError, match="chooses by more than its scores"):
+            ChunkKV(scorer)
+    for ratio in (-0.1, 1.1, True, "a"):
+        with pytest.raises(ValueError, match="`first_stage_ratio` is"):
+            CriticalKV(first_stage_ratio=ratio)
+    for epsilon in (-1.0, float("nan"), "a"):
+        with pytest.raises(ValueError, match="`epsilon` is"):
+            CriticalKV(epsilon=epsilon)
+
+
+@pytest.mark.parametrize("change", [lambda w: w.to("meta"), lambda w: w.to(torch.uint8)])
+def test_a_projection_without_plain_weights_is_refused(change) -> None:
+    from zoo import build
+
+    model = build("mixtral", "eager")
+    projection = model.model.layers[1].self_attn.o_proj
+    projection.weight = torch.nn.Parameter(change(projection.weight.data), requires_grad=False)
+    with pytest.raises(ValueError, match="not quantized, nor offloaded"):
+        PiKVCache(model, scheduler="criticalkv", budget=30)
