@@ -86,7 +86,8 @@ def test_fork(name, method) -> None:
     actual = answer(forked, slice(None))
     assert document.nbytes == nbytes and document.get_seq_length() == 40
     after = [t for layer in paged(document) for t in layer.pages.tensors()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    for was, now in zip(before, after, strict=True):  # room that is not written to may be NaN
+        assert torch.equal(was.view(torch.uint8), now.contiguous().view(torch.uint8))
     alone = PiKVCache(model, **options)
     forward(model, ids, mask, alone)
     alone.batch_repeat_interleave(3)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from typing_extensions import Self
 
 from .attached import AttachedCache
+from .checks import check_crop
 from .compressors import Compressor, Identity
 from .layer import PagedLayer
 from .placement import Placement
@@ -136,7 +137,7 @@ class PiKVCache(AttachedCache):
         """
         for layer in self.layers:
             if isinstance(layer, PagedLayer):
-                layer.check_crop(tokens_to_remove)
+                check_crop(layer, tokens_to_remove)
         super().crop(tokens_to_remove)
         self.log.crop(self.get_seq_length())
 

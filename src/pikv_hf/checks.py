@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .attached import AttachedCache
+    from .layer import PagedLayer
 
 _CONTINUE = (
     "to continue it pass the full token ids (cached ones included), or only the new ids with an "
@@ -109,6 +110,25 @@ def _check_positions(positions: Tensor, mask: Any, seen: int) -> None:
         raise ValueError(
             f"the new tokens start at position {first.tolist()}, but the cache ends at {at}: "
             f"`past_key_values` holds {seen} tokens; {_CONTINUE}."
+        )
+
+
+def check_crop(layer: "PagedLayer", tokens_to_remove: int) -> None:
+    """Raise unless `layer.crop(tokens_to_remove)` can be done; changes nothing."""
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"`tokens_to_remove` is {tokens_to_remove}; it must be 0 or the negative number of "
+            "tokens to remove."
+        )
+    if -tokens_to_remove > layer.seen:
+        raise ValueError(
+            f"`tokens_to_remove` is {tokens_to_remove}, but the cache has seen {layer.seen} tokens."
+        )
+    tail = layer.tail.length if layer.is_initialized else 0
+    if -tokens_to_remove > tail and layer.shared.scheduler is not None:
+        raise ValueError(
+            f"`tokens_to_remove` is {tokens_to_remove}, but only the newest {tail} tokens can be "
+            "removed from a cache whose scheduler may have dropped older ones."
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .pages import MAX_GROWTH, MIN_GROWTH
+from .records import settled, with_record
 from .schedulers import PlacedTokens, Scheduler, Tokens
 from .span import Span
 
@@ -17,19 +18,32 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "linear_out")
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def kept(layer: "PagedLayer", rows: list[int], new: Span, count: int, scheduler: Scheduler) -> Span:
+def kept(
+    layer: "PagedLayer",
+    rows: list[int],
+    new: Span,
+    count: int,
+    scheduler: Scheduler,
+    mask: Tensor | None,
+) -> Span:
     """What of `new`, tokens of `rows`, is to be sealed: with the sealed tokens, if some must go.
 
-    `count` tokens at the beginning of the tail are leaving it.
+    `count` tokens at the beginning of the tail are leaving it; `mask` is the newest of the model.
     """
     held = layer.pages.held(rows[0])
     available = len(new) + (0 if held is None else math.ceil(held.double().mean()))
     budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
     slack = 0 if layer.generated == 0 else layer.shared.interval - 1
-    if budget is None or available <= budget + slack:
+    is_within = budget is None or available <= budget + slack
+    if is_within and not scheduler.records:
         return new
     sealed = layer.pages.take(rows)
+    if scheduler.records:
+        sealed = settled(layer, rows, sealed, mask)
+        new = with_record(layer, rows, new)
     span = new if sealed is None else sealed.then(new)
+    if is_within:
+        return span.front()
     keep = scheduler.keep(_tokens(layer, rows, span, count, scheduler), budget)
     if not scheduler.is_ragged:
         return span.gather(keep)
@@ -110,6 +124,7 @@ def _tokens(
         layer_idx=layer.layer_idx,
         queries=layer.observed.of_rows(rows, scheduler.observed_queries),
         scale=layer.scale,
+        record=span["record"] if scheduler.records else None,
         valid=span["valid"].expand(shape) if "valid" in span else None,
         sinks=layer.shared.sinks,
         output=output_weight(module) if "output" in needs else None,

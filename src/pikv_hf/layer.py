@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from .checks import check_crop
 from .context import CONTEXT
 from .geometry import alike
 from .guard import Guard
@@ -15,6 +16,7 @@ from .listing import listed_states
 from .observed import Observed
 from .pages import PageTable
 from .probe import Probe
+from .records import settle_held
 from .sealing import seal_oldest
 from .shared import Shared, visible_columns
 from .span import Span
@@ -39,10 +41,9 @@ class PagedLayer(DynamicLayer):
         # Which paged layer of how many this is.
         self.place = (0, 1)
         self.scale = 1.0
-        scheduler = shared.scheduler
-        wanted = 0 if scheduler is None else scheduler.observed_queries
         self.guard, self.probe = Guard(), Probe(shared.probe)
-        self.observed = Observed(max(compressor.observed_queries, wanted, self.probe.queries))
+        wanted, scheduler = (compressor, self.probe), shared.scheduler
+        self.observed = Observed.wanted_by(wanted if scheduler is None else (*wanted, scheduler))
         self.seen = 0
         # `seen` at the end of the prompt; what came later was generated.
         self.prompt_end = 0
@@ -160,6 +161,8 @@ class PagedLayer(DynamicLayer):
         self._mask = mask
         if not self._seals and mask is not None:
             self._mask = mask if mask.dim() == 2 else mask[:, :1, -1:]
+        if self.shared.holding and self.observed.pending is not None:
+            settle_held(self, self._mask)
         if self.has_gate and self.shared.needs_labels:
             self.awaits = "experts"
         else:
@@ -208,7 +211,7 @@ class PagedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` tokens; 0 only ends a verification."""
-        self.check_crop(tokens_to_remove)
+        check_crop(self, tokens_to_remove)
         target = self.seen + tokens_to_remove
         if not self.is_initialized:
             return
@@ -219,7 +222,7 @@ class PagedLayer(DynamicLayer):
             self.pages.crop(target)
         mask = self._mask
         self.tail.truncate(max(target - sealed, 0))
-        self.observed.truncate(-tokens_to_remove)
+        self.observed.truncate(-tokens_to_remove, self.tail.length)
         self.seen, self.prompt_end = target, min(self.prompt_end, target)
         if self.record_past:
             self._mask = mask if mask is None else mask[..., : mask.shape[-1] + tokens_to_remove]
@@ -227,29 +230,11 @@ class PagedLayer(DynamicLayer):
             self.compress()
             self.record_past = True
 
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise unless `crop(tokens_to_remove)` can be done; changes nothing."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"`tokens_to_remove` is {tokens_to_remove}; it must be 0 or the negative number of "
-                "tokens to remove."
-            )
-        if -tokens_to_remove > self.seen:
-            raise ValueError(
-                f"`tokens_to_remove` is {tokens_to_remove}, but the cache has seen {self.seen} tokens."
-            )
-        tail = self._tail.length if self._tail is not None else 0
-        if -tokens_to_remove > tail and self.shared.scheduler is not None:
-            raise ValueError(
-                f"`tokens_to_remove` is {tokens_to_remove}, but only the newest {tail} tokens can be "
-                "removed from a cache whose scheduler may have dropped older ones."
-            )
-
     def reset(self) -> None:
         """Forget all tokens; the layer can be used for another batch, dtype or device."""
         self._tail, self.seen, self.prompt_end, self.is_first = None, 0, 0, False
         self.pages = PageTable(self.pages.compressor, self.pages.page_size)
-        self.observed = Observed(self.observed.limit)
+        self.observed = Observed(self.observed.most, self.observed.width)
         self.guard.reset()
         self.probe.reset()
         self.record_past, self.awaits, self._mask = False, None, None

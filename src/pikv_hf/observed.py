@@ -1,20 +1,38 @@
-"""The newest queries of one layer, for methods that ask what is attended to."""
+"""The queries of one layer, for methods that ask what is attended to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+EVERY = 2**62
+
 
 class Observed:
-    """Queries [B, H, G, n, D] of the newest n tokens, at most `limit`, of each KV head's G heads.
+    """Queries [B, H, G, n, D] of the newest n tokens, at most `most`, of each KV head's G heads.
 
-    Those of padding are zeros. A copy: nothing keeps the prompt's queries alive.
+    Those of padding are zeros. Copies: nothing keeps the prompt's queries alive. For schedulers that
+    keep `width` numbers of each token, `pending` are the queries that these do not contain yet, and
+    `record` [B, H, t, width] are those of the oldest t open tokens.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, most: int, width: int = 0) -> None:
+        self.most, self.width = most, width
         self.queries: Tensor | None = None
+        self.pending: Tensor | None = None
+        self.record: Tensor | None = None
+
+    @classmethod
+    def wanted_by(cls, methods: Sequence[Any]) -> "Observed":
+        """As many as the most demanding of some methods asks for (`observed_queries`, `records`)."""
+        most = max(method.observed_queries for method in methods)
+        return cls(most, max(getattr(method, "records", 0) for method in methods))
+
+    @property
+    def limit(self) -> int:
+        """How many of the newest queries are wanted."""
+        return EVERY if self.width else self.most
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:
         """`queries` [B, H, G, q, D] of new tokens, `visible` [B or 1, q] where they are no padding."""
@@ -22,21 +40,30 @@ class Observed:
         if visible is not None:
             seen = visible[:, None, None, -self.limit :, None]
             newest = newest * seen.to(newest.device, newest.dtype)
-        kept = self.limit - newest.shape[3]
-        if self.queries is None or kept <= 0:
-            self.queries = newest.clone()
-        else:
-            self.queries = torch.cat([self.queries[:, :, :, -kept:], newest], dim=3)
+        if self.most:
+            self.queries = _followed(self.queries, newest, self.most)
+        if self.width:
+            self.pending = _followed(self.pending, newest, EVERY)
 
-    def truncate(self, removed: int) -> None:
-        """Forget the newest `removed` tokens."""
-        if self.queries is not None and removed:
-            left = max(self.queries.shape[3] - removed, 0)
-            self.queries = self.queries[:, :, :, :left].clone() if left else None
+    def drop(self, tokens: int) -> None:
+        """The oldest `tokens` open tokens are open no more."""
+        if self.record is not None:
+            self.record = self.record[:, :, tokens:].clone()
+
+    def truncate(self, removed: int, opened: int) -> None:
+        """Forget the newest `removed` tokens; `opened` stay open."""
+        if removed:
+            self.queries, self.pending = (
+                _without_newest(queries, removed) for queries in (self.queries, self.pending)
+            )
+        if self.record is not None:
+            self.record = self.record[:, :, :opened]
 
     def map_rows(self, index: Tensor) -> None:
-        if self.queries is not None:
-            self.queries = self.queries.index_select(0, index.to(self.queries.device))
+        for name in ("queries", "pending", "record"):
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, held.index_select(0, index.to(held.device)))
 
     def of_rows(self, rows: list[int], newest: int) -> Tensor | None:
         """Those of at most `newest` tokens, [R, H, G, n, D]; None before any, or for 0."""
@@ -48,5 +75,18 @@ class Observed:
         return queries.index_select(0, torch.tensor(rows, device=queries.device))
 
     def tensors(self) -> Iterator[Tensor]:
-        if self.queries is not None:
-            yield self.queries
+        held = (self.queries, self.pending, self.record)
+        yield from (tensor for tensor in held if tensor is not None)
+
+
+def _followed(older: Tensor | None, newer: Tensor, most: int) -> Tensor:
+    """The newest `most` queries of both: a copy."""
+    kept = most - newer.shape[3]
+    if older is None or kept <= 0:
+        return newer[:, :, :, -most:].clone()
+    return torch.cat([older[:, :, :, -kept:], newer], dim=3)
+
+
+def _without_newest(queries: Tensor | None, removed: int) -> Tensor | None:
+    left = 0 if queries is None else queries.shape[3] - removed
+    return queries[:, :, :, :left].clone() if queries is not None and left > 0 else None

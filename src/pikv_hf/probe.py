@@ -20,12 +20,12 @@ _BLOCK = 2048  # tokens copied in float32 at a time
 class Probe:
     """Sums of squares of one layer: of the error of attention outputs, and of the exact outputs.
 
-    They stay on the device of the layer until `error` is asked for. `queries` is how many of the
-    newest tokens are to be observed, 0 if nothing is measured.
+    They stay on the device of the layer until `error` is asked for. `observed_queries` is how many
+    of the newest tokens are to be observed, 0 if nothing is measured.
     """
 
     def __init__(self, is_on: bool) -> None:
-        self.queries = _QUERIES if is_on else 0
+        self.observed_queries = _QUERIES if is_on else 0
         self._sums: Tensor | None = None
 
     def reset(self) -> None:

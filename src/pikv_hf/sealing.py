@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from .eviction import kept
+from .records import settled
 from .shared import rows_by_visibility
 from .span import Span
 
 if TYPE_CHECKING:
     from .layer import PagedLayer
+
+# Batch rows that are alike, and the columns of the tail that they see: None = all.
+Groups = list[tuple[list[int], Tensor | None]]
 
 
 def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
@@ -21,7 +25,8 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
     """
     oldest = layer.tail.span(layer.seen - layer.tail.length, count)
     compressor = layer.pages.compressor
-    for rows, columns in _groups(layer, count, mask):
+    groups = _groups(layer, count, mask)
+    for rows, columns in groups:
         span = oldest if len(rows) == layer.tail.batch else oldest.rows(torch.tensor(rows))
         if columns is not None:
             span = span.tokens(columns)
@@ -29,7 +34,7 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
         for row in rows:
             layer.left[row] += len(span)
         if layer.shared.scheduler is not None:
-            span = kept(layer, rows, span, count, layer.shared.scheduler)
+            span = kept(layer, rows, span, count, layer.shared.scheduler, mask)
         if not len(span):
             continue  # nothing stays
         queries = layer.observed.of_rows(rows, compressor.observed_queries)
@@ -40,6 +45,17 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
             _examine(layer, rows, new, queries)
         except ValueError as error:
             raise ValueError(f"layer {layer.layer_idx}: {error}") from error
+    _end_records(layer, count, groups, mask)
+
+
+def _end_records(layer: "PagedLayer", count: int, groups: Groups, mask: Tensor | None) -> None:
+    """Settle the rows that sealed nothing, too; `count` tokens are open no more."""
+    if layer.observed.pending is not None:
+        busy = {row for rows, _ in groups for row in rows}
+        for row in set(range(layer.tail.batch)) - busy:
+            settled(layer, [row], None, mask)
+        layer.observed.pending = None
+    layer.observed.drop(count)
 
 
 def _examine(layer: "PagedLayer", rows: list[int], new: Span, queries: Tensor | None) -> None:
@@ -48,15 +64,13 @@ def _examine(layer: "PagedLayer", rows: list[int], new: Span, queries: Tensor | 
     Not at what was sealed: that may hold tokens which were decoded, so that no original is left.
     """
     layer.guard.check(layer.pages, new, queries, layer.left[rows[0]], layer.layer_idx)
-    asked = layer.observed.of_rows(rows, layer.probe.queries)
+    asked = layer.observed.of_rows(rows, layer.probe.observed_queries)
     if asked is not None:
         pages = layer.pages.apart(new, queries)
         layer.probe.measure(new, pages, asked.flatten(2, 3), layer.scale, layer.latent_rank)
 
 
-def _groups(
-    layer: "PagedLayer", count: int, mask: Tensor | None
-) -> list[tuple[list[int], Tensor | None]]:
+def _groups(layer: "PagedLayer", count: int, mask: Tensor | None) -> Groups:
     """Batch rows whose first `count` tail columns are alike: (rows, visible columns or None).
 
     A column that the newest query may not see is padding, which never enters a page.

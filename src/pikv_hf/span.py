@@ -74,6 +74,12 @@ class Span:
         ones = torch.ones(1, 1, len(self), dtype=torch.bool, device=device)
         return Span({"valid": ones} | self.tensors)
 
+    def front(self) -> "Span":
+        """The same with the valid places of each row and head before the others."""
+        if "valid" not in self:
+            return self
+        return self.gather(self["valid"].int().argsort(dim=-1, descending=True, stable=True))
+
     def with_room(self, tokens: int) -> "Span":
         """Copies long enough for `tokens`, the rest unwritten."""
 

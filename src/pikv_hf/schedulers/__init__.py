@@ -5,6 +5,7 @@ from .base import Scheduler, Tokens
 from .chunkkv import ChunkKV
 from .criticalkv import CriticalKV
 from .expected_attention import ExpectedAttention
+from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
 from .lagkv import LagKV
@@ -17,6 +18,7 @@ from .tova import Tova
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
     "streaming_llm": StreamingLLM,
+    "h2o": H2O,
     "snapkv": SnapKV,
     "tova": Tova,
     "knorm": Knorm,
@@ -32,6 +34,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
 
 __all__ = [
     "SCHEDULERS",
+    "H2O",
     "AdaKV",
     "ChunkKV",
     "CriticalKV",

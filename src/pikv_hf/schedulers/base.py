@@ -23,7 +23,8 @@ class Tokens:
     query heads of each KV head: as many as `observed_queries` of the scheduler, or fewer at first;
     zeros stand for padding. None if it asks for none.
 
-    What a scheduler `needs`, else None: `experts` [R, 1 or H, T, k] and `weights`, the choice of the
+    `record` [R, H, T, c]: the c numbers that the scheduler keeps of each token (`records`), after all
+    queries so far; None if it keeps none. What a scheduler `needs`, else None: `experts` [R, 1 or H, T, k] and `weights`, the choice of the
     model's gate for each candidate, `open_experts` [R, 1, n, k] and `open_weights` those of the open
     tokens (None, too, in a layer without a gate); `output` [hidden, Hq * Dv], the weight of the
     layer's output projection; `module`, its attention module.
@@ -40,6 +41,7 @@ class Tokens:
     queries: Tensor | None = None
     scale: float = 1.0
     valid: Tensor | None = None
+    record: Tensor | None = None
     sinks: int = 0
     experts: Tensor | None = None
     weights: Tensor | None = None
@@ -122,6 +124,26 @@ class Scheduler(ABC):
 
     def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
         """`ranked` [R, H, T] as it is for heads that keep `counts` [R, H] tokens; changes nothing."""
+    @property
+    def records(self) -> int:
+        """How many numbers are kept of each token, which every query may change; 0 = none."""
+        return 0
+
+    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+        """`record` [R, H, T, records] of tokens, zeros at first, after m more queries.
+
+        `weights` [R, H, G, m, T]: how the queries of positions `asked_at` [m] attend to the tokens,
+        in float32; zeros stand for padding. Changes nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no records.")
+
+    def check_layers(self, layers: int) -> None:
+        """Refuse a model of which `layers` layers are paged, if it cannot serve it.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
         return ranked
 
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
@@ -192,3 +214,10 @@ class Wrapper(Scheduler):
 
     def scores(self, tokens: Tokens) -> Tensor:
         return self.scorer.scores(tokens)
+    @property
+    def records(self) -> int:
+        return self.scorer.records
+
+    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+        return self.scorer.recorded(record, weights, asked_at)
+

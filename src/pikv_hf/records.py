@@ -1,0 +1,107 @@
+"""What the queries of a layer say of each of its tokens, for schedulers that keep count.
+
+Shapes: R rows, H KV heads, G query heads of each, m queries, T tokens, c numbers of a record.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .schedulers import Scheduler
+from .shared import visible_columns
+from .span import Span
+
+if TYPE_CHECKING:
+    from .layer import PagedLayer
+
+# Numbers of one block of attention weights: 64 MiB in float32.
+BLOCK = 2**24
+
+
+def settled(
+    layer: "PagedLayer", rows: list[int], sealed: Span | None, mask: Tensor | None
+) -> Span | None:
+    """`sealed`, all sealed tokens of `rows`, with records that the pending queries have added to.
+
+    Those of the tail are added to in place. `mask` is the newest one of the model, whose last
+    columns are the tail's.
+    """
+    scheduler, tail, observed = layer.shared.scheduler, layer.tail, layer.observed
+    assert scheduler is not None
+    queries = observed.pending
+    if queries is None:
+        return sealed
+    index = torch.tensor(rows, device=queries.device)
+    first = layer.seen - tail.length
+    opened = Span({"keys": tail.view()[0], "record": tail_record(layer)}).rows(index)
+    visible = visible_columns(mask, tail.length)
+    if visible is None:
+        visible = torch.ones(1, tail.length, dtype=torch.bool, device=queries.device)
+    visible = visible.expand(tail.batch, -1)[index][:, None]
+    positions = torch.arange(first, layer.seen, device=queries.device)[None, None]
+    opened = opened.joined(Span({"positions": positions, "valid": visible}))
+    every = opened if sealed is None else sealed.then(opened)
+    record = recorded(scheduler, every, queries[index], layer.seen, layer.scale)
+    before = record.shape[2] - tail.length
+    assert observed.record is not None
+    observed.record[index] = record[:, :, before:]
+    if sealed is None:
+        return None
+    return sealed.joined(Span({"record": record[:, :, :before]}))
+
+
+def with_record(layer: "PagedLayer", rows: list[int], new: Span) -> Span:
+    """`new`, open tokens of `rows`, with their records."""
+    record = Span({"record": tail_record(layer)}).rows(torch.tensor(rows))
+    first = layer.seen - layer.tail.length
+    return new.joined(record.tokens(new["positions"][0, 0] - first))
+
+
+def settle_held(layer: "PagedLayer", mask: Tensor | None) -> None:
+    """Settle a layer that does not seal: what is pending is too much to keep."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row in range(layer.tail.batch):
+        groups.setdefault(layer.pages.signature(row), []).append(row)
+    for rows in groups.values():
+        sealed = settled(layer, rows, layer.pages.take(rows), mask)
+        if sealed is not None:
+            layer.pages.append(sealed.front(), rows, layer.tail.batch)
+    layer.observed.pending = None
+
+
+def tail_record(layer: "PagedLayer") -> Tensor:
+    """The records of the open tokens [B, H, n, c]; new tokens start with zeros."""
+    observed, tail, width = layer.observed, layer.tail, layer.observed.width
+    shape = *tail.keys.shape[:2], tail.length, width
+    if observed.record is None:
+        observed.record = tail.keys.new_zeros(shape, dtype=torch.float32)
+    missing = tail.length - observed.record.shape[2]
+    if missing:
+        observed.record = F.pad(observed.record, (0, 0, 0, missing))
+    return observed.record
+
+
+def recorded(
+    scheduler: Scheduler, tokens: Span, queries: Tensor, seen: int, scale: float
+) -> Tensor:
+    """The records [R, H, T, c] of `tokens` after the newest `queries` [R, H, G, m, D].
+
+    Each query's attention is taken over the tokens that are not newer than itself; that of padding,
+    which is zero, counts for nothing. A few queries at a time: no matrix of all of them is held.
+    """
+    keys, record = tokens["keys"].float(), tokens["record"]
+    newest = tokens["positions"].expand(keys.shape[:3])
+    if "valid" in tokens:
+        newest = newest.masked_fill(~tokens["valid"], seen)
+    at = torch.arange(seen - queries.shape[3], seen, device=queries.device)
+    step = max(1, BLOCK // (keys[..., 0].numel() * queries.shape[2]))
+    for block, asked_at in zip(queries.split(step, dim=3), at.split(step), strict=True):
+        is_query = block.ne(0).any(-1)[:, :, :, :, None]
+        scores = block.float() @ keys[:, :, None].transpose(-1, -2) * scale
+        hidden = newest[:, :, None, None] > asked_at[:, None]
+        weights = scores.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
+        weights = weights.masked_fill(hidden | ~is_query, 0.0)
+        record = scheduler.recorded(record, weights, asked_at)
+    return record

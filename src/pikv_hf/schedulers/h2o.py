@@ -1,0 +1,51 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Scheduler, Tokens, newest_of_best
+
+
+@dataclass(frozen=True)
+class H2O(Scheduler):
+    """Heavy hitters and recent tokens stay (Zhang et al., arXiv 2306.14048, algorithm 1).
+
+    The score is the attention that a token has ever got, from every query while it was held, summed
+    over the query heads of its KV head. The attention of a prompt is computed a second time for it,
+    a few queries at a time.
+
+    Args:
+        recent_ratio: share of the budget, in [0, 1], for the newest tokens, the open ones included;
+            the paper's half.
+        mean: divide the sum by the number of queries that could see the token, so that early tokens
+            have no advantage.
+    """
+
+    recent_ratio: float = 0.5
+    mean: bool = False
+
+    def __post_init__(self) -> None:
+        ratio = self.recent_ratio
+        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio <= 1:
+            raise ValueError(f"`recent_ratio` is {ratio!r}; it must be a number in [0, 1].")
+        if not isinstance(self.mean, bool):
+            raise TypeError(f"`mean` is {self.mean!r}; it must be True or False.")
+
+    @property
+    def records(self) -> int:
+        return 1
+
+    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+        return record + weights.sum((2, 3))[..., None]
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        assert tokens.record is not None, "the cache keeps what `records` asks for"
+        total = tokens.record[..., 0]
+        return total / (tokens.seen - tokens.positions) if self.mean else total
+
+    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+        ranked, opened = self.ranked(tokens), tokens.open_keys.shape[2]
+        recent = int(self.recent_ratio * (budget + opened)) - opened
+        place = torch.arange(ranked.shape[-1], device=ranked.device)
+        ranked = ranked.masked_fill(place >= len(place) - recent, torch.inf)
+        return newest_of_best(ranked, budget).sort(dim=-1).values
