@@ -10,6 +10,8 @@ from .keydiff import KeyDiff
 from .knorm import Knorm
 from .lagkv import LagKV
 from .placed import PlacedTokens
+from .lru import LRU
+from .lru_plus import LRUPlus
 from .pyramidkv import PyramidKV
 from .random import Random
 from .snapkv import SnapKV
@@ -29,13 +31,18 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "criticalkv": CriticalKV,
     "lagkv": LagKV,
     "expected_attention": ExpectedAttention,
+    "lru": LRU,
+    "lru_plus": LRUPlus,
     "random": Random,
 }
 
 __all__ = [
     "SCHEDULERS",
     "H2O",
+    "LRU",
+    "LRUPlus",
     "AdaKV",
+
     "ChunkKV",
     "CriticalKV",
     "ExpectedAttention",

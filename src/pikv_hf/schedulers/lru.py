@@ -1,0 +1,42 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Scheduler, Tokens
+
+
+@dataclass(frozen=True)
+class LRU(Scheduler):
+    """The least recently used tokens go (PiKV, arXiv 2508.06526, table of schedulers: u = -r).
+
+    r is the number of tokens since one was used: since a query head of its KV head gave it at least
+    `threshold` of its attention, or since it came. Were every token that is read a used one, as with
+    pages that are all read, the oldest would go.
+
+    Args:
+        threshold: attention in (0, 1] that counts as use.
+    """
+
+    threshold: float = 0.01
+
+    def __post_init__(self) -> None:
+        limit = self.threshold
+        if not isinstance(limit, int | float) or isinstance(limit, bool) or not 0 < limit <= 1:
+            raise ValueError(f"`threshold` is {limit!r}; it must be a number in (0, 1].")
+
+    @property
+    def records(self) -> int:
+        return 1
+
+    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+        used_at = (self._is_used(weights) * asked_at[:, None].float()).amax(dim=2)
+        return torch.maximum(record, used_at[..., None])
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        assert tokens.record is not None, "the cache keeps what `records` asks for"
+        return torch.maximum(tokens.record[..., 0].double(), tokens.positions.double())
+
+    def _is_used(self, weights: Tensor) -> Tensor:
+        """Whether each of m queries uses a token: [R, H, m, T]."""
+        return (weights >= self.threshold).any(dim=2)

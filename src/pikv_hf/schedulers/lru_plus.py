@@ -1,0 +1,40 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Tokens
+from .lru import LRU
+
+
+@dataclass(frozen=True)
+class LRUPlus(LRU):
+    """As LRU, but frequent use makes up for late use (PiKV, arXiv 2508.06526: u = -r + weight * f).
+
+    f is the number of queries that have used the token.
+
+    Args:
+        threshold: attention in (0, 1] that counts as use.
+        weight: how many tokens later a use more is worth, >= 0.
+    """
+
+    weight: float = 16.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weight = self.weight
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight >= 0:
+            raise ValueError(f"`weight` is {weight!r}; it must be a number, 0 or more.")
+
+    @property
+    def records(self) -> int:
+        return 2
+
+    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+        last, uses = record.split(1, dim=-1)
+        new_uses = self._is_used(weights).sum(dim=2)[..., None]
+        return torch.cat([super().recorded(last, weights, asked_at), uses + new_uses], dim=-1)
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        assert tokens.record is not None, "the cache keeps what `records` asks for"
+        return super().scores(tokens) + self.weight * tokens.record[..., 1].double()
