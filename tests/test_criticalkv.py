@@ -17,6 +17,7 @@ from pikv_hf.schedulers import (
     PyramidKV,
     SnapKV,
     Tokens,
+    Tova,
     criticalkv,
 )
 
@@ -154,8 +155,8 @@ def test_composition_and_refusals() -> None:
         sets.append(kept(cache, 0))
     assert sets[0] == sets[1], "the first stage is all"
     assert sets[1] != sets[2] and len(sets[3][0][0]) > len(sets[2][0][0]) > len(sets[3][-1][0])
-    for scorer in (Knorm(), KeyDiff(), AdaKV(SNAP), CRITICAL):
-        with pytest.raises(ValueError, match="whose scores are attention"):
+    for scorer in (Knorm(), KeyDiff(), Tova(), AdaKV(SNAP), CRITICAL):
+        with pytest.raises(ValueError, match="the attention that each KV head pays"):
             CriticalKV(scorer)
     for scorer in (AdaKV(SNAP), CRITICAL):
         with pytest.raises(ValueError, match="chooses by more than its scores"):

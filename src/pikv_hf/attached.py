@@ -92,9 +92,11 @@ class AttachedCache(Cache):
                 f"`{name}` is {getattr(shared, name)}, which needs the gates of an MoE model; none "
                 f"is found in {type(model).__name__}."
             )
-        if self.shared.scheduler is not None and "output" in self.shared.scheduler.needs:
-            for modules in binding.attention.values():
-                output_weight(modules[0])
+        if self.shared.scheduler is not None:
+            self.shared.scheduler.check_layers(len(binding.attention))
+            if "output" in self.shared.scheduler.needs:
+                for modules in binding.attention.values():
+                    output_weight(modules[0])
         if not hasattr(self, "layers"):
             self.shared.compressor.check(model)
             return
@@ -201,6 +203,7 @@ class AttachedCache(Cache):
     def begin_forward(self, length: int) -> None:
         """A forward pass of `length` tokens begins: a prompt that was held back ends at 1."""
         shared = self.shared
+        shared.forget_notes()  # of a forward pass that failed, or of a `crop`
         is_drafting = any(getattr(layer, "record_past", False) for layer in self.layers)
         if not shared.holds_prompts or is_drafting:
             return

@@ -39,6 +39,10 @@ class Budget:
         return _tokens(self.prefill, seen - generated, tokens_in) + generated
 
     @property
+    def is_in_bytes(self) -> bool:
+        return isinstance(self.prefill, str) or isinstance(self.decode, str)
+
+    @property
     def least_count(self) -> int | None:
         """The smallest number of tokens among the amounts, if one is a number of tokens."""
         counts = [x for x in (self.prefill, self.decode) if isinstance(x, int)]

@@ -140,6 +140,7 @@ class PiKVCache(AttachedCache):
                 check_crop(layer, tokens_to_remove)
         super().crop(tokens_to_remove)
         self.log.crop(self.get_seq_length())
+        self.shared.forget_notes()
 
     def reset(self) -> None:
         """Forget everything; the cache can then be used for any batch."""

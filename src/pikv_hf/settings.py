@@ -29,7 +29,13 @@ def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
         return None
     if scheduler is None:
         raise ValueError(f"`budget` is {given!r}, but there is no `scheduler` to keep to it.")
-    return make_budget(given)
+    budget = make_budget(given)
+    if budget.is_in_bytes and scheduler.exceeds_budget:
+        raise ValueError(
+            f"`budget` is {given!r}, but {scheduler} keeps some layers whole, whatever they take: "
+            "give a number of tokens or a share of them."
+        )
+    return budget
 
 
 def default_window(window: int | None, count: int | None, saves_memory: bool) -> int:

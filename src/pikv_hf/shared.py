@@ -76,8 +76,12 @@ class Shared:
     def end_forward(self) -> None:
         """Forget what served one forward pass only."""
         self.memo.clear()
-        self._notes.clear()
+        self.forget_notes()
         self.scratch.end_forward()
+
+    def forget_notes(self) -> None:
+        """The next layer that takes notes is the first one."""
+        self._notes.clear()
 
     def notes(self, rows: list[int]) -> dict[Any, Any]:
         """What earlier layers of this forward pass left for later ones, about these batch rows."""

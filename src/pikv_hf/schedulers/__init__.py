@@ -6,12 +6,14 @@ from .chunkkv import ChunkKV
 from .criticalkv import CriticalKV
 from .expected_attention import ExpectedAttention
 from .h2o import H2O
+from .fastv import FastV
 from .keydiff import KeyDiff
 from .knorm import Knorm
 from .lagkv import LagKV
 from .placed import PlacedTokens
 from .lru import LRU
 from .lru_plus import LRUPlus
+from .pikv_layer_sum import PiKVLayerSum
 from .pyramidkv import PyramidKV
 from .random import Random
 from .snapkv import SnapKV
@@ -29,6 +31,8 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "pyramidkv": PyramidKV,
     "adakv": AdaKV,
     "criticalkv": CriticalKV,
+    "fastv": FastV,
+    "pikv_layer_sum": PiKVLayerSum,
     "lagkv": LagKV,
     "expected_attention": ExpectedAttention,
     "lru": LRU,
@@ -46,10 +50,12 @@ __all__ = [
     "ChunkKV",
     "CriticalKV",
     "ExpectedAttention",
+    "FastV",
     "KeyDiff",
     "Knorm",
     "LagKV",
     "PlacedTokens",
+    "PiKVLayerSum",
     "PyramidKV",
     "Random",
     "Scheduler",

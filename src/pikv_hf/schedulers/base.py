@@ -75,6 +75,11 @@ class Scheduler(ABC):
         return True
 
     @property
+    def exceeds_budget(self) -> bool:
+        """Whether some layers keep more than their share, on top of the budget."""
+        return False
+
+    @property
     def decides_by_scores(self) -> bool:
         """Whether a KV head keeps the tokens of its highest `scores`, and nothing else decides."""
         return True
@@ -93,6 +98,13 @@ class Scheduler(ABC):
     def least(self) -> int:
         """Sealed tokens that stay even if the open ones fill the budget."""
         return 0
+
+    def check_layers(self, layers: int) -> None:
+        """Refuse a model of which `layers` layers are paged, if it cannot serve it.
+
+        Raises:
+            ValueError: it cannot.
+        """
 
     def budget(self, seen: int) -> int | None:
         """Tokens per row and KV head to hold after `seen` tokens, the tail included.
@@ -191,6 +203,10 @@ class Wrapper(Scheduler):
         return self.scorer.is_per_head
 
     @property
+    def exceeds_budget(self) -> bool:
+        return self.scorer.exceeds_budget
+
+    @property
     def decides_by_scores(self) -> bool:
         return self.scorer.decides_by_scores
 
@@ -205,6 +221,9 @@ class Wrapper(Scheduler):
     @property
     def least(self) -> int:
         return self.scorer.least
+
+    def check_layers(self, layers: int) -> None:
+        self.scorer.check_layers(layers)
 
     def budget(self, seen: int) -> int | None:
         return self.scorer.budget(seen)

@@ -37,10 +37,11 @@ class CriticalKV(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         scorer, ratio = self.scorer, self.first_stage_ratio
-        if not scorer.observed_queries or not scorer.decides_by_scores:
+        is_attention = bool(scorer.observed_queries or scorer.records) and scorer.is_per_head
+        if not is_attention or not scorer.decides_by_scores:
             raise ValueError(
-                f"`scorer` is {scorer!r}; it must be one whose scores are attention, such as "
-                "SnapKV(). With AdaKV: AdaKV(CriticalKV(SnapKV()))."
+                f"`scorer` is {scorer!r}; it must be one whose scores are the attention that each KV "
+                "head pays, such as SnapKV(). With AdaKV: AdaKV(CriticalKV(SnapKV()))."
             )
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio <= 1:
             raise ValueError(f"`first_stage_ratio` is {ratio!r}; it must be a number in [0, 1].")

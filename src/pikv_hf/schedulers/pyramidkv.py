@@ -26,6 +26,11 @@ class PyramidKV(Wrapper):
         super().__post_init__()
         if not isinstance(self.beta, int | float) or not self.beta > 1:
             raise ValueError(f"`beta` is {self.beta!r}; it must be a number greater than 1.")
+        if self.scorer.exceeds_budget:
+            raise ValueError(
+                f"`scorer` is {self.scorer!r}, which has budgets of its own for each layer; it must "
+                "be one that leaves them to PyramidKV, such as SnapKV()."
+            )
 
     @property
     def is_ragged(self) -> bool:

@@ -1,0 +1,61 @@
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .attention_mass import attention_mass
+from .base import Scheduler, Tokens
+
+NOTE = "fastv"
+
+
+@dataclass(frozen=True)
+class FastV(Scheduler):
+    """Layer `layer` chooses for all later ones (Chen et al., arXiv 2403.06764, section 4.1).
+
+    It ranks tokens by the attention that the last ones pay them, averaged over heads; this layer
+    and all behind it keep the same tokens. Earlier layers keep everything, on top of the budget,
+    which is that of the others: R = 50 % in the paper is a budget of 0.5. The paper prunes a prompt
+    once; here the choice is made anew whenever tokens are sealed.
+
+    Args:
+        layer: the first layer that drops, of those that the cache pages; at least 1.
+        window_size: last tokens whose attention counts.
+    """
+
+    layer: int = 2
+    window_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "window_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}; it must be a positive whole number.")
+
+    @property
+    def is_per_head(self) -> bool:
+        return False
+
+    @property
+    def exceeds_budget(self) -> bool:
+        return True
+
+    @property
+    def observed_queries(self) -> int:
+        return self.window_size
+
+    def check_layers(self, layers: int) -> None:
+        if self.layer >= layers:
+            raise ValueError(
+                f"`layer` of {self} is {self.layer}, but only {layers} layers of the model are paged, "
+                f"so that none would drop anything; it must be less than {layers}."
+            )
+
+    def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
+        return available if layer < self.layer else budget
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        # Layers that keep everything never ask: the first that does is layer `layer`.
+        if NOTE not in tokens.notes:
+            tokens.notes[NOTE] = attention_mass(tokens).mean(dim=(1, 2))
+        ranks = tokens.notes[NOTE].to(tokens.keys.device)
+        return ranks[:, None].expand(-1, tokens.keys.shape[1], -1)

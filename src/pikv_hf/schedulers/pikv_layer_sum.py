@@ -1,0 +1,47 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention_mass import attention_mass
+from .base import Scheduler, Tokens
+
+NOTE = "pikv_layer_sum"
+
+
+@dataclass(frozen=True)
+class PiKVLayerSum(Scheduler):
+    """What all layers together attend to (PiKV, arXiv 2508.06526, "Duo": u_i = sum of a_i^(l)).
+
+    a_i is the attention that the newest `window_size` tokens pay token i, averaged over them and
+    over all heads of a layer, so that its heads keep the same tokens. A layer chooses as soon as it
+    has run: layer l knows the layers up to l, the sum over all of them decides in the last layer
+    only. A layer that has dropped a token adds nothing to its sum, nor does one within its budget.
+
+    Args:
+        window_size: newest tokens whose attention counts.
+    """
+
+    window_size: int = 64
+
+    def __post_init__(self) -> None:
+        asked = self.window_size
+        if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+            raise ValueError(f"`window_size` is {asked!r}; it must be a positive whole number.")
+
+    @property
+    def is_per_head(self) -> bool:
+        return False
+
+    @property
+    def observed_queries(self) -> int:
+        return self.window_size
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        mass = attention_mass(tokens).mean(dim=(1, 2))
+        at = tokens.positions[:, 0]  # the same in all heads
+        before = tokens.notes.get(NOTE)  # of every column of the sequence
+        total = torch.zeros_like(mass[:, :1]).expand(-1, tokens.seen) if before is None else before
+        total = total.to(mass.device).scatter_add(1, at, mass)
+        tokens.notes[NOTE] = total
+        return total.gather(1, at)[:, None].expand(-1, tokens.keys.shape[1], -1)
