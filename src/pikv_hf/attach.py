@@ -25,7 +25,7 @@ from .attention import NAME
 from .checks import check_forward, check_generate
 from .context import CONTEXT
 from .gates import Gate, gates_of_layers
-from .rotary import Rotary, rotaries
+from .rotary import Rotary, check_axes, rotaries
 
 _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
 # Held from looking a binding up to counting a cache in, and while one is counted out.
@@ -135,6 +135,8 @@ class Binding:
         if cache is None:
             return
         check_forward(cache, self.model(), kwargs)
+        if cache.shared.needs_rotary:
+            check_axes(kwargs.get("position_ids"))
         cache.begin_forward(_length(args, kwargs))
         CONTEXT.cache, CONTEXT.ids = cache, kwargs.get("input_ids")
 

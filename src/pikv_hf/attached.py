@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from typing_extensions import Self
 
+from .compressors import Identity
 from .context import CONTEXT
 from .eviction import output_weight
 from .geometry import head_dims
@@ -74,6 +75,7 @@ class AttachedCache(Cache):
             binding = binding_of(model)
             self._check_fit(model, binding)
             if self.shared.needs_rotary:
+                self._check_moves(binding)
                 self.shared.rotaries = binding.rotaries
             if not hasattr(self, "layers"):
                 self._fill(model.config, binding)
@@ -107,6 +109,22 @@ class AttachedCache(Cache):
             raise ValueError(
                 f"this PiKVCache was made for a model of {type(self.config).__name__} with paged "
                 f"layers {self._paged()}; it cannot be attached to {type(model).__name__}."
+            )
+
+    def _check_moves(self, binding: "Binding") -> None:
+        """Refuse to move kept keys that nothing turns, or that would be encoded again each time."""
+        scheduler, compressor = self.shared.scheduler, self.shared.compressor
+        if scheduler is None or "rerotate" not in scheduler.needs:
+            return
+        if compressor != Identity():
+            raise ValueError(
+                f"`compressor` is {compressor}, but `scheduler` is {scheduler}, which moves keys again "
+                "and again: each time they would lose more. Use one without the other."
+            )
+        if all(rotary.is_identity for rotary in binding.rotaries.values()):
+            raise ValueError(
+                f"`scheduler` is {scheduler}, which moves keys by the rotary embedding of their "
+                "layer, but no layer that is paged has one."
             )
 
     def detach(self) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .moving import moves, side_by_side, with_rest
 from .pages import MAX_GROWTH, MIN_GROWTH
 from .records import settled, with_record
 from .schedulers import PlacedTokens, Scheduler, Tokens
@@ -30,6 +31,8 @@ def kept(
 
     `count` tokens at the beginning of the tail are leaving it; `mask` is the newest of the model.
     """
+    if moves(scheduler):
+        new = with_rest(layer, new)
     held = layer.pages.held(rows[0])
     available = len(new) + (0 if held is None else math.ceil(held.double().mean()))
     budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
@@ -46,9 +49,11 @@ def kept(
         return span.front()
     keep = scheduler.keep(_tokens(layer, rows, span, count, scheduler), budget)
     if not scheduler.is_ragged:
-        return span.gather(keep)
-    stays = Span({"valid": keep >= 0})
-    return span.without("valid").gather(keep.clamp_min(0)).joined(stays)
+        stays = span.gather(keep)
+    else:
+        stays = span.without("valid").gather(keep.clamp_min(0))
+        stays = stays.joined(Span({"valid": keep >= 0}))
+    return side_by_side(layer, stays, keep, len(span)) if moves(scheduler) else stays
 
 
 def _sealed_budget(layer: "PagedLayer", left: int, count: int, scheduler: Scheduler) -> int | None:

@@ -34,6 +34,11 @@ class Rotary:
         """Whether keys do not depend on their positions (NoPE)."""
         return self.frequencies.numel() == 0
 
+    @property
+    def turning(self) -> slice:
+        """The dims that turn."""
+        return slice(self.offset, self.offset + 2 * self.frequencies.numel())
+
     def rotate(self, states: Tensor, source: Tensor, target: Tensor | int) -> Tensor:
         """`states` [..., T, D] of positions `source` as the model makes them at `target`.
 
@@ -84,6 +89,17 @@ class Rotary:
         turned[..., first] = x * cos - y * sin
         turned[..., second] = y * cos + x * sin
         return turned
+
+
+def check_axes(position_ids: Tensor | None) -> None:
+    """Refuse positions [axes, B, T] of images, of which columns of the sequence tell nothing."""
+    if position_ids is None or position_ids.dim() < 3 or position_ids.shape[-1] == 1:
+        return
+    if not (position_ids[:1] == position_ids).all():
+        raise ValueError(
+            "`scheduler` moves keys or queries to other positions, which cannot be done behind images "
+            "or videos, whose tokens have several positions each: use another scheduler."
+        )
 
 
 def rotaries(decoder: Any, attention: dict[int, list[nn.Module]]) -> dict[int, Rotary]:

@@ -15,6 +15,9 @@ from .routers import Router
 from .schedulers import Scheduler
 from .scratch import Scratch
 
+# What of a scheduler's `needs` moves keys or queries to other positions.
+MOVING = {"rotary", "rerotate"}
+
 
 @dataclass
 class Shared:
@@ -60,7 +63,7 @@ class Shared:
     @property
     def needs_rotary(self) -> bool:
         """Whether keys or queries are moved to other positions."""
-        return self.scheduler is not None and "rotary" in self.scheduler.needs
+        return self.scheduler is not None and not self.scheduler.needs.isdisjoint(MOVING)
 
     @property
     def needs_labels(self) -> bool:
