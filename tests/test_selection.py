@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pikv_hf.selection import best_of_each, newest_of_best, taken
+from pikv_hf.selection import best_of_each_head, best_places, taken
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -32,20 +32,20 @@ def all_kinds(length: int, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 2, 17, 300])
-def test_newest_of_best(length, dtype) -> None:
+def test_best_places(length, dtype) -> None:
     """Any count, also none, all and more than there are."""
     for name, scores in all_kinds(length, dtype).items():
         for count in {0, 1, length // 2, length - 1, length, length + 5}:
-            found = newest_of_best(scores, count)
+            found = best_places(scores, count)
             assert torch.equal(found, oracle(scores, count)), (name, count)
 
 
 @pytest.mark.parametrize("length", [1, 17, 300])
-def test_best_of_each(length) -> None:
+def test_best_of_each_head(length) -> None:
     """Each row has a count of its own, filled up with -1."""
     counts = torch.tensor([[0, 1, length // 2], [length, length - 1, 0]])
     for name, scores in all_kinds(length, torch.float32).items():
-        found = best_of_each(scores, counts)
+        found = best_of_each_head(scores, counts)
         assert found.shape == (2, 3, length)
         for row in range(2):
             for head in range(3):
@@ -53,14 +53,14 @@ def test_best_of_each(length) -> None:
                 expected = oracle(scores[row, head], count)
                 assert torch.equal(found[row, head, :count], expected), (name, count)
                 assert (found[row, head, count:] == -1).all()
-    assert best_of_each(scores, torch.zeros_like(counts)).shape == (2, 3, 0)
+    assert best_of_each_head(scores, torch.zeros_like(counts)).shape == (2, 3, 0)
 
 
 def test_nan_stays() -> None:
     """As with a sort, so that a lossless cache keeps it and the right number of tokens."""
     scores = torch.tensor([[1.0, torch.nan, 3.0, torch.nan, 2.0]])
-    assert newest_of_best(scores, 3).tolist() == [[1, 2, 3]]
-    assert newest_of_best(scores.fill_(torch.nan), 2).tolist() == [[3, 4]]
+    assert best_places(scores, 3).tolist() == [[1, 2, 3]]
+    assert best_places(scores.fill_(torch.nan), 2).tolist() == [[3, 4]]
 
 
 def layouts(shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def layouts(shape: tuple[int, ...]) -> dict[str, Tensor]:
 def test_taken(dim) -> None:
     for name, tensor in layouts((2, 3, 11, dim)).items():
         scores = torch.rand(2, 3, tensor.shape[2])
-        keep = newest_of_best(scores, 6)
+        keep = best_places(scores, 6)
         full = tensor.expand(2, 3, *tensor.shape[2:])
         expected = full.gather(2, keep[..., None].expand(*keep.shape, dim))
         assert torch.equal(taken(tensor, keep), expected), name

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-def newest_of_best(scores: Tensor, count: int) -> Tensor:
+def best_places(scores: Tensor, count: int) -> Tensor:
     """Indices [..., count] of the highest `scores` [..., T], of equal ones the later; ascending."""
     count = min(count, scores.shape[-1])
     return _ascending(mask_of_best(scores, count), count).unflatten(0, scores.shape[:-1])
 
 
-def best_of_each(scores: Tensor, counts: Tensor) -> Tensor:
+def best_of_each_head(scores: Tensor, counts: Tensor) -> Tensor:
     """The same with `counts` [...] of them, [..., K] with K the largest count; -1 behind the others."""
     width = int(counts.max())
     mask = mask_of_best(scores, counts)

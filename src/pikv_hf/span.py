@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .selection import taken
+
 
 @dataclass(frozen=True)
 class Span:
@@ -45,13 +47,7 @@ class Span:
 
     def gather(self, keep: Tensor) -> "Span":
         """Tokens `keep` [R, H, K], chosen for each row and head apart."""
-
-        def take(t: Tensor) -> Tensor:
-            index = keep.to(t.device).reshape(*keep.shape, *[1] * (t.dim() - 3))
-            full = t.expand(*keep.shape[:2], *t.shape[2:])
-            return full.gather(2, index.expand(*keep.shape, *t.shape[3:]))
-
-        return self._map(take)
+        return self._map(lambda t: taken(t, keep.to(t.device)))
 
     def then(self, newer: "Span") -> "Span":
         """This span followed by `newer`, in the tensors that both have.

@@ -3,7 +3,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens, Wrapper, best_of_each_head, newest_of_best
+from ..selection import best_of_each_head, mask_of_best
+from .base import Scheduler, Tokens, Wrapper
 from .snapkv import SnapKV
 
 
@@ -44,14 +45,13 @@ class AdaKV(Wrapper):
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
         ranked = self.ranked(tokens)
         heads, places = ranked.shape[1:]
-        safe = newest_of_best(ranked, int(budget * self.alpha))
-        shared = ranked.scatter(2, safe, torch.inf)
+        safe = mask_of_best(ranked, min(int(budget * self.alpha), places))
+        shared = ranked.masked_fill(safe, torch.inf)
         if tokens.valid is not None:  # a head with fewer tokens than are safe
             shared = shared.masked_fill(~tokens.valid, -torch.inf)
         # Of equal scores the later tokens stay, whatever their heads: places before heads.
         flat = shared.transpose(1, 2).flatten(1)
-        chosen = newest_of_best(flat, min(budget * heads, flat.shape[1]))
-        stays = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, True)
+        stays = mask_of_best(flat, min(budget * heads, flat.shape[1]))
         stays = stays.unflatten(1, (places, heads)).transpose(1, 2)
         if tokens.valid is not None:
             stays = stays & tokens.valid

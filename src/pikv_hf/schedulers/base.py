@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..selection import best_of_each_head, best_places
+
+__all__ = ["Scheduler", "Tokens", "Wrapper", "best_of_each_head", "newest_of_best"]
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -134,8 +138,6 @@ class Scheduler(ABC):
             scores = scores.masked_fill((number >= 0) & (number < tokens.sinks), torch.inf)
         return scores if tokens.valid is None else scores.masked_fill(number < 0, -torch.inf)
 
-    def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
-        """`ranked` [R, H, T] as it is for heads that keep `counts` [R, H] tokens; changes nothing."""
     @property
     def records(self) -> int:
         """How many numbers are kept of each token, which every query may change; 0 = none."""
@@ -156,6 +158,8 @@ class Scheduler(ABC):
             ValueError: it cannot.
         """
 
+    def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
+        """`ranked` [R, H, T] as it is for heads that keep `counts` [R, H] tokens; changes nothing."""
         return ranked
 
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
@@ -164,24 +168,17 @@ class Scheduler(ABC):
         A mean of at most `budget` tokens for each KV head. Where a head keeps fewer than K, -1
         stands behind its own (ragged schedulers only).
         """
-        return newest_of_best(self.ranked(tokens), budget).sort(dim=-1).values
+        return best_places(self.ranked(tokens), budget)
 
 
 def newest_of_best(scores: Tensor, count: int) -> Tensor:
-    """Indices [..., count] of the highest `scores` [..., T], of equal ones the later."""
+    """Indices [..., count] of the highest `scores` [..., T], best first, of equal ones the later.
+
+    Where their order does not matter, `best_places` and `mask_of_best` are several times faster.
+    """
     # A stable sort, from the newest to the oldest.
     newest_first = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
     return scores.shape[-1] - 1 - newest_first[..., :count]
-
-
-def best_of_each_head(ranked: Tensor, counts: Tensor) -> Tensor:
-    """Indices [R, H, K] of the `counts` [R, H] best places of each head, ascending, then -1."""
-    width = int(counts.max())
-    best = newest_of_best(ranked, width)
-    absent = ranked.shape[-1]  # behind all others when sorted
-    beyond = torch.arange(width, device=best.device) >= counts[..., None]
-    ascending = best.masked_fill(beyond, absent).sort(dim=-1).values
-    return ascending.masked_fill(ascending == absent, -1)
 
 
 @dataclass(frozen=True)
@@ -233,10 +230,10 @@ class Wrapper(Scheduler):
 
     def scores(self, tokens: Tokens) -> Tensor:
         return self.scorer.scores(tokens)
+
     @property
     def records(self) -> int:
         return self.scorer.records
 
     def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
         return self.scorer.recorded(record, weights, asked_at)
-
