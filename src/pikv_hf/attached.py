@@ -101,6 +101,8 @@ class AttachedCache(Cache):
                     output_weight(modules[0])
         if not hasattr(self, "layers"):
             self.shared.compressor.check(model)
+            if self.shared.scheduler is not None:
+                self.shared.scheduler.check(model)
             return
         same = type(model.config) is type(self.config) and self._paged() == sorted(
             binding.attention

@@ -35,9 +35,14 @@ def kept(
         new = with_rest(layer, new)
     held = layer.pages.held(rows[0])
     available = len(new) + (0 if held is None else math.ceil(held.double().mean()))
-    budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
     slack = 0 if layer.generated == 0 else layer.shared.interval - 1
-    is_within = budget is None or available <= budget + slack
+    if scheduler.has_lengths:
+        most = scheduler.lengths(layer.layer_idx, layer.left[rows[0]], layer.tail.length - count)
+        most, budget = most.clamp_min(layer.shared.sinks), math.ceil(most.double().mean())
+        is_within = bool(((0 if held is None else held) + len(new) <= most + slack).all())
+    else:
+        budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
+        is_within = budget is None or available <= budget + slack
     if is_within and not scheduler.records:
         return new
     sealed = layer.pages.take(rows)
@@ -45,9 +50,12 @@ def kept(
         sealed = settled(layer, rows, sealed, mask)
         new = with_record(layer, rows, new)
     span = new if sealed is None else sealed.then(new)
-    if is_within:
+    if is_within or budget is None:
         return span.front()
-    keep = scheduler.keep(_tokens(layer, rows, span, count, scheduler), budget)
+    tokens = _tokens(layer, rows, span, count, scheduler)
+    keep = scheduler.keep(tokens, budget)
+    if scheduler.controls:
+        layer.observed.set_control(rows, scheduler.controlled(tokens, keep))
     if not scheduler.is_ragged:
         stays = span.gather(keep)
     else:
@@ -130,6 +138,7 @@ def _tokens(
         queries=layer.observed.of_rows(rows, scheduler.observed_queries),
         scale=layer.scale,
         record=span["record"] if scheduler.records else None,
+        control=layer.observed.control_of(rows, layer.tail.keys) if scheduler.controls else None,
         valid=span["valid"].expand(shape) if "valid" in span else None,
         sinks=layer.shared.sinks,
         output=output_weight(module) if "output" in needs else None,

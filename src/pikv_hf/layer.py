@@ -234,7 +234,7 @@ class PagedLayer(DynamicLayer):
         """Forget all tokens; the layer can be used for another batch, dtype or device."""
         self._tail, self.seen, self.prompt_end, self.is_first = None, 0, 0, False
         self.pages = PageTable(self.pages.compressor, self.pages.page_size)
-        self.observed = Observed(self.observed.most, self.observed.width)
+        self.observed = self.observed.anew()
         self.guard.reset()
         self.probe.reset()
         self.record_past, self.awaits, self._mask = False, None, None

@@ -14,20 +14,26 @@ class Observed:
 
     Those of padding are zeros. Copies: nothing keeps the prompt's queries alive. For schedulers that
     keep `width` numbers of each token, `pending` are the queries that these do not contain yet, and
-    `record` [B, H, t, width] are those of the oldest t open tokens.
+    `record` [B, H, t, width] are those of the oldest t open tokens. `control` [B, controls] is what
+    schedulers keep of each row.
     """
 
-    def __init__(self, most: int, width: int = 0) -> None:
-        self.most, self.width = most, width
+    def __init__(self, most: int, width: int = 0, controls: int = 0) -> None:
+        self.most, self.width, self.controls = most, width, controls
         self.queries: Tensor | None = None
         self.pending: Tensor | None = None
         self.record: Tensor | None = None
+        self.control: Tensor | None = None
 
     @classmethod
     def wanted_by(cls, methods: Sequence[Any]) -> "Observed":
-        """As many as the most demanding of some methods asks for (`observed_queries`, `records`)."""
-        most = max(method.observed_queries for method in methods)
-        return cls(most, max(getattr(method, "records", 0) for method in methods))
+        """As many as the most demanding of some methods asks for."""
+        names = ("observed_queries", "records", "controls")
+        return cls(*(max(getattr(method, name, 0) for method in methods) for name in names))
+
+    def anew(self) -> "Observed":
+        """Nothing observed yet."""
+        return Observed(self.most, self.width, self.controls)
 
     @property
     def limit(self) -> int:
@@ -60,7 +66,7 @@ class Observed:
             self.record = self.record[:, :, :opened]
 
     def map_rows(self, index: Tensor) -> None:
-        for name in ("queries", "pending", "record"):
+        for name in ("queries", "pending", "record", "control"):
             held = getattr(self, name)
             if held is not None:
                 setattr(self, name, held.index_select(0, index.to(held.device)))
@@ -74,8 +80,18 @@ class Observed:
             return queries
         return queries.index_select(0, torch.tensor(rows, device=queries.device))
 
+    def control_of(self, rows: list[int], like: Tensor) -> Tensor:
+        """The controls [R, controls] of batch rows, made on the device of `like` [B, ...]."""
+        if self.control is None:
+            self.control = like.new_zeros(like.shape[0], self.controls, dtype=torch.float32)
+        return self.control[rows]
+
+    def set_control(self, rows: list[int], control: Tensor) -> None:
+        assert self.control is not None, "the controls were asked for"
+        self.control[rows] = control
+
     def tensors(self) -> Iterator[Tensor]:
-        held = (self.queries, self.pending, self.record)
+        held = (self.queries, self.pending, self.record, self.control)
         yield from (tensor for tensor in held if tensor is not None)
 
 

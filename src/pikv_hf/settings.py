@@ -29,6 +29,11 @@ def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
         return None
     if scheduler is None:
         raise ValueError(f"`budget` is {given!r}, but there is no `scheduler` to keep to it.")
+    if scheduler.has_lengths:
+        raise ValueError(
+            f"`budget` is {given!r}, but the heads of {scheduler} have lengths of their own: leave it "
+            "out."
+        )
     budget = make_budget(given)
     if budget.is_in_bytes and scheduler.exceeds_budget:
         raise ValueError(

@@ -4,16 +4,21 @@ from .adakv import AdaKV
 from .base import Scheduler, Tokens
 from .chunkkv import ChunkKV
 from .criticalkv import CriticalKV
+from .duo import Duo
 from .expected_attention import ExpectedAttention
+from .expert import Expert
+from .fastv import FastV
 from .h2o import H2O
 from .fastv import FastV
 from .keydiff import KeyDiff
 from .knorm import Knorm
 from .lagkv import LagKV
-from .placed import PlacedTokens
 from .lru import LRU
 from .lru_plus import LRUPlus
 from .pikv_layer_sum import PiKVLayerSum
+from .placed import PlacedTokens
+from .pikv_layer_sum import PiKVLayerSum
+from .pikv_adakv import PiKVAdaKV
 from .pyramidkv import PyramidKV
 from .random import Random
 from .snapkv import SnapKV
@@ -35,25 +40,31 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "pikv_layer_sum": PiKVLayerSum,
     "lagkv": LagKV,
     "expected_attention": ExpectedAttention,
+    "expert": Expert,
+    "duo": Duo,
     "lru": LRU,
     "lru_plus": LRUPlus,
+    "pikv_adakv": PiKVAdaKV,
     "random": Random,
 }
 
 __all__ = [
-    "SCHEDULERS",
     "H2O",
     "LRU",
-    "LRUPlus",
+    "SCHEDULERS",
+    "PiKVAdaKV",
     "AdaKV",
-
     "ChunkKV",
     "CriticalKV",
+    "Duo",
     "ExpectedAttention",
+    "Expert",
     "FastV",
     "KeyDiff",
     "Knorm",
+    "LRUPlus",
     "LagKV",
+    "PiKVLayerSum",
     "PlacedTokens",
     "PiKVLayerSum",
     "PyramidKV",

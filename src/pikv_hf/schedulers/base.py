@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..selection import best_of_each_head, best_places
 
@@ -28,7 +29,8 @@ class Tokens:
     zeros stand for padding. None if it asks for none.
 
     `record` [R, H, T, c]: the c numbers that the scheduler keeps of each token (`records`), after all
-    queries so far; None if it keeps none. What a scheduler `needs`, else None: `experts` [R, 1 or H, T, k] and `weights`, the choice of the
+    queries so far; `control` [R, c] those of each row (`controls`), as its last decision left them;
+    None if it keeps none. What a scheduler `needs`, else None: `experts` [R, 1 or H, T, k] and `weights`, the choice of the
     model's gate for each candidate, `open_experts` [R, 1, n, k] and `open_weights` those of the open
     tokens (None, too, in a layer without a gate); `output` [hidden, Hq * Dv], the weight of the
     layer's output projection; `module`, its attention module.
@@ -44,8 +46,9 @@ class Tokens:
     layer_idx: int = 0
     queries: Tensor | None = None
     scale: float = 1.0
-    valid: Tensor | None = None
     record: Tensor | None = None
+    control: Tensor | None = None
+    valid: Tensor | None = None
     sinks: int = 0
     experts: Tensor | None = None
     weights: Tensor | None = None
@@ -68,10 +71,34 @@ class Scheduler(ABC):
     A scheduler is a frozen dataclass: its own configuration, without run state.
     """
 
+    #: Whether it must be given a file that `pikv profile` made for the model.
+    needs_profile: ClassVar[bool] = False
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Called once, before a cache is made for `model`.
+
+        Raises:
+            ValueError: it cannot serve this model, for instance as its profile is of another.
+        """
+        return
+
     @property
     def is_ragged(self) -> bool:
         """Whether KV heads may keep different numbers of tokens."""
         return False
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether `lengths` says what KV heads hold, and no budget: a cache is given none."""
+        return False
+
+    def lengths(self, layer_idx: int, left: int, opened: int) -> Tensor:
+        """Tokens [H] that each KV head of layer `layer_idx` may hold in pages.
+
+        Of each head `left` tokens have left the tail, and `opened` are there. Only asked of
+        schedulers that have lengths.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no lengths.")
 
     @property
     def is_per_head(self) -> bool:
@@ -102,6 +129,28 @@ class Scheduler(ABC):
     def least(self) -> int:
         """Sealed tokens that stay even if the open ones fill the budget."""
         return 0
+
+    @property
+    def records(self) -> int:
+        """How many numbers are kept of each token, which every query may change; 0 = none."""
+        return 0
+
+    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+        """`record` [R, H, T, records] of tokens, zeros at first, after m more queries.
+
+        `weights` [R, H, G, m, T]: how the queries of positions `asked_at` [m] attend to the tokens,
+        in float32; zeros stand for padding. Changes nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no records.")
+
+    @property
+    def controls(self) -> int:
+        """How many numbers are kept of each row in each layer, for the next decision; 0 = none."""
+        return 0
+
+    def controlled(self, tokens: Tokens, keep: Tensor) -> Tensor:
+        """The numbers [R, controls] after it was decided that `keep` stays; zeros at first."""
+        raise NotImplementedError(f"{type(self).__name__} has no controls.")
 
     def check_layers(self, layers: int) -> None:
         """Refuse a model of which `layers` layers are paged, if it cannot serve it.
@@ -137,26 +186,6 @@ class Scheduler(ABC):
         if tokens.sinks:
             scores = scores.masked_fill((number >= 0) & (number < tokens.sinks), torch.inf)
         return scores if tokens.valid is None else scores.masked_fill(number < 0, -torch.inf)
-
-    @property
-    def records(self) -> int:
-        """How many numbers are kept of each token, which every query may change; 0 = none."""
-        return 0
-
-    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
-        """`record` [R, H, T, records] of tokens, zeros at first, after m more queries.
-
-        `weights` [R, H, G, m, T]: how the queries of positions `asked_at` [m] attend to the tokens,
-        in float32; zeros stand for padding. Changes nothing.
-        """
-        raise NotImplementedError(f"{type(self).__name__} keeps no records.")
-
-    def check_layers(self, layers: int) -> None:
-        """Refuse a model of which `layers` layers are paged, if it cannot serve it.
-
-        Raises:
-            ValueError: it cannot.
-        """
 
     def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
         """`ranked` [R, H, T] as it is for heads that keep `counts` [R, H] tokens; changes nothing."""
@@ -194,6 +223,11 @@ class Wrapper(Scheduler):
     def __post_init__(self) -> None:
         if not isinstance(self.scorer, Scheduler):
             raise TypeError(f"`scorer` is {self.scorer!r}; it must be a Scheduler.")
+        if self.scorer.has_lengths:
+            raise ValueError(
+                f"`scorer` is {self.scorer!r}, whose heads have lengths of their own, whatever the "
+                "scores."
+            )
 
     @property
     def is_per_head(self) -> bool:
@@ -216,6 +250,20 @@ class Wrapper(Scheduler):
         return self.scorer.observed_queries
 
     @property
+    def records(self) -> int:
+        return self.scorer.records
+
+    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+        return self.scorer.recorded(record, weights, asked_at)
+
+    @property
+    def controls(self) -> int:
+        return self.scorer.controls
+
+    def controlled(self, tokens: Tokens, keep: Tensor) -> Tensor:
+        return self.scorer.controlled(tokens, keep)
+
+    @property
     def least(self) -> int:
         return self.scorer.least
 
@@ -230,10 +278,3 @@ class Wrapper(Scheduler):
 
     def scores(self, tokens: Tokens) -> Tensor:
         return self.scorer.scores(tokens)
-
-    @property
-    def records(self) -> int:
-        return self.scorer.records
-
-    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
-        return self.scorer.recorded(record, weights, asked_at)

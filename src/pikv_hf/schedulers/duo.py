@@ -1,0 +1,135 @@
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..compressors.calibration import FileKind, check_model, read_factors, read_metadata
+from .base import Scheduler, Tokens, best_of_each_head
+
+PROFILE = FileKind("profile", "pikv_profile", "pikv profile")
+SCORES = "scores."
+
+
+@dataclass(frozen=True)
+class Duo(Scheduler):
+    """Retrieval heads keep every token, streaming heads sinks and recent tokens (DuoAttention,
+    Xiao et al., arXiv 2410.10819, section 2).
+
+    Of all KV heads of the model the share `sparsity` of those with the lowest scores in the profile
+    streams. `pikv profile` makes the profile. The paper learns its scores by distillation; ours are
+    how much the output of a layer's attention changes when the head streams.
+
+    Heads have lengths of their own: the cache is given no `budget`. Tokens leave in pages, so that a
+    streaming head holds up to `page_size - 1` more. Each time, the layer's pages are read and written
+    once: a larger `interval` of the cache is faster.
+
+    Args:
+        profile: the file that `pikv profile` made for the model.
+        sparsity: share of all KV heads that stream, in [0, 1].
+        sinks: first tokens that a streaming head keeps, >= 0.
+        recent: newest tokens that it keeps, >= 1; not less than the cache's `window`, which stays.
+    """
+
+    needs_profile: ClassVar[bool] = True
+
+    profile: str | PathLike[str] | None = None
+    sparsity: float = 0.5
+    sinks: int = 64
+    recent: int = 256
+    # Which KV heads of a layer stream, as the profile and `sparsity` say it.
+    _streams: dict[int, Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("sinks", 0), ("recent", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"`{name}` is {value!r}; it must be a whole number, {least} or more."
+                )
+        share = self.sparsity
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"`sparsity` is {share!r}; it must be a number in [0, 1].")
+        if self.profile is not None and not isinstance(self.profile, str | PathLike):
+            raise TypeError(
+                f"`profile` is {self.profile!r}; it must be the path of a file that `pikv profile` "
+                "made."
+            )
+        scores = {} if self.profile is None else read_profile(self.profile)
+        object.__setattr__(self, "_streams", streaming_heads(scores, share))
+
+    def check(self, model: PreTrainedModel) -> None:
+        if self.profile is None:
+            raise ValueError(
+                "`scheduler` is 'duo', which needs to know the model's heads: make a file with `pikv "
+                "profile` and pass Duo(profile=...)."
+            )
+        check_model(self.profile, model, PROFILE)
+
+    @property
+    def is_ragged(self) -> bool:
+        return True
+
+    @property
+    def has_lengths(self) -> bool:
+        return True
+
+    @property
+    def decides_by_scores(self) -> bool:
+        return False
+
+    @property
+    def least(self) -> int:
+        return self.sinks
+
+    def budget(self, seen: int) -> int:
+        """Of a streaming head."""
+        return self.sinks + self.recent
+
+    def lengths(self, layer_idx: int, left: int, opened: int) -> Tensor:
+        streams = self._streams[layer_idx]
+        return torch.full(streams.shape, left).masked_fill(streams, self._streamed(opened))
+
+    def _streamed(self, opened: int) -> int:
+        """Sealed tokens of a streaming head, beside `opened` ones."""
+        return self.sinks + max(self.recent - opened, 0)
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        number = tokens.number().expand(tokens.positions.shape)
+        return tokens.positions.double().masked_fill(number < self.sinks, torch.inf)
+
+    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+        held = tokens.number().amax(-1).expand(tokens.positions.shape[:2]) + 1
+        streams = self._streams[tokens.layer_idx].to(held.device)
+        if len(streams) != held.shape[1]:
+            raise ValueError(
+                f"`profile` has {len(streams)} KV heads for layer {tokens.layer_idx}, but the cache "
+                f"has {held.shape[1]}: make one for this model with `pikv profile`."
+            )
+        most = max(self._streamed(tokens.open_keys.shape[2]), tokens.sinks)
+        counts = torch.where(streams, held.clamp_max(most), held)
+        return best_of_each_head(self.ranked(tokens), counts)
+
+
+def read_profile(path: str | PathLike[str]) -> dict[int, Tensor]:
+    """The scores [H] of the KV heads of each layer, by layer.
+
+    Raises:
+        ValueError: there is no such file, or it is not one of `pikv profile`.
+    """
+    read_metadata(path, PROFILE)
+    return {int(layer): scores for layer, scores in read_factors(path, SCORES).items()}
+
+
+def streaming_heads(scores: dict[int, Tensor], sparsity: float) -> dict[int, Tensor]:
+    """Which heads [H] of each layer are among the share `sparsity` of lowest scores of all."""
+    if not scores:
+        return {}
+    layers = sorted(scores)
+    every = torch.cat([scores[layer] for layer in layers]).double()
+    lowest = every.argsort(stable=True)[: round(sparsity * len(every))]
+    streams = torch.zeros(len(every), dtype=torch.bool).index_fill(0, lowest, True)
+    parts = streams.split([len(scores[layer]) for layer in layers])
+    return dict(zip(layers, parts, strict=True))

@@ -1,0 +1,70 @@
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .attention_mass import attention_mass
+from .base import Scheduler, Tokens, Wrapper, best_of_each_head
+from .snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class PiKVAdaKV(Wrapper):
+    """Keeps as much of the budget as attention needs (PiKV's "AdaKV", arXiv 2508.06526).
+
+    A controller for each row and layer moves the share theta of the budget that is kept, which is
+    all of it at first: theta <- theta + rate * (target - recall). The recall is the share of the
+    newest queries' attention that goes to tokens which stay. Not the algorithm of the paper named
+    Ada-KV, which is `adakv`.
+
+    Args:
+        scorer: whose scores decide which tokens stay.
+        target: recall to keep, in (0, 1).
+        rate: step of the controller, in (0, 1].
+        window_size: newest tokens whose queries tell the recall.
+    """
+
+    scorer: Scheduler = field(default_factory=SnapKV)
+    target: float = 0.95
+    rate: float = 0.1
+    window_size: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer.is_ragged:
+            raise ValueError(
+                f"`scorer` is {self.scorer!r}; it must be one whose heads keep equally many tokens."
+            )
+        for name, value, most in (("target", self.target, 0.999), ("rate", self.rate, 1)):
+            if not isinstance(value, int | float) or not 0 < value <= most:
+                raise ValueError(f"`{name}` is {value!r}; it must be a number in (0, {most}].")
+        size = self.window_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"`window_size` is {size!r}; it must be a positive whole number.")
+
+    @property
+    def is_ragged(self) -> bool:
+        return True  # rows keep different numbers of tokens
+
+    @property
+    def observed_queries(self) -> int:
+        return max(self.scorer.observed_queries, self.window_size)
+
+    @property
+    def controls(self) -> int:
+        return 1
+
+    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+        assert tokens.control is not None, "the cache keeps what `controls` asks for"
+        ranked = self.scorer.ranked(tokens)
+        theta = 1 - tokens.control  # zeros at first
+        counts = (theta * budget).ceil().long().clamp(1, budget).expand(ranked.shape[:2])
+        if tokens.valid is not None:
+            counts = counts.minimum(tokens.valid.sum(-1))
+        return best_of_each_head(ranked, counts)
+
+    def controlled(self, tokens: Tokens, keep: Tensor) -> Tensor:
+        assert tokens.control is not None, "the cache keeps what `controls` asks for"
+        mass = attention_mass(tokens).mean(2)
+        kept = mass.gather(2, keep.clamp_min(0)).masked_fill(keep < 0, 0.0).sum(-1)
+        recall = 1 - (mass.sum(-1) - kept).mean(1, keepdim=True)
+        return (tokens.control - self.rate * (self.target - recall)).clamp(0, 1)
