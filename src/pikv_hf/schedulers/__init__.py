@@ -9,16 +9,14 @@ from .expected_attention import ExpectedAttention
 from .expert import Expert
 from .fastv import FastV
 from .h2o import H2O
-from .fastv import FastV
 from .keydiff import KeyDiff
 from .knorm import Knorm
 from .lagkv import LagKV
 from .lru import LRU
 from .lru_plus import LRUPlus
+from .pikv_adakv import PiKVAdaKV
 from .pikv_layer_sum import PiKVLayerSum
 from .placed import PlacedTokens
-from .pikv_layer_sum import PiKVLayerSum
-from .pikv_adakv import PiKVAdaKV
 from .pyramidkv import PyramidKV
 from .random import Random
 from .snapkv import SnapKV
@@ -52,7 +50,6 @@ __all__ = [
     "H2O",
     "LRU",
     "SCHEDULERS",
-    "PiKVAdaKV",
     "AdaKV",
     "ChunkKV",
     "CriticalKV",
@@ -64,9 +61,9 @@ __all__ = [
     "Knorm",
     "LRUPlus",
     "LagKV",
+    "PiKVAdaKV",
     "PiKVLayerSum",
     "PlacedTokens",
-    "PiKVLayerSum",
     "PyramidKV",
     "Random",
     "Scheduler",

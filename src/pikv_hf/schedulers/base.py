@@ -158,6 +158,7 @@ class Scheduler(ABC):
         Raises:
             ValueError: it cannot.
         """
+        return
 
     def budget(self, seen: int) -> int | None:
         """Tokens per row and KV head to hold after `seen` tokens, the tail included.
