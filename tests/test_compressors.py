@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from pikv_kernels import (
     unpack_codes_reference,
 )
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 from zoo import build, prompt
 
@@ -68,7 +70,6 @@ VARIANTS: dict[str, Compressor] = {
 }
 # They keep a part of what there is: of random numbers, no error follows from the bytes.
 REDUCED = ("svd", "think", *METHODS)
-NO_LATENTS = ("think",)  # refuse them: test_think.py
 NAMES = pytest.mark.parametrize("name", VARIANTS)
 LOSSY = [name for name in VARIANTS if name != "identity"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -78,12 +79,7 @@ DIMS = [(64, 64), (80, 80), (96, 96), (192, 128), (128, 64), (576, 0)]
 PAGE, SCALE = 16, 0.11
 NAMES_AND_DIMS = pytest.mark.parametrize(
     "name, dims",
-    [
-        pytest.param(name, dims, id=f"{name}-{dims}")
-        for name in VARIANTS
-        for dims in DIMS
-        if dims[1] or name not in NO_LATENTS
-    ],
+    [pytest.param(name, dims, id=f"{name}-{dims}") for name in VARIANTS for dims in DIMS],
 )
 
 
@@ -108,7 +104,7 @@ def states(kind: str, *shape: int, seed: int = 0) -> Tensor:
 def fitted(name: str, dims: tuple[int, int] = (64, 64), heads: int = 2) -> Compressor:
     """The variant `name` for keys and values of `dims`; a calibrated one as if it had been trained."""
     if name not in METHODS:
-        return VARIANTS[name]
+        return VARIANTS[name].bind(PreTrainedConfig(qk_rope_head_dim=64), 0)
     generator, factors = torch.Generator().manual_seed(3), {}
     for part, dim in zip(("key", "value"), dims, strict=True):
         if dim:
@@ -302,6 +298,14 @@ def test_kernel_against_its_reference(name, dtype) -> None:
     assert (actual[1] - expected[1]).abs().max() <= 10 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if isinstance(c, (Integer, Fp8))])
+@pytest.mark.parametrize("most", [1, 2 * 2 * 48 * 4, 2 * 2 * 48 * 32])
+def test_scores_of_a_few_queries_at_a_time(name, most, monkeypatch) -> None:
+    """One, four or all but one of 33 queries."""
+    monkeypatch.setattr(import_module("pikv_kernels.quantized_attention"), "MOST_SCORES", most)
+    check_attention(VARIANTS[name], (64, 64), torch.float32, 48, 33)
+
+
 def attention_error(compressor: Compressor, kind: str) -> float:
     """Error of the attention output over 1,024 tokens in pages of 64, one KV head, 8 queries."""
     keys, values = states(kind, 64, 64, 128), states("", 64, 64, 128, seed=1)
@@ -393,7 +397,7 @@ def test_bytes_in_a_cache(name, dtype) -> None:
         assert nbytes / tokens / heads / 256 <= BOUNDS[name]
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in NO_LATENTS])
+@NAMES
 def test_bytes_of_latents(name) -> None:
     keys = states("", 1, 1, 4, 64, 576).bfloat16()
     compressor = fitted(name, (576, 0), heads=1)
@@ -520,7 +524,6 @@ CASES = [
     for model in (
         ["mixtral", "deepseek_v3", "gpt_oss", "jamba"] if name in COMPRESSORS else ["mixtral"]
     )
-    if name not in NO_LATENTS or model != "deepseek_v3"
 ]
 REGISTERED = pytest.mark.parametrize(
     "name, model_name",

@@ -139,7 +139,6 @@ def test_mixed_pages() -> None:
 
 
 CASES = [(name, model) for name in COMPRESSORS for model in ("mixtral", "deepseek_v3")]
-CASES.remove(("think", "deepseek_v3"))  # which it refuses
 
 
 @pytest.mark.parametrize("name, model_name", CASES)

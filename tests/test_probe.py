@@ -30,7 +30,6 @@ class Mixed(Scattered):
 
 LOSSY = [name for name in COMPRESSORS if name != "identity"] + ["mixed"]
 CASES = [(name, model) for name in LOSSY for model in ("mixtral", "deepseek_v3")]
-CASES.remove(("think", "deepseek_v3"))  # which it refuses
 NAMES = pytest.mark.parametrize("name", LOSSY)
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers import ONE_ROW, PADDED, SMALL, assert_same, dynamic, generate, paged, tiny
+from helpers import FAMILIES, ONE_ROW, PADDED, SMALL, assert_same, dynamic, generate, paged, tiny
 from torch import Tensor
+from transformers import PreTrainedConfig
 from zoo import prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.compressors import ThinK
+from pikv_hf.compressors import Pyramid, ThinK
 from pikv_hf.schedulers import StreamingLLM
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -37,7 +38,7 @@ def test_ratio_0_is_exact(dtype, dims) -> None:
         assert torch.equal(decoded[0], keys) and torch.equal(decoded[1], values)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("lengths", [ONE_ROW, PADDED], ids=["one_row", "left_padded"])
 def test_ratio_0_of_a_model_gives_its_tokens(name, lengths) -> None:
     model = tiny(name)
@@ -129,13 +130,51 @@ def test_a_scheduler_keeps_the_same_tokens() -> None:
     assert held[0] == held[1]
 
 
-def test_latents_are_refused() -> None:
-    match = "latents .MLA. are keys and values at once: use another compressor, such as int8"
-    with pytest.raises(ValueError, match=match):
-        PiKVCache(tiny("deepseek_v3"), compressor="think")
+@SEEDS
+@pytest.mark.parametrize("is_observed", [True, False], ids=["observed", "unseen"])
+def test_of_latents_the_rotary_part_is_pruned(seed, is_observed) -> None:
+    """As keys of their own, by the rotary part of the queries; the rest stays, and is the value."""
+    keys, _, asked = random_pages(seed)
+    method = ThinK(0.5).bind(PreTrainedConfig(qk_rope_head_dim=12), 0)
+    alone, rotary = ThinK(0.5), keys[..., 20:]
+    if is_observed:
+        fields = method.encode_observed(keys, keys[..., :0], asked)
+        expected = alone.encode_observed(rotary, rotary, asked[..., 20:])
+    else:
+        fields, expected = method.encode(keys, keys[..., :0]), alone.encode(rotary, rotary)
+    decoded, values = method.decode(fields)
+    assert values.shape == (*keys.shape[:-1], 0)
+    assert torch.equal(decoded[..., :20], keys[..., :20])
+    assert torch.equal(decoded[..., 20:], alone.decode(expected)[0])
+    nbytes = sum(t.numel() * t.element_size() for t in fields.values()) / keys[..., 0].numel()
+    assert nbytes == pytest.approx(method.bytes_per_token(32, 0, 8, page_size=16))
+    assert nbytes < 8 * 32
+
+
+def test_latents_of_a_model() -> None:
+    """Half of the rotary part of what it caches is gone, and nothing else."""
+    model = tiny("deepseek_v3")
+    rank, inputs = model.config.kv_lora_rank, prompt(model, ONE_ROW)
+    with PiKVCache(model, compressor=ThinK(0.5), **SMALL) as cache, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        lossless = PiKVCache(model, **SMALL)
+        model(**inputs, past_key_values=lossless)
+        for layer, exact in zip(paged(cache), paged(lossless), strict=True):
+            ((span,), (original,)) = (each.pages.spans([0]) for each in (layer, exact))
+            assert torch.equal(span["keys"][..., :rank], original["keys"][..., :rank])
+            rotary, original = (each["keys"][..., rank:] for each in (span, original))
+            kept = rotary != 0
+            assert (kept.sum(-1) == rotary.shape[-1] // 2).all()
+            assert torch.equal(rotary[kept], original[kept])
+
+
+def test_latents_of_which_nothing_is_known_are_refused() -> None:
+    match = "latents .MLA. are keys and values at once, apart from a rotary part"
     keys, _, asked = random_pages(0)
     with pytest.raises(ValueError, match=match):
         ThinK().encode_observed(keys, keys[..., :0], asked)
+    with pytest.raises(ValueError, match=match):
+        PiKVCache(tiny("deepseek_v3"), compressor=Pyramid(tiers=(ThinK(),), shares=(1.0,)))
 
 
 @pytest.mark.parametrize("ratio", [1, -0.1, True, "half", None, float("nan")])

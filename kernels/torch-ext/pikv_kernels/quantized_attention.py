@@ -14,6 +14,10 @@ from .codes import unpack_codes
 from .float8 import read_float8
 from .partial_attention import partial_attention_reference
 
+# Scores computed at a time. Those of a long chunk of a prompt would be larger than what they are asked
+# of, and slower: these stay in a CPU's cache.
+MOST_SCORES = 2**21
+
 
 class Quantized(NamedTuple):
     """Numbers `code * scale + zero`, in pages.
@@ -70,14 +74,15 @@ def quantized_attention(
         `[B, H, R, Dv]` and `[B, H, R]`, in float32 (float64 for float64).
     """
     key_codes = keys.read(query.dtype)
-    score = _scores_per_channel if keys.is_per_channel else _scores
-    scores = score(query, key_codes, keys, scale)[..., :tokens]
-    top = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(top).exp_() if not scores.requires_grad else (scores - top).exp()
-    total = weights.sum(dim=-1, keepdim=True)
     value_codes = key_codes if values is None else values.read(query.dtype)
-    out = _weighted(weights, value_codes, keys if values is None else values, tokens)
-    return out / total, (top + total.log()).squeeze(-1)
+    codes = key_codes, value_codes
+    numbers = keys, keys if values is None else values
+    step = max(1, MOST_SCORES // max(1, query.shape[:2].numel() * tokens))
+    if query.shape[2] <= step:
+        return _attend(query, codes, numbers, tokens, scale)
+    parts = [_attend(part, codes, numbers, tokens, scale) for part in query.split(step, dim=2)]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
 def quantized_attention_reference(
@@ -90,6 +95,22 @@ def quantized_attention_reference(
         for numbers in (keys, keys if values is None else values)
     )
     return partial_attention_reference(query.to(dtype), key, value, None, scale)
+
+
+def _attend(
+    query: Tensor,
+    codes: tuple[Tensor, Tensor],
+    numbers: tuple[Quantized, Quantized],
+    tokens: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`quantized_attention` with the codes of keys and values read."""
+    score = _scores_per_channel if numbers[0].is_per_channel else _scores
+    scores = score(query, codes[0], numbers[0], scale)[..., :tokens]
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(top).exp_() if not scores.requires_grad else (scores - top).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    return _weighted(weights, codes[1], numbers[1], tokens) / total, (top + total.log()).squeeze(-1)
 
 
 def _accumulated(product: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
+from typing_extensions import Self
 
 from .base import PAGES_AT_A_TIME, Compressor, computed_dtype
 
@@ -16,8 +18,10 @@ class ThinK(Compressor):
     |Q_j| |K_j| stay, which is the Frobenius norm of Q_j K_j^T in the paper, with Q the observed
     queries of all query heads of the KV head; their numbers are stored beside them. (The paper
     selects once for a whole prompt.) Values stay as they are, as in the paper's main method.
-    Without queries the channels of the largest keys stay. Latents are values too, of which nothing
-    can be dropped: they are refused.
+    Without queries the channels of the largest keys stay. Of the latents of MLA only the rotary part
+    is nothing but a key: its channels are pruned, `ratio` of them, and the rest, which makes the
+    values too, stays as it is. That saves little: with DeepSeek's 64 rotary channels of 576 at most
+    a ninth of the bytes.
 
     Attention reads the kept channels, with the same channels of the query. Pages that a scheduler
     fills anew are pruned anew: what a token lost is not found again.
@@ -29,30 +33,47 @@ class ThinK(Compressor):
     observed_queries: ClassVar[int] = 32  # the observation window of the paper
 
     ratio: float = 0.4
+    # Channels at the end of a latent that are no values; 0 where the model does not tell.
+    _rotary: int = field(default=0, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
         if not is_number or not 0 <= self.ratio < 1:
             raise ValueError(f"`ratio` is {self.ratio!r}; it must be a number in [0, 1).")
 
+    def bind(self, config: PreTrainedConfig, layer_idx: int) -> Self:
+        rotary = getattr(config, "qk_rope_head_dim", None)
+        return replace(self, _rotary=rotary) if isinstance(rotary, int) else self
+
     def check_dims(self, key_dim: int, value_dim: int) -> None:
-        if value_dim == 0:
+        if value_dim == 0 and not 0 < self._rotary <= key_dim:
             raise ValueError(
-                "think drops channels of keys, but latents (MLA) are keys and values at once: use "
-                "another compressor, such as int8."
+                "think drops channels of keys, but latents (MLA) are keys and values at once, apart "
+                "from a rotary part, of which this one knows nothing (as a member of another "
+                "compressor, or of a model that does not tell): use another compressor, such as int8."
             )
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        return self._pruned(keys, values, keys.new_ones(()))
+        return self._encode(keys, values, None)
 
     def encode_observed(self, keys: Tensor, values: Tensor, queries: Tensor) -> dict[str, Tensor]:
-        asked = queries.to(computed_dtype(queries.dtype)).square().sum(2)
-        return self._pruned(keys, values, asked[:, :, None])
+        return self._encode(keys, values, queries)
+
+    def _encode(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> dict[str, Tensor]:
+        self.check_dims(keys.shape[-1], values.shape[-1])
+        is_latent = values.shape[-1] == 0
+        flag = {"is_latent": values} if is_latent else {}  # no bytes: it is there or not
+        if is_latent:
+            values, keys = keys.tensor_split([-self._rotary], dim=-1)
+        asked = keys.new_ones(())
+        if queries is not None:
+            mine = queries[..., -keys.shape[-1] :].to(computed_dtype(queries.dtype))
+            asked = mine.square().sum(2)[:, :, None]
+        return self._pruned(keys, values, asked) | flag
 
     def _pruned(self, keys: Tensor, values: Tensor, asked: Tensor) -> dict[str, Tensor]:
         """`asked` [R, H, 1, Dk] or []: the sums of squares of the queries' channels."""
         dim = keys.shape[-1]
-        self.check_dims(dim, values.shape[-1])
         used = torch.linalg.vector_norm(keys, dim=-2, dtype=computed_dtype(keys.dtype)).square()
         # `sort` puts channels that are used alike in an order that does not change.
         order = (used * asked).sort(dim=-1, descending=True, stable=True).indices
@@ -72,14 +93,17 @@ class ThinK(Compressor):
         kept, values = fields["kept_keys"], fields["values"]
         channels = fields["channels"].long()[..., None, :].expand(kept.shape)
         keys = kept.new_zeros(*kept.shape[:-1], fields["key_dim"].shape[-1])
-        return keys.scatter_(-1, channels, kept), values
+        keys = keys.scatter_(-1, channels, kept)
+        if "is_latent" in fields:
+            return torch.cat([values, keys], dim=-1), fields["is_latent"]
+        return keys, values
 
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
         kept, pages = fields["kept_keys"], fields["kept_keys"].shape[2]
         # Channels of the query are copied for each page, or those of its keys: the fewer.
-        if query.shape[2] > kept.shape[3]:
+        if query.shape[2] > kept.shape[3] or "is_latent" in fields:
             return super().attend(query, fields, tokens, scale)
         index = fields["channels"].long()[:, :, :, None].expand(-1, -1, -1, query.shape[2], -1)
         mine = query[:, :, None].expand(-1, -1, pages, -1, -1).gather(-1, index)
@@ -92,6 +116,8 @@ class ThinK(Compressor):
     def bytes_per_token(
         self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64
     ) -> float:
+        if value_dim == 0:
+            key_dim, value_dim = self._rotary, key_dim - self._rotary
         kept = self._kept(key_dim)
         index = (1 if key_dim <= 256 else 2) / page_size
         return kept * (element_size + index) + value_dim * element_size
