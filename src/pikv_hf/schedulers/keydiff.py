@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Scheduler, Tokens
+from .knorm import BLOCK
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,17 @@ class KeyDiff(Scheduler):
     """
 
     def scores(self, tokens: Tokens) -> Tensor:
-        directions = F.normalize(tokens.keys.float(), dim=-1)
-        if tokens.valid is not None:
-            directions = directions * tokens.valid[..., None]
-        newest = F.normalize(tokens.open_keys.float(), dim=-1)
-        mean = torch.cat([directions, newest], dim=2).mean(dim=2, keepdim=True)
-        return -F.cosine_similarity(directions, mean, dim=-1)
+        blocks = tokens.keys.split(BLOCK, dim=2)
+        valid = [None] * len(blocks) if tokens.valid is None else tokens.valid.split(BLOCK, dim=2)
+        total = _directions(tokens.open_keys).sum(dim=2)
+        for block, is_token in zip(blocks, valid, strict=True):
+            directions = _directions(block)
+            if is_token is not None:
+                directions = directions * is_token[..., None]
+            total += directions.sum(dim=2)
+        mean = F.normalize(total, dim=-1)[..., None]
+        return -torch.cat([_directions(block) @ mean for block in blocks], dim=2)[..., 0]
+
+
+def _directions(keys: Tensor) -> Tensor:
+    return F.normalize(keys.float(), dim=-1)

@@ -1,8 +1,12 @@
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .base import Scheduler, Tokens
+
+# Tokens that are copied to float32 at a time: copies of all would not fit into the CPU's caches.
+BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -14,4 +18,5 @@ class Knorm(Scheduler):
     """
 
     def scores(self, tokens: Tokens) -> Tensor:
-        return -tokens.keys.float().norm(dim=-1)
+        norms = [block.float().norm(dim=-1) for block in tokens.keys.split(BLOCK, dim=2)]
+        return -torch.cat(norms, dim=-1)
