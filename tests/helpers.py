@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from zoo import build, prompt
 
-from pikv_hf import PiKVCache
+from pikv_hf import SCHEDULERS, PiKVCache
 from pikv_hf.compressors import Identity, MixedCompressor
 from pikv_hf.layer import PagedLayer
 
@@ -19,6 +19,8 @@ ONE_ROW, PADDED = (29,), (30, 27, 23)
 SMALL = {"page_size": 4, "window": 4}
 NEW_TOKENS = 14
 TOLERANCE = 1e-4
+# Schedulers that keep to any budget; the others need a file (tests/test_duo.py).
+BUDGETED = [name for name, method in SCHEDULERS.items() if not method.needs_profile]
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from helpers import FAMILIES, PADDED, assert_close, dynamic, forward, generate, paged, tiny
+from helpers import BUDGETED, FAMILIES, PADDED, assert_close, dynamic, forward, generate, paged, tiny
 from test_schedulers import kept
 from zoo import prompt
 
-from pikv_hf import SCHEDULERS, PiKVCache
+from pikv_hf import PiKVCache
 
 SMALL = {"page_size": 2, "window": 4}
 OPTIONS = {"budget": 16, **SMALL}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-@pytest.mark.parametrize("method", SCHEDULERS)
+@pytest.mark.parametrize("method", BUDGETED)
 @pytest.mark.parametrize("compressor", [None, "int4"])
 def test_pieces_end_as_one(name, method, compressor) -> None:
     """A padded prompt in pieces, held back, leaves the tokens and logits that it leaves at once."""

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, dynamic, forward, generate, paged, tiny
+from helpers import BUDGETED, SMALL, dynamic, forward, generate, paged, tiny
 from test_observed import asked
 from torch import Tensor
 from zoo import prompt
 
-from pikv_hf import SCHEDULERS, PiKVCache
+from pikv_hf import PiKVCache
 from pikv_hf.schedulers import ChunkKV, FastV, KeyDiff, Knorm, PyramidKV, SnapKV, Tokens, Tova
 from pikv_hf.schedulers.attention_mass import attention_mass
 
@@ -211,7 +211,7 @@ def test_random_does_not_depend_on_when_it_is_asked() -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"])
-@pytest.mark.parametrize("method", SCHEDULERS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_generate(name, method) -> None:
     """A budget that holds everything changes nothing; a small one bounds what is held."""
     model = tiny(name)

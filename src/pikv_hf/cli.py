@@ -18,6 +18,7 @@ from .guard import LossWarning
 from .needles import Haystack
 from .options import DYNAMIC, LOSSLESS, METHODS, CacheOption, parse_cache
 from .plot import accuracy_against_memory
+from .profiling.command import profile_command
 from .terminal import (
     DeviceMap,
     Dtype,
@@ -40,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("calibrate")(calibrate_command)
+app.command("profile")(profile_command)
 CACHES = (
     f"A cache is '{DYNAMIC}' (transformers' own), '{LOSSLESS}' (PiKVCache as it is), or arguments of "
     "PiKVCache, such as 'compressor=int8,scheduler=streaming_llm(sinks=8),budget=0.25'.  \n"

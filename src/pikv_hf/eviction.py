@@ -35,14 +35,12 @@ def kept(
         new = with_rest(layer, new)
     held = layer.pages.held(rows[0])
     available = len(new) + (0 if held is None else math.ceil(held.double().mean()))
+    budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
     slack = 0 if layer.generated == 0 else layer.shared.interval - 1
+    is_within = budget is None or available <= budget + slack
     if scheduler.has_lengths:
-        most = scheduler.lengths(layer.layer_idx, layer.left[rows[0]], layer.tail.length - count)
-        most, budget = most.clamp_min(layer.shared.sinks), math.ceil(most.double().mean())
+        most = scheduler.lengths(layer.layer_idx, layer.left[rows[0]], budget)
         is_within = bool(((0 if held is None else held) + len(new) <= most + slack).all())
-    else:
-        budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
-        is_within = budget is None or available <= budget + slack
     if is_within and not scheduler.records:
         return new
     sealed = layer.pages.take(rows)

@@ -118,8 +118,10 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def write(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], key: str = METADATA
+) -> None:
     """Whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
-    save_file(tensors, unfinished, {METADATA: json.dumps(metadata)})
+    save_file(tensors, unfinished, {key: json.dumps(metadata)})
     os.replace(unfinished, path)

@@ -34,6 +34,19 @@ _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
+class FileKind:
+    """A kind of file that names its model: the argument that takes it, the key of its metadata in
+    it, the command that makes it."""
+
+    argument: str
+    key: str
+    command: str
+
+
+CALIBRATION = FileKind("calibration", METADATA, "pikv calibrate")
+
+
+@dataclass(frozen=True)
 class ModelIdentity:
     """Which model a calibration is for, as its metadata say it.
 
@@ -68,22 +81,23 @@ class ModelIdentity:
         return None
 
 
-def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
-    """The metadata of a calibration file.
+def read_metadata(path: str | PathLike[str], kind: FileKind = CALIBRATION) -> dict[str, Any]:
+    """The metadata of a calibration file, or one of another kind.
 
     Raises:
-        ValueError: there is no such file, or it is not one of `pikv calibrate`.
+        ValueError: there is no such file, or it is not one of the kind's command.
     """
+    name = f"`{kind.argument}`"
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except FileNotFoundError:
-        raise ValueError(f"`calibration` is {str(path)!r}; there is no such file.") from None
+        raise ValueError(f"{name} is {str(path)!r}; there is no such file.") from None
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"`calibration` {str(path)!r} cannot be read: {error}.") from error
-    if METADATA not in metadata:
-        raise ValueError(f"`calibration` {str(path)!r} is no file that `pikv calibrate` made.")
-    return json.loads(metadata[METADATA])
+        raise ValueError(f"{name} {str(path)!r} cannot be read: {error}.") from error
+    if kind.key not in metadata:
+        raise ValueError(f"{name} {str(path)!r} is no file that `{kind.command}` made.")
+    return json.loads(metadata[kind.key])
 
 
 def read_factors(path: str | PathLike[str], prefix: str) -> dict[str, Tensor]:
@@ -93,13 +107,15 @@ def read_factors(path: str | PathLike[str], prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
-def check_model(path: str | PathLike[str], model: PreTrainedModel) -> None:
-    """Raise ValueError unless the calibration at `path` was made for `model`."""
-    made_for = ModelIdentity(**read_metadata(path)["model"])
+def check_model(
+    path: str | PathLike[str], model: PreTrainedModel, kind: FileKind = CALIBRATION
+) -> None:
+    """Raise ValueError unless the calibration, or other file, at `path` was made for `model`."""
+    made_for = ModelIdentity(**read_metadata(path, kind)["model"])
     difference = made_for.difference(ModelIdentity.of(model))
     if difference is not None:
         raise ValueError(
-            f"`calibration` {str(path)!r} was made for {made_for.name}, not for {_name_of(model)}: "
+            f"`{kind.argument}` {str(path)!r} was made for {made_for.name}, not for {_name_of(model)}: "
             f"{difference}."
         )
 

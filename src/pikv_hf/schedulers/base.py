@@ -89,14 +89,14 @@ class Scheduler(ABC):
 
     @property
     def has_lengths(self) -> bool:
-        """Whether `lengths` says what KV heads hold, and no budget: a cache is given none."""
+        """Whether KV heads have `lengths` of their own: a cache is given no budget."""
         return False
 
-    def lengths(self, layer_idx: int, left: int, opened: int) -> Tensor:
+    def lengths(self, layer_idx: int, left: int, budget: int) -> Tensor:
         """Tokens [H] that each KV head of layer `layer_idx` may hold in pages.
 
-        Of each head `left` tokens have left the tail, and `opened` are there. Only asked of
-        schedulers that have lengths.
+        Of each head `left` tokens have left the tail; `budget` is the scheduler's own, without those
+        that stay open. Only asked of schedulers that have lengths.
         """
         raise NotImplementedError(f"{type(self).__name__} has no lengths.")
 

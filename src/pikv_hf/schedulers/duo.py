@@ -88,13 +88,9 @@ class Duo(Scheduler):
         """Of a streaming head."""
         return self.sinks + self.recent
 
-    def lengths(self, layer_idx: int, left: int, opened: int) -> Tensor:
+    def lengths(self, layer_idx: int, left: int, budget: int) -> Tensor:
         streams = self._streams[layer_idx]
-        return torch.full(streams.shape, left).masked_fill(streams, self._streamed(opened))
-
-    def _streamed(self, opened: int) -> int:
-        """Sealed tokens of a streaming head, beside `opened` ones."""
-        return self.sinks + max(self.recent - opened, 0)
+        return torch.full(streams.shape, left).masked_fill(streams, budget)
 
     def scores(self, tokens: Tokens) -> Tensor:
         number = tokens.number().expand(tokens.positions.shape)
@@ -108,8 +104,7 @@ class Duo(Scheduler):
                 f"`profile` has {len(streams)} KV heads for layer {tokens.layer_idx}, but the cache "
                 f"has {held.shape[1]}: make one for this model with `pikv profile`."
             )
-        most = max(self._streamed(tokens.open_keys.shape[2]), tokens.sinks)
-        counts = torch.where(streams, held.clamp_max(most), held)
+        counts = torch.where(streams, held.clamp_max(budget), held)
         return best_of_each_head(self.ranked(tokens), counts)
 
 
