@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from pikv_hf import SCHEDULERS, PiKVCache
 from pikv_hf.options import parse_cache
 from pikv_hf.schedulers import PyramidKV
+from pikv_hf.span import Span
 
 GOAL = 0.99
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pikv_hf" / "kvpress"
@@ -79,9 +80,9 @@ def ours(model: PreTrainedModel, case: Case, row: Row, theirs: Tensor) -> Tensor
         cache.shared.window = row.window  # a cache keeps one token open at least; a press need not
         model(case.prompt(), past_key_values=cache)
         for kept, layer in zip(found, cache.layers, strict=True):
-            for span in layer.pages.spans([0]):
-                positions = span["positions"][0].long().expand(len(kept), -1)
-                kept.scatter_(1, positions, True)
+            for span in map(Span.all_valid, layer.pages.spans([0])):
+                head, place = span["valid"][0].expand(len(kept), -1).nonzero(as_tuple=True)
+                kept[head, span["positions"][0].expand(len(kept), -1)[head, place].long()] = True
     return found
 
 

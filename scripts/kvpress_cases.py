@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES = ("llama", "qwen3", "mistral")
+FAMILIES = ("llama", "qwen3", "phi3")
 VOCABULARY = 2048
 
 
@@ -38,7 +38,7 @@ class Case(NamedTuple):
             num_attention_heads=8,
             num_key_value_heads=2,
             head_dim=16,
-            sliding_window=None,
+            pad_token_id=0,
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
         for number, (_, weight) in enumerate(sorted(model.named_parameters())):
@@ -61,8 +61,8 @@ def uniform(seed: int, count: int) -> Tensor:
     return ((mixed >> 40).double() / 2**23).float()
 
 
-EVEN = ((260, 0.5), (520, 0.25), (1040, 0.125))  # whole chunks of 20 tokens
-ODD = ((301, 0.5), (517, 0.25), (1031, 0.15))
+EVEN = ((240, 0.5), (480, 0.25), (720, 0.2))  # whole chunks of 20 tokens
+ODD = ((301, 0.5), (517, 0.25), (731, 0.2))
 CASES = [
     Case(family, seed, length, share)
     for (length, share), family, seed in product(EVEN + ODD, FAMILIES, (1, 2))
@@ -98,20 +98,63 @@ class Row:
         return self.scheduler.partition("(")[0]
 
 
+EXPLAINED = "differs, see docs/methods.md"
 CHUNKS = "ChunkKVPress(SnapKVPress(window_size=20))", "chunkkv(scorer=snapkv(window_size=20))", 20
 PYRAMID = "PyramidKVPress(window_size=4)", "pyramidkv(scorer=snapkv(window_size=4))", 4
-
-EXPLAINED = "differs, see docs/methods.md"
+OBSERVED = "h2o(recent_ratio=0, mean=True)"
 
 ROWS = [
-    Row("streaming_llm", "StreamingLLMPress(n_sink=4)", "streaming_llm(sinks=4)"),
+    Row("streaming_llm", "StreamingLLMPress()", "streaming_llm"),
     Row("snapkv", "SnapKVPress(window_size=32)", "snapkv(window_size=32)", 32),
     Row("tova", "TOVAPress()", "tova", 1),
     Row("knorm", "KnormPress()", "knorm"),
     Row("keydiff", "KeyDiffPress()", "keydiff"),
+    Row("h2o, mean, none recent", "ObservedAttentionPress()", OBSERVED, attention="eager"),
+    Row("h2o", "ObservedAttentionPress()", "h2o", attention="eager", differs=EXPLAINED),
+    Row(
+        "expected_attention, all queries",
+        "ExpectedAttentionPress()",
+        "expected_attention(window_size=2048)",
+    ),
+    Row(
+        "expected_attention",
+        "ExpectedAttentionPress()",
+        "expected_attention",
+        differs=EXPLAINED,
+    ),
     Row("chunkkv, whole chunks", *CHUNKS, chunk=20),
     Row("chunkkv", *CHUNKS, differs=EXPLAINED),
     Row("pyramidkv, same layer budgets", *PYRAMID, at_layer_budgets=True),
     Row("pyramidkv", *PYRAMID, differs=EXPLAINED),
+    Row(
+        "adakv",
+        "AdaKVPress(SnapKVPress(window_size=32))",
+        "adakv(scorer=snapkv(window_size=32))",
+        32,
+    ),
+    Row(
+        "adakv, alpha=0.95",
+        "AdaKVPress(KnormPress(), alpha_safeguard=0.95)",
+        "adakv(scorer=knorm, alpha=0.95)",
+    ),
+    Row(
+        "lagkv, cross_scoring",
+        "LagKVPress(lag_size=32, cross_scoring=True)",
+        "lagkv(lag_size=32, cross_scoring=True)",
+    ),
+    Row("lagkv", "LagKVPress(lag_size=32)", "lagkv(lag_size=32)", differs=EXPLAINED),
+    Row(
+        "criticalkv, nothing protected",
+        "CriticalKVPress(ObservedAttentionPress())",
+        f"criticalkv(scorer={OBSERVED}, epsilon=4e-4)",  # h2o sums 4 query heads: no mean
+        attention="eager",
+    ),
+    Row(
+        "criticalkv",
+        "CriticalKVPress(SnapKVPress(window_size=32))",
+        "criticalkv(scorer=snapkv(window_size=32))",
+        32,
+        differs=EXPLAINED,
+    ),
     Row("random", "KnormPress()", "random", differs="the control"),
 ]

@@ -74,5 +74,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
     for case in track([SMALL, *CASES], "kvpress"):
         record(case, folder)
