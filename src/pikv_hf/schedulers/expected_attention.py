@@ -7,6 +7,9 @@ from ..rotary import Rotary
 from .base import Scheduler, Tokens
 from .placed import PlacedTokens
 
+# Tokens whose keys are copied to float32 at a time.
+BLOCK = 1024
+
 
 @dataclass(frozen=True)
 class ExpectedAttention(Scheduler):
@@ -74,22 +77,21 @@ class ExpectedAttention(Scheduler):
 
     def _shares(self, tokens: PlacedTokens, hidden: Tensor) -> Tensor:
         """The mean share [R, H, T] of the expected attention; 0 where `hidden` [R, H, T]."""
-        keys = torch.cat([tokens.keys, tokens.open_keys], dim=2).float()
-        count = tokens.keys.shape[2]
+        blocks = *tokens.keys.split(BLOCK, dim=2), tokens.open_keys
         rotary, free, weight = self._free_queries(tokens)
-        shares = torch.zeros(hidden.shape, device=keys.device)
+        total = weight.sum(2, keepdim=True).clamp_min(1)
+        shares = torch.zeros(hidden.shape, device=hidden.device)
         for queries in free.unbind(2):  # one query head of each KV head, [R, H, m, D]
-            total = weight.sum(2, keepdim=True).clamp_min(1)
             mean = (queries * weight).sum(2, keepdim=True) / total
-            ahead = rotary.ahead(mean, tokens.seen, self.future)
-            logits = tokens.scale * (keys @ ahead.transpose(-1, -2))[..., 0]
+            turned = tokens.scale * rotary.ahead(mean, tokens.seen, self.future)
+            covariance = None
             if self.use_covariance:
-                spread = (queries - mean) * weight
+                spread = tokens.scale * (queries - mean) * weight
                 spread = rotary.ahead(spread, tokens.seen, self.future)
                 covariance = spread.transpose(-1, -2) @ spread / total
-                logits += tokens.scale**2 / 2 * (keys @ covariance * keys).sum(-1)
-            logits[..., :count].masked_fill_(hidden, -torch.inf)
-            shares += logits.softmax(-1)[..., :count]
+            exponents = torch.cat([_exponents(keys, turned, covariance) for keys in blocks], dim=2)
+            exponents[..., : hidden.shape[2]].masked_fill_(hidden, -torch.inf)
+            shares += exponents.softmax(-1)[..., : hidden.shape[2]]
         return shares / free.shape[2]
 
     def _free_queries(self, tokens: PlacedTokens) -> tuple[Rotary, Tensor, Tensor]:
@@ -103,3 +105,12 @@ class ExpectedAttention(Scheduler):
         first = tokens.positions.masked_fill(number < 0, tokens.seen).amin((1, 2))
         counts = queries.any(-1).any((1, 2)) & (columns >= first[:, None] + self.sinks)
         return rotary, rotary.unrotate(queries, columns), counts[:, None, :, None].float()
+
+
+def _exponents(keys: Tensor, mean: Tensor, covariance: Tensor | None) -> Tensor:
+    """m k + k S k / 2 [R, H, T] of `keys` [R, H, T, D], m = `mean` [R, H, 1, D], in float32."""
+    keys = keys.float()
+    exponents = (keys @ mean.transpose(-1, -2))[..., 0]
+    if covariance is not None:
+        exponents += (keys @ covariance * keys).sum(-1) / 2
+    return exponents

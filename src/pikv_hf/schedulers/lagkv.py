@@ -6,6 +6,9 @@ from torch import Tensor
 from .base import Scheduler, Tokens
 from .placed import PlacedTokens
 
+# Tokens that are scaled in float32 at a time.
+BLOCK = 1024
+
 
 @dataclass(frozen=True)
 class LagKV(Scheduler):
@@ -70,12 +73,17 @@ class LagKV(Scheduler):
 
     def _information(self, states: Tensor) -> Tensor:
         """[R, H, N - 1, lag_size] of all but the last of N full partitions of [R, H, T, D]."""
-        states = states[:, :, self.sinks :].float()
-        full = states.shape[2] // self.lag_size
+        lag = self.lag_size
+        full = (states.shape[2] - self.sinks) // lag
         if full < 2:
-            return states.new_zeros(*states.shape[:2], 0, self.lag_size)
-        parts = states[:, :, : full * self.lag_size].unflatten(2, (full, self.lag_size))
-        low, high = parts[:, :, 1:].aminmax(dim=3, keepdim=True)
+            return states.new_zeros(*states.shape[:2], 0, lag, dtype=torch.float32)
+        parts = states[:, :, self.sinks : self.sinks + full * lag].unflatten(2, (full, lag))
+        low, high = (part.float() for part in parts[:, :, 1:].aminmax(dim=3, keepdim=True))
         width = high - low
-        scaled = torch.where(width > 0, (parts[:, :, :-1] - low) / width, 0.0)
-        return scaled.std(dim=-1).softmax(dim=-1)
+        step = max(BLOCK // lag, 1)
+        blocks = (t.split(step, dim=2) for t in (parts[:, :, :-1], low, width))
+        deviations = [
+            torch.where(size > 0, (part.float() - least) / size, 0.0).std(dim=-1)
+            for part, least, size in zip(*blocks, strict=True)
+        ]
+        return torch.cat(deviations, dim=2).softmax(dim=-1)
