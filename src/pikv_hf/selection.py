@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .memory import empty_like
+
 
 def best_places(scores: Tensor, count: int) -> Tensor:
     """Indices [..., count] of the highest `scores` [..., T], of equal ones the later; ascending."""
@@ -67,5 +69,6 @@ def taken(tensor: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
     tokens = tensor.as_strided((last + 1, width), (width, 1))
     row, head = (torch.arange(n, device=keep.device) for n in keep.shape[:2])
     index = keep * steps[2] + (row[:, None] * steps[0] + head * steps[1])[..., None]
-    into = None if out is None else out.view(-1, width)
-    return torch.index_select(tokens, 0, index.flatten(), out=into).view(shape)
+    out = empty_like(tensor, shape) if out is None else out
+    torch.index_select(tokens, 0, index.flatten(), out=out.view(-1, width))
+    return out

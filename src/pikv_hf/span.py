@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .memory import empty_like
 from .selection import taken
 
 
@@ -80,7 +81,7 @@ class Span:
         """Copies long enough for `tokens`, the rest unwritten."""
 
         def widen(t: Tensor) -> Tensor:
-            room = t.new_empty(*t.shape[:2], tokens, *t.shape[3:])
+            room = empty_like(t, (*t.shape[:2], tokens, *t.shape[3:]))
             room.narrow(2, 0, t.shape[2]).copy_(t)
             return room
 
