@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from zoo import prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.compressors import TurboQuant, turboquant
+from pikv_hf.compressors import Int4, Pyramid, TurboQuant, turboquant
 from pikv_hf.schedulers import StreamingLLM
 
 # Least mean squared errors of a scalar quantizer of N(0, 1) (Max, 1960); the paper rounds them to
@@ -399,9 +399,10 @@ def test_wrong_codebook_shows_in_the_logits(monkeypatch) -> None:
         assert_same(generate(model, inputs, PiKVCache(model, compressor=method, **SMALL)), expected)
 
 
-def test_the_sketch_is_refused_with_a_scheduler() -> None:
-    """Each eviction would encode it again, and its error would grow."""
-    model = tiny("mixtral")
+def test_the_sketch_is_refused_where_pages_differ() -> None:
+    """A scheduler would make it anew each time, for pages that may change their encoding."""
+    model, mixed = tiny("mixtral"), Pyramid((TurboQuant(residual=True), Int4()), (0.5, 0.5))
     with pytest.raises(ValueError, match="cannot be encoded again"):
-        PiKVCache(model, compressor=TurboQuant(residual=True), scheduler="streaming_llm")
-    PiKVCache(model, compressor=TurboQuant(), scheduler="streaming_llm").detach()
+        PiKVCache(model, compressor=mixed, scheduler="streaming_llm")
+    PiKVCache(model, compressor=mixed).detach()
+    PiKVCache(model, compressor=TurboQuant(residual=True), scheduler="streaming_llm").detach()

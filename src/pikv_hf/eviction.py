@@ -47,7 +47,10 @@ def kept(
     if scheduler.records:
         sealed = settled(layer, rows, sealed, mask)
         new = with_record(layer, rows, new)
+    if sealed is not None and not moves(scheduler):
+        new = layer.pages.encoded(new)
     span = new if sealed is None else sealed.then(new)
+
     if is_within or budget is None:
         return span.front()
     tokens = _tokens(layer, rows, span, count, scheduler)

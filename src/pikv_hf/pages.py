@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compressors import Compressor, MixedCompressor, encoded
+from .compressors import Compressor, MixedCompressor, encoded, flat_tokens
 from .compressors.base import check_states
 from .memory import own
 from .pool import Pages, Pool, Unplaced, together
@@ -35,7 +35,8 @@ class PageTable:
     ) -> None:
         """Seal `span`, tokens of the batch rows `rows`, with `keys`, `values` and what is known.
 
-        If `valid` is known, the valid tokens of each row and KV head are its first ones.
+        If `valid` is known, the valid tokens of each row and KV head are its first ones. Tokens with
+        codes, which `take` and `encoded` give, are not encoded again.
         `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them.
 
         Raises:
@@ -44,20 +45,28 @@ class PageTable:
         if not self.compressor.is_lossless:
             check_states(self.compressor, span["keys"], span["values"])
         keys, values = self._paged(span["keys"]), self._paged(span["values"])
-        known = span.without("keys", "values", "valid")
+        codes = {name: self._paged(tensor) for name, tensor in span.codes().items()}
+        known = span.without_codes().without("keys", "values", "valid")
         positions = Span({"positions": known["positions"].to(torch.int32)})
         known = positions.joined(known.without("positions"))
         is_mixed = isinstance(self.compressor, MixedCompressor)
         is_behind_pools = any(isinstance(slab, Pool) for slab in self.slabs)
         if not (is_mixed or is_behind_pools or "valid" in span):
-            fields = encoded(self.compressor, keys, values, queries)
+            fields = codes or encoded(self.compressor, keys, values, queries)
             return self._append_uniform(fields, known, rows, batch)
         lead = keys.shape[:2]
         known = {
             name: self._paged(t.expand(*lead, *t.shape[2:])) for name, t in known.tensors.items()
         }
         lengths = self._paged(span.all_valid()["valid"].expand(*lead, -1)).sum(-1)
-        self._append_pooled(Unplaced(keys, values, known, lengths, rows, queries), batch)
+        self._append_pooled(Unplaced(keys, values, known, lengths, rows, queries, codes), batch)
+
+    def encoded(self, span: Span) -> Span:
+        """`span` with its codes, where tokens are encoded each by itself."""
+        if not self.compressor.is_per_token:
+            return span
+        fields = self.compressor.encode(self._paged(span["keys"]), self._paged(span["values"]))
+        return span.with_codes({k: flat_tokens(v, len(span)) for k, v in fields.items()})
 
     def apart(self, span: Span, queries: Tensor | None = None) -> "PageTable":
         """A table of nothing but `span`, whose pages are as `append` makes them of it here."""
@@ -156,16 +165,19 @@ class PageTable:
         return (*slabs, sum(in_pools))
 
     def spans(self, rows: list[int]) -> list[Span]:
-        """The tokens of batch rows of one signature, decoded: equally many in each KV head."""
+        """The tokens of batch rows of one signature, decoded, the oldest first."""
+        return [span.without_codes() for span in self._spans(rows)]
+
+    def _spans(self, rows: list[int]) -> list[Span]:
         mine = self._read_by(rows[0])
         spans = [slab.span(rows) for slab in mine if isinstance(slab, Slab)]
         pools = [pool for pool in mine if isinstance(pool, Pool)]
         return [*spans, together(pools, rows)] if pools else spans
 
     def take(self, rows: list[int]) -> Span | None:
-        """Remove and return, decoded, the tokens of batch rows of one signature."""
+        """Remove and return the tokens of batch rows of one signature: decoded, and their codes."""
         taken = None
-        for span in self.spans(rows):
+        for span in self._spans(rows):
             taken = span if taken is None else taken.then(span)
         for slab in self.slabs:
             slab.drop_readers(set(rows))

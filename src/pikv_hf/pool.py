@@ -149,7 +149,10 @@ class Pool(StoredRows):
         valid = place < self.lengths[:used, None, None]
         order = (self.owner[:used, None, None] << 32) + meta["positions"]
         order = order.masked_fill(~valid, -1)
-        return meta.joined(Span({"keys": keys, "values": values, "order": order}))
+        tokens = meta.joined(Span({"keys": keys, "values": values, "order": order}))
+        if not self.compressor.is_per_token:
+            return tokens
+        return tokens.with_codes({name: field[:, 0] for name, field in fields.items()})
 
     def keep_rows(self, used: Tensor) -> None:
         new_of_old = torch.full((self.rows,), -1).index_copy_(0, used, torch.arange(len(used)))
@@ -204,7 +207,7 @@ class Unplaced:
 
     `keys` [R, H, S, P, Dk], `values`, and in `known` [R, H, S, P, ...] what is known of them;
     `lengths` [R, H, S], how many are valid, the first ones of a page; `queries` [R, H, Q, Dk], if
-    the compressor asks for any.
+    the compressor asks for any; `codes` [R, H, S, P, ...] by name, if they are encoded already.
     """
 
     keys: Tensor
@@ -213,6 +216,7 @@ class Unplaced:
     lengths: Tensor
     rows: list[int]
     queries: Tensor | None
+    codes: dict[str, Tensor]
 
     @property
     def heads(self) -> int:
@@ -221,19 +225,26 @@ class Unplaced:
     def encoded(self, compressor: Compressor, at: Tensor) -> Pages:
         """The pages `at` [N, 3], places in R, H and S, as `compressor` encodes them."""
         row, head, page = at.unbind(1)
-        wanted = self.queries is not None and compressor.observed_queries
-        asked = self.queries[row, head][:, None] if wanted else None
-        states = (t[row, head, page][:, None, None] for t in (self.keys, self.values))
-        fields = encoded(compressor, *states, asked)
         lengths = self.lengths[row, head, page]
         least, most = lengths.aminmax()
         return Pages(
-            fields={name: tensor[:, 0, 0] for name, tensor in fields.items()},
+            fields=self._fields(compressor, row, head, page),
             meta=Span({name: t[row, head, page][:, None] for name, t in self.known.items()}),
             owner=torch.tensor(self.rows, device=row.device)[row] * self.heads + head,
             lengths=lengths.to(torch.int32),
             tokens=int(least) if least == most else None,
         )
+
+    def _fields(
+        self, compressor: Compressor, row: Tensor, head: Tensor, page: Tensor
+    ) -> dict[str, Tensor]:
+        if self.codes:
+            return {name: tensor[row, head, page] for name, tensor in self.codes.items()}
+        wanted = self.queries is not None and compressor.observed_queries
+        asked = self.queries[row, head][:, None] if wanted else None
+        states = (t[row, head, page][:, None, None] for t in (self.keys, self.values))
+        fields = encoded(compressor, *states, asked)
+        return {name: tensor[:, 0, 0] for name, tensor in fields.items()}
 
 
 def together(pools: list[Pool], rows: list[int]) -> Span:

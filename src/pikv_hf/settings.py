@@ -106,10 +106,10 @@ def make_shared(
 
 def _check_together(scheduler: Scheduler | None, compressor: Compressor, router: Any) -> None:
     """Refuse methods that cannot serve one cache."""
-    if scheduler is not None and not compressor.is_idempotent:
+    if scheduler is not None and not (compressor.is_per_token or compressor.is_idempotent):
         raise ValueError(
-            f"`compressor` is {compressor}, whose pages cannot be encoded again when a scheduler "
-            "drops tokens: use another compressor, or no scheduler."
+            f"`compressor` is {compressor}, whose pages cannot be encoded again when {scheduler} "
+            "moves tokens: use another compressor, or no scheduler."
         )
     is_ragged = scheduler is not None and scheduler.is_ragged
     if is_ragged and compressor.needs_calibration:

@@ -128,6 +128,9 @@ class Slab(StoredRows):
             for i in range(2)
         )
         states = Span({"keys": keys, "values": values})
+        if self.compressor.is_per_token:
+            codes = {name: flat_tokens(t, self.length) for name, t in self.fields.items()}
+            states = states.with_codes(codes)
         return states.joined(self.meta.narrow(0, self.length)).rows(self.stored_of(rows))
 
     def tensors(self) -> Iterator[Tensor]:

@@ -10,6 +10,9 @@ from .memory import empty_like
 from .selection import taken
 
 
+CODE = "code of "
+
+
 @dataclass(frozen=True)
 class Span:
     """T consecutive tokens of R rows and H KV heads: tensors [R or 1, H or 1, T, ...] by name.
@@ -49,6 +52,17 @@ class Span:
     def gather(self, keep: Tensor) -> "Span":
         """Tokens `keep` [R, H, K], chosen for each row and head apart."""
         return self._map(lambda t: taken(t, keep.to(t.device)))
+
+    def codes(self) -> dict[str, Tensor]:
+        """The tokens as a compressor has encoded them, by the names of its fields."""
+        return {k.removeprefix(CODE): v for k, v in self.tensors.items() if k.startswith(CODE)}
+
+    def with_codes(self, codes: dict[str, Tensor]) -> "Span":
+        """The same tokens with their codes [R, H, T, ...]."""
+        return self.joined(Span({CODE + name: tensor for name, tensor in codes.items()}))
+
+    def without_codes(self) -> "Span":
+        return Span({k: v for k, v in self.tensors.items() if not k.startswith(CODE)})
 
     def then(self, newer: "Span") -> "Span":
         """This span followed by `newer`, in the tensors that both have.

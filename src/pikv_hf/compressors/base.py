@@ -40,6 +40,14 @@ class Compressor(ABC):
         """Whether decoded pages may be encoded again, as eviction does, with little further loss."""
         return True
 
+    @property
+    def is_per_token(self) -> bool:
+        """Whether every token is encoded by itself: all fields are [R, H, S, P, ...].
+
+        Tokens that move to other pages then keep their codes.
+        """
+        return False
+
     def check(self, model: PreTrainedModel) -> None:
         """Called once, before a cache is made for `model`.
 

@@ -100,6 +100,10 @@ class Integer(Compressor):
         out, lse = quantized_attention(query.to(dtype), keys, values, tokens, scale)
         return hadamard(out) if self.rotate else out, lse
 
+    @property
+    def is_per_token(self) -> bool:
+        return self.key_axis == "token"
+
     def bytes_per_token(
         self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64
     ) -> float:

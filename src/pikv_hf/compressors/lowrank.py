@@ -68,6 +68,10 @@ class LowRank(Compressor):
         """This compressor for the layer that `factors` were fitted to; none for an unpaged layer."""
         return replace(self, _factors=dict(factors))
 
+    @property
+    def is_per_token(self) -> bool:
+        return True
+
     def tensors(self) -> Iterator[Tensor]:
         yield from (self._factors or {}).values()
 

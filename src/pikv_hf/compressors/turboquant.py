@@ -48,6 +48,10 @@ class TurboQuant(Compressor):
             raise ValueError(f"`seed` is {self.seed!r}; it must be a whole number, 0 or more.")
 
     @property
+    def is_per_token(self) -> bool:
+        return True
+
+    @property
     def is_idempotent(self) -> bool:
         return not self.residual
 
