@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -75,10 +76,14 @@ def ours(model: PreTrainedModel, case: Case, row: Row, theirs: Tensor) -> Tensor
     budget, window = round(float(counts.double().mean())), max(row.window, 1)
     found = torch.zeros_like(theirs)
     found[:, :, length - row.window :] = True
-    options = {"page_size": 1, "window": window}
+    options: dict[str, Any] = {"page_size": 1, "window": window}
+    if row.repeats:
+        options |= {"sinks": 4, "hold_prompt": True}
     with torch.no_grad(), PiKVCache(model, scheduler=scheduler, budget=budget, **options) as cache:
         cache.shared.window = row.window  # a cache keeps one token open at least; a press need not
         model(case.prompt(), past_key_values=cache)
+        if row.repeats:
+            cache.compress()
         for kept, layer in zip(found, cache.layers, strict=True):
             for span in map(Span.all_valid, layer.pages.spans([0])):
                 head, place = span["valid"][0].expand(len(kept), -1).nonzero(as_tuple=True)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 FAMILIES = ("llama", "qwen3", "phi3")
 VOCABULARY = 2048
+REPEAT = (5, 6, 7)  # token ids
 
 
 class Case(NamedTuple):
@@ -39,6 +40,7 @@ class Case(NamedTuple):
             num_key_value_heads=2,
             head_dim=16,
             pad_token_id=0,
+            eos_token_id=0,
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
         for number, (_, weight) in enumerate(sorted(model.named_parameters())):
@@ -75,12 +77,14 @@ class Row:
     """A method of both.
 
     Args:
+        name: the method's, and how it is set if not as it comes.
         press: of kvpress, as its constructor is called; the share is set afterwards.
         scheduler: ours, as `--cache` takes it.
         window: newest tokens that the press never drops.
         attention: implementation that the press needs.
         chunk: only prompts are compared whose length is a multiple of it.
         at_layer_budgets: every layer of ours keeps as many as that of kvpress.
+        repeats: the model reads the prompt a second time, asked to by `REPEAT`.
         differs: the kept sets are not the same: what to say of that.
     """
 
@@ -91,11 +95,12 @@ class Row:
     attention: str = "sdpa"
     chunk: int = 1
     at_layer_budgets: bool = False
+    repeats: bool = False
     differs: str = ""
 
     @property
     def method(self) -> str:
-        return self.scheduler.partition("(")[0]
+        return self.name.partition(",")[0]
 
 
 EXPLAINED = "differs, see docs/methods.md"
@@ -155,6 +160,12 @@ ROWS = [
         "criticalkv(scorer=snapkv(window_size=32))",
         32,
         differs=EXPLAINED,
+    ),
+    Row(
+        "kvzip",
+        "KVzipPress(layerwise=True)",
+        f"adakv(scorer=kvzip(prompt_ids={REPEAT}), alpha=0)",
+        repeats=True,
     ),
     Row("random", "KnormPress()", "random", differs="the control"),
 ]

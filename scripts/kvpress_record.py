@@ -3,10 +3,12 @@
 import argparse
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import kvpress
 import torch
-from kvpress_cases import CASES, ROWS, SMALL, Case, Row
+from kvpress.presses import kvzip_press
+from kvpress_cases import CASES, REPEAT, ROWS, SMALL, Case, Row
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +35,20 @@ def states(model: PreTrainedModel, prompt: Tensor) -> dict[str, Tensor]:
         "values": torch.stack([layer.values[0] for layer in cache.layers]),
         "hidden": torch.stack(hidden),
     }
+
+
+class Words:
+    """Stands in for the tokenizer that `KVzipPress` asks for its prompt."""
+
+    chat_template = None
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> "Words":
+        return cls()
+
+    def encode(self, text: str, **options: Any) -> Tensor:
+        """No token for no text, the last of `REPEAT` for the suffix, the others for the prompt."""
+        return torch.tensor([{"": [], "\n": REPEAT[-1:]}.get(text, REPEAT[:-1])], dtype=torch.long)
 
 
 def kept(model: PreTrainedModel, prompt: Tensor, row: Row, share: float, keys: Tensor) -> Tensor:
@@ -75,5 +91,7 @@ if __name__ == "__main__":
     folder = parser.parse_args().folder
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
+    kvzip_press.AutoTokenizer = Words
+    kvzip_press.logger.setLevel("ERROR")
     for case in track([SMALL, *CASES], "kvpress"):
         record(case, folder)
