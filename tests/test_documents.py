@@ -22,7 +22,7 @@ def test_pieces_end_as_one(name, method, compressor) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     found = []
     for way in ("at once", "holding", "hold_prompt"):
-        hold = way == "hold_prompt"
+        hold = way == "hold_prompt" or (way == "at once" and method == "kvzip")
         cache = PiKVCache(
             model, scheduler=method, compressor=compressor, hold_prompt=hold, **OPTIONS
         )

@@ -25,6 +25,7 @@ from .attention import NAME
 from .checks import check_forward, check_generate
 from .context import CONTEXT
 from .gates import Gate, gates_of_layers
+from .repetition import check_held
 from .rotary import Rotary, check_axes, rotaries
 
 _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
@@ -137,6 +138,7 @@ class Binding:
         check_forward(cache, self.model(), kwargs)
         if cache.shared.needs_rotary:
             check_axes(kwargs.get("position_ids"))
+        check_held(cache, kwargs, _length(args, kwargs))
         cache.begin_forward(_length(args, kwargs))
         CONTEXT.cache, CONTEXT.ids = cache, kwargs.get("input_ids")
 

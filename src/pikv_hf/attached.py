@@ -17,6 +17,7 @@ from .eviction import output_weight
 from .geometry import head_dims
 from .layer import PagedLayer
 from .native import model_cache_class, reads_full_mask, release_prompt, with_native
+from .repetition import check_repetition, repeat
 from .shared import Shared
 from .token_log import TokenLog
 
@@ -96,6 +97,7 @@ class AttachedCache(Cache):
             )
         if self.shared.scheduler is not None:
             self.shared.scheduler.check_layers(len(binding.attention))
+            check_repetition(self.shared.scheduler.repetition, model, self.native_class)
             if "output" in self.shared.scheduler.needs:
                 for modules in binding.attention.values():
                     output_weight(modules[0])
@@ -234,6 +236,8 @@ class AttachedCache(Cache):
 
     def compress(self) -> None:
         """Seal, and drop what is over the budget, now: the end of a document, or of `holding()`."""
+        if self.shared.holding:
+            repeat(self)
         self.shared.holding = False
         for layer in self.layers:
             if isinstance(layer, PagedLayer):

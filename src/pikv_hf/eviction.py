@@ -41,6 +41,8 @@ def kept(
     if scheduler.has_lengths:
         most = scheduler.lengths(layer.layer_idx, layer.left[rows[0]], budget)
         is_within = bool(((0 if held is None else held) + len(new) <= most + slack).all())
+    if scheduler.repetition is not None:
+        new = with_record(layer, rows, new)
     if is_within and not scheduler.records:
         return new
     sealed = layer.pages.take(rows)
@@ -50,7 +52,6 @@ def kept(
     if sealed is not None and not moves(scheduler):
         new = layer.pages.encoded(new)
     span = new if sealed is None else sealed.then(new)
-
     if is_within or budget is None:
         return span.front()
     tokens = _tokens(layer, rows, span, count, scheduler)
@@ -94,7 +95,7 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
     others = (*layer.observed.tensors(), *layer.pages.compressor.tensors())
     fixed += sum(tensor.nbytes for tensor in others)
     per_token = layer.pages.compressor.bytes_per_token(*dims, size)
-    per_token += 4  # its position
+    per_token += 4 + 4 * layer.observed.numbers  # its position and its record
     if tail.labels is not None:
         labels = tail.labels.tensors.values()
         per_token += sum(t[0, 0, 0].numel() * t.element_size() for t in labels)
@@ -138,7 +139,7 @@ def _tokens(
         layer_idx=layer.layer_idx,
         queries=layer.observed.of_rows(rows, scheduler.observed_queries),
         scale=layer.scale,
-        record=span["record"] if scheduler.records else None,
+        record=span["record"] if layer.observed.numbers else None,
         control=layer.observed.control_of(rows, layer.tail.keys) if scheduler.controls else None,
         valid=span["valid"].expand(shape) if "valid" in span else None,
         sinks=layer.shared.sinks,

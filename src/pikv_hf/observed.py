@@ -15,11 +15,13 @@ class Observed:
     Those of padding are zeros. Copies: nothing keeps the prompt's queries alive. For schedulers that
     keep `width` numbers of each token, `pending` are the queries that these do not contain yet, and
     `record` [B, H, t, width] are those of the oldest t open tokens. `control` [B, controls] is what
-    schedulers keep of each row.
+    schedulers keep of each row. If `is_marked` a record is one number that only a repetition changes.
     """
 
-    def __init__(self, most: int, width: int = 0, controls: int = 0) -> None:
-        self.most, self.width, self.controls = most, width, controls
+    def __init__(
+        self, most: int, width: int = 0, controls: int = 0, *, is_marked: bool = False
+    ) -> None:
+        self.most, self.width, self.controls, self.is_marked = most, width, controls, is_marked
         self.queries: Tensor | None = None
         self.pending: Tensor | None = None
         self.record: Tensor | None = None
@@ -29,11 +31,18 @@ class Observed:
     def wanted_by(cls, methods: Sequence[Any]) -> "Observed":
         """As many as the most demanding of some methods asks for."""
         names = ("observed_queries", "records", "controls")
-        return cls(*(max(getattr(method, name, 0) for method in methods) for name in names))
+        is_marked = any(getattr(method, "repetition", None) is not None for method in methods)
+        counts = (max(getattr(method, name, 0) for method in methods) for name in names)
+        return cls(*counts, is_marked=is_marked)
 
     def anew(self) -> "Observed":
         """Nothing observed yet."""
-        return Observed(self.most, self.width, self.controls)
+        return Observed(self.most, self.width, self.controls, is_marked=self.is_marked)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a record has."""
+        return self.width or int(self.is_marked)
 
     @property
     def limit(self) -> int:

@@ -73,8 +73,8 @@ def settle_held(layer: "PagedLayer", mask: Tensor | None) -> None:
 
 def tail_record(layer: "PagedLayer") -> Tensor:
     """The records of the open tokens [B, H, n, c]; new tokens start with zeros."""
-    observed, tail, width = layer.observed, layer.tail, layer.observed.width
-    shape = *tail.keys.shape[:2], tail.length, width
+    observed, tail = layer.observed, layer.tail
+    shape = *tail.keys.shape[:2], tail.length, observed.numbers
     if observed.record is None:
         observed.record = tail.keys.new_zeros(shape, dtype=torch.float32)
     missing = tail.length - observed.record.shape[2]

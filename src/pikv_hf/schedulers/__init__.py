@@ -11,6 +11,7 @@ from .fastv import FastV
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
+from .kvzip import KVzip
 from .lagkv import LagKV
 from .lru import LRU
 from .lru_plus import LRUPlus
@@ -36,6 +37,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "criticalkv": CriticalKV,
     "fastv": FastV,
     "pikv_layer_sum": PiKVLayerSum,
+    "kvzip": KVzip,
     "lagkv": LagKV,
     "expected_attention": ExpectedAttention,
     "expert": Expert,
@@ -57,6 +59,7 @@ __all__ = [
     "ExpectedAttention",
     "Expert",
     "FastV",
+    "KVzip",
     "KeyDiff",
     "Knorm",
     "LRUPlus",

@@ -152,6 +152,15 @@ class Scheduler(ABC):
         """The numbers [R, controls] after it was decided that `keep` stays; zeros at first."""
         raise NotImplementedError(f"{type(self).__name__} has no controls.")
 
+    @property
+    def repetition(self) -> Any:
+        """How the model is to repeat what a cache held back, which marks tokens; None = not at all.
+
+        With `prompt_ids`, `chunk_size`, `overlap` and `sinks` (KVzip). `Tokens.record` [R, H, T, 1]
+        is then the largest attention that each token got, 0 if it was not repeated.
+        """
+        return None
+
     def check_layers(self, layers: int) -> None:
         """Refuse a model of which `layers` layers are paged, if it cannot serve it.
 
@@ -267,6 +276,10 @@ class Wrapper(Scheduler):
     @property
     def least(self) -> int:
         return self.scorer.least
+
+    @property
+    def repetition(self) -> Any:
+        return self.scorer.repetition
 
     def check_layers(self, layers: int) -> None:
         self.scorer.check_layers(layers)

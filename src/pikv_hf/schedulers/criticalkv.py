@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..latent import LatentQuery
-from .base import Scheduler, Tokens, Wrapper, newest_of_best
+from ..selection import best_places, mask_of_best
+from .base import Scheduler, Tokens, Wrapper
 from .snapkv import SnapKV
 
 # Numbers of one block of projected values: 64 MiB in float32.
@@ -58,18 +59,15 @@ class CriticalKV(Wrapper):
 
     def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
         first = (counts.double() * self.first_stage_ratio).long()
-        best = newest_of_best(ranked, int(first.max()))
-        is_first = torch.arange(best.shape[2], device=best.device) < first[..., None]
-        stays = torch.zeros_like(ranked, dtype=torch.bool).scatter(2, best, is_first)
         second = (ranked + self.epsilon) * projected_norms(tokens)
         # Sinks and what is no token stay above and below all others.
         second = torch.where(ranked.isfinite(), second, ranked)
-        return second.masked_fill(stays, torch.inf)
+        return second.masked_fill(mask_of_best(ranked, first), torch.inf)
 
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
         ranked = self.ranked(tokens)
         counts = torch.full(ranked.shape[:2], min(budget, ranked.shape[2]), device=ranked.device)
-        return newest_of_best(self.reranked(tokens, ranked, counts), budget).sort(dim=-1).values
+        return best_places(self.reranked(tokens, ranked, counts), budget)
 
 
 def projected_norms(tokens: Tokens) -> Tensor:
