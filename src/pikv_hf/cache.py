@@ -18,7 +18,7 @@ from .placement import Placement
 from .routers import Router
 from .schedulers import Scheduler
 from .settings import check_count, make_shared
-from .token_log import TokenLog
+from .token_log import MOST, TokenLog
 
 
 class PiKVCache(AttachedCache):
@@ -120,11 +120,16 @@ class PiKVCache(AttachedCache):
             probe=probe,
         )
         self._budget = budget
-        self.log = TokenLog()
+        self.log = self._new_log()
         if config is not None:
             self._fill(config)
         else:
             self.attach(model)
+
+    def _new_log(self) -> TokenLog:
+        scheduler = self.shared.scheduler
+        repeats = scheduler is None or scheduler.repetition is not None
+        return TokenLog(None if repeats else MOST)
 
     # ---- the Cache interface ----------------------------------------------------------------
 
@@ -151,7 +156,7 @@ class PiKVCache(AttachedCache):
                 layers[idx].reset()
             else:
                 layers[idx] = fresh
-        self.log = TokenLog()
+        self.log = self._new_log()
         self._start(layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -5,13 +5,21 @@ from torch import Tensor
 
 from .memory import is_writable
 
+# Of a cache that drops tokens, and may read an endless stream.
+MOST = 4096
+
 
 class TokenLog:
-    """The ids of all cached tokens, or nothing once any of them is unknown (`inputs_embeds`)."""
+    """The ids of all cached tokens, or of about the newest `most`; nothing once any is unknown.
 
-    def __init__(self) -> None:
+    They are unknown if the model is given `inputs_embeds`. `ids[:, i]` is token `first + i`, of which
+    those before `length` are there.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
         self.ids: Tensor | None = None
-        self.length = 0
+        self.first = self.length = 0
         self.is_complete = True
 
     def append(self, ids: Tensor | None) -> None:
@@ -19,28 +27,38 @@ class TokenLog:
         if ids is None or ids.dim() != 2 or not self.is_complete:
             self.is_complete, self.ids = False, None
             return
+        if self.most is not None and ids.shape[1] > self.most:  # none of the older ones stays
+            self.length += ids.shape[1] - self.most
+            self.ids, self.first, ids = None, self.length, ids[:, -self.most :]
         end = self.length + ids.shape[1]
-        if self.ids is None or end > self.ids.shape[1] or not is_writable(self.ids):
-            room = torch.empty(
-                ids.shape[0], end + end // 8 + 64, dtype=torch.int32, device=ids.device
-            )
-            if self.ids is not None:
-                room[:, : self.length] = self.ids[:, : self.length]
-            self.ids = room
-        self.ids[:, self.length : end] = ids
+        if self.ids is None or end - self.first > self.ids.shape[1] or not is_writable(self.ids):
+            self._move(ids)
+        assert self.ids is not None, "there is room now"
+        self.ids[:, self.length - self.first : end - self.first] = ids
         self.length = end
+
+    def _move(self, new: Tensor) -> None:
+        """To a buffer with room for the ids `new` and more, without the oldest if there are many."""
+        first = self.first if self.most is None else max(self.first, self.length - self.most)
+        held, needed = self.length - first, self.length - first + new.shape[1]
+        room = new.new_empty(new.shape[0], needed + needed // 8 + 64, dtype=torch.int32)
+        if self.ids is not None:
+            room[:, :held] = self.ids[:, first - self.first : self.length - self.first]
+        self.ids, self.first = room, first
 
     def starts(self, ids: Tensor) -> bool:
         """Whether `ids` [B, n] begin with the cached ones, as far as these are known."""
         if self.ids is None:
             return True
-        known = self.ids[:, : self.length]
+        known = self.ids[:, : self.length - self.first]
         repeats = known.shape[0] // ids.shape[0]
-        begin = ids[:, : self.length].to(known.device).repeat_interleave(max(repeats, 1), dim=0)
+        begin = ids[:, self.first : self.length].to(known.device)
+        begin = begin.repeat_interleave(max(repeats, 1), dim=0)
         return begin.shape == known.shape and bool((begin == known).all())
 
     def crop(self, length: int) -> None:
         self.length = min(self.length, length)
+        self.first = min(self.first, self.length)
 
     def map_rows(self, index: Tensor) -> None:
         if self.ids is not None:
