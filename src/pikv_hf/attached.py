@@ -96,15 +96,13 @@ class AttachedCache(Cache):
                 f"is found in {type(model).__name__}."
             )
         if self.shared.scheduler is not None:
-            self.shared.scheduler.check_layers(len(binding.attention))
+            self.shared.scheduler.check(model, len(binding.attention))
             check_repetition(self.shared.scheduler.repetition, model, self.native_class)
             if "output" in self.shared.scheduler.needs:
                 for modules in binding.attention.values():
                     output_weight(modules[0])
         if not hasattr(self, "layers"):
             self.shared.compressor.check(model)
-            if self.shared.scheduler is not None:
-                self.shared.scheduler.check(model)
             return
         same = type(model.config) is type(self.config) and self._paged() == sorted(
             binding.attention

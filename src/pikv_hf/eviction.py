@@ -9,7 +9,7 @@ from torch import Tensor
 from .moving import moves, side_by_side, with_rest
 from .pages import MAX_GROWTH, MIN_GROWTH
 from .records import settled, with_record
-from .schedulers import PlacedTokens, Scheduler, Tokens
+from .schedulers import Scheduler, Tokens
 from .span import Span
 
 if TYPE_CHECKING:
@@ -33,16 +33,10 @@ def kept(
     """
     if moves(scheduler):
         new = with_rest(layer, new)
-    held = layer.pages.held(rows[0])
-    available = len(new) + (0 if held is None else math.ceil(held.double().mean()))
-    budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
-    slack = 0 if layer.generated == 0 else layer.shared.interval - 1
-    is_within = budget is None or available <= budget + slack
-    if scheduler.has_lengths:
-        most = scheduler.lengths(layer.layer_idx, layer.left[rows[0]], budget)
-        is_within = bool(((0 if held is None else held) + len(new) <= most + slack).all())
-    if scheduler.repetition is not None:
+    if layer.observed.is_marked:
         new = with_record(layer, rows, new)
+    budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
+    is_within = budget is None or _fits(layer, rows[0], len(new), budget, scheduler)
     if is_within and not scheduler.records:
         return new
     sealed = layer.pages.take(rows)
@@ -58,12 +52,23 @@ def kept(
     keep = scheduler.keep(tokens, budget)
     if scheduler.controls:
         layer.observed.set_control(rows, scheduler.controlled(tokens, keep))
-    if not scheduler.is_ragged:
-        stays = span.gather(keep)
-    else:
+    if scheduler.is_ragged:
         stays = span.without("valid").gather(keep.clamp_min(0))
         stays = stays.joined(Span({"valid": keep >= 0}))
+    else:
+        stays = span.gather(keep)
     return side_by_side(layer, stays, keep, len(span)) if moves(scheduler) else stays
+
+
+def _fits(layer: "PagedLayer", row: int, new: int, budget: int, scheduler: Scheduler) -> bool:
+    """Whether `new` tokens more of each KV head are within the budget, or too few over it to act."""
+    held = layer.pages.held(row)
+    held = torch.zeros(1) if held is None else held.double()
+    slack = 0 if layer.generated == 0 else layer.shared.interval - 1
+    if scheduler.has_lengths:
+        most = scheduler.lengths(layer.layer_idx, layer.left[row], budget)
+        return bool((held + new <= most + slack).all())
+    return math.ceil(held.mean()) + new <= budget + slack
 
 
 def _sealed_budget(layer: "PagedLayer", left: int, count: int, scheduler: Scheduler) -> int | None:
@@ -128,7 +133,7 @@ def _tokens(
         labels |= {f"open_{name}": opened[name] for name in ("experts", "weights")}
     module = layer.shared.modules.get(layer.layer_idx)
     shape = span["keys"].shape[:3]
-    return PlacedTokens(
+    return Tokens(
         positions=span["positions"].long().expand(shape),
         keys=span["keys"],
         values=span["values"],

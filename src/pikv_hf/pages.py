@@ -172,7 +172,11 @@ class PageTable:
         mine = self._read_by(rows[0])
         spans = [slab.span(rows) for slab in mine if isinstance(slab, Slab)]
         pools = [pool for pool in mine if isinstance(pool, Pool)]
-        return [*spans, together(pools, rows)] if pools else spans
+        if not pools:
+            return spans
+        # In mixed pages a token's next encoding may be another one.
+        with_codes = not isinstance(self.compressor, MixedCompressor)
+        return [*spans, together(pools, rows, with_codes=with_codes)]
 
     def take(self, rows: list[int]) -> Span | None:
         """Remove and return the tokens of batch rows of one signature: decoded, and their codes."""

@@ -136,7 +136,7 @@ class Pool(StoredRows):
         values = values if values.shape[-1] else keys
         return partial_attention(query, keys, values, mask, scale)
 
-    def decoded(self) -> Span:
+    def decoded(self, *, with_codes: bool) -> Span:
         """All its tokens decoded, [N, 1, P, ...], with what is known of them and `order`:
 
         owner and position as one number [N, 1, P], -1 at places that hold no token.
@@ -150,7 +150,7 @@ class Pool(StoredRows):
         order = (self.owner[:used, None, None] << 32) + meta["positions"]
         order = order.masked_fill(~valid, -1)
         tokens = meta.joined(Span({"keys": keys, "values": values, "order": order}))
-        if not self.compressor.is_per_token:
+        if not (with_codes and self.compressor.is_per_token):
             return tokens
         return tokens.with_codes({name: field[:, 0] for name, field in fields.items()})
 
@@ -247,7 +247,7 @@ class Unplaced:
         return {name: tensor[:, 0, 0] for name, tensor in fields.items()}
 
 
-def together(pools: list[Pool], rows: list[int]) -> Span:
+def together(pools: list[Pool], rows: list[int], *, with_codes: bool) -> Span:
     """All tokens of some batch rows from all their pools, [R, H, T, ...].
 
     T is what the fullest KV head holds; `valid` says where the others, whose tokens are the last
@@ -255,7 +255,7 @@ def together(pools: list[Pool], rows: list[int]) -> Span:
     """
     parts, heads = [], pools[0].heads
     for pool in pools:
-        tokens = pool.decoded()
+        tokens = pool.decoded(with_codes=with_codes)
         flat = Span({name: t.flatten(0, 2)[None, None] for name, t in tokens.tensors.items()})
         for number, row in enumerate(pool.stored_of(rows).tolist()):
             order = flat["order"][0, 0]

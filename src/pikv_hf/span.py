@@ -9,7 +9,6 @@ from torch import Tensor
 from .memory import empty_like
 from .selection import taken
 
-
 CODE = "code of "
 
 

@@ -10,7 +10,7 @@ import torch
 from pikv_kernels import add_sink, partial_attention
 from torch import Tensor
 
-from ..schedulers import PlacedTokens, Scheduler, Tokens
+from ..schedulers import Scheduler, Tokens
 
 QUERIES = 64  # newest tokens of each text whose attention is looked at
 
@@ -69,7 +69,7 @@ class HeadEffect(Scheduler):
 
 def head_effect(tokens: Tokens, sinks: int, recent: int) -> Effect:
     """Of the observed queries of one row without padding."""
-    assert isinstance(tokens, PlacedTokens) and tokens.open_values is not None
+    assert tokens.open_values is not None
     queries, output = tokens.queries, tokens.output
     assert queries is not None and output is not None
     keys = torch.cat([tokens.keys, tokens.open_keys], dim=2)

@@ -17,7 +17,6 @@ from .lru import LRU
 from .lru_plus import LRUPlus
 from .pikv_adakv import PiKVAdaKV
 from .pikv_layer_sum import PiKVLayerSum
-from .placed import PlacedTokens
 from .pyramidkv import PyramidKV
 from .random import Random
 from .snapkv import SnapKV
@@ -66,7 +65,6 @@ __all__ = [
     "LagKV",
     "PiKVAdaKV",
     "PiKVLayerSum",
-    "PlacedTokens",
     "PyramidKV",
     "Random",
     "Scheduler",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..rotary import Rotary
 from ..selection import best_of_each_head, best_places
 
 __all__ = ["Scheduler", "Tokens", "Wrapper", "best_of_each_head", "newest_of_best"]
@@ -23,17 +24,20 @@ class Tokens:
     last ones of each head; None = all. The oldest `sinks` tokens stay in any case. `seen`: tokens
     that layer `layer_idx` has ever been given.
 
-    `open_keys` [R, H, n, D] are the newest n tokens, which stay in any case. `queries`
-    [R, H, G, m, D], asked with the factor `scale`, are those of the newest m tokens and of the G
+    `open_keys` [R, H, n, D] and `open_values` are the newest n tokens, which stay in any case. Where
+    keys are latents, `latent_rank` of their dims are the value, too. `queries` [R, H, G, m, D], asked with the factor `scale`, are those of the newest m tokens and of the G
     query heads of each KV head: as many as `observed_queries` of the scheduler, or fewer at first;
     zeros stand for padding. None if it asks for none.
 
     `record` [R, H, T, c]: the c numbers that the scheduler keeps of each token (`records`), after all
     queries so far; `control` [R, c] those of each row (`controls`), as its last decision left them;
-    None if it keeps none. What a scheduler `needs`, else None: `experts` [R, 1 or H, T, k] and `weights`, the choice of the
+    None if it keeps none.
+
+    What a scheduler `needs`, else None: `experts` [R, 1 or H, T, k] and `weights`, the choice of the
     model's gate for each candidate, `open_experts` [R, 1, n, k] and `open_weights` those of the open
     tokens (None, too, in a layer without a gate); `output` [hidden, Hq * Dv], the weight of the
-    layer's output projection; `module`, its attention module.
+    layer's output projection; `module`, its attention module; `rotary`, how its keys and queries turn
+    with their position (a difference of columns is one of positions).
 
     `notes` is empty at the first layer of each forward pass: what earlier layers left for later ones.
     """
@@ -50,12 +54,15 @@ class Tokens:
     control: Tensor | None = None
     valid: Tensor | None = None
     sinks: int = 0
+    open_values: Tensor | None = None
+    latent_rank: int | None = None
     experts: Tensor | None = None
     weights: Tensor | None = None
     open_experts: Tensor | None = None
     open_weights: Tensor | None = None
     output: Tensor | None = None
     module: Any = None
+    rotary: Rotary | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
 
     def number(self) -> Tensor:
@@ -74,8 +81,8 @@ class Scheduler(ABC):
     #: Whether it must be given a file that `pikv profile` made for the model.
     needs_profile: ClassVar[bool] = False
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Called once, before a cache is made for `model`.
+    def check(self, model: PreTrainedModel, layers: int) -> None:
+        """Called before a cache is attached to `model`, of which `layers` layers are paged.
 
         Raises:
             ValueError: it cannot serve this model, for instance as its profile is of another.
@@ -117,7 +124,8 @@ class Scheduler(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What of `experts`, `output` and `module` it wants to find in `Tokens`."""
+        """What of `experts`, `output`, `module` and `rotary` it wants to find in `Tokens`; and
+        `rerotate`, if kept keys are to close the gaps between them."""
         return frozenset()
 
     @property
@@ -160,14 +168,6 @@ class Scheduler(ABC):
         is then the largest attention that each token got, 0 if it was not repeated.
         """
         return None
-
-    def check_layers(self, layers: int) -> None:
-        """Refuse a model of which `layers` layers are paged, if it cannot serve it.
-
-        Raises:
-            ValueError: it cannot.
-        """
-        return
 
     def budget(self, seen: int) -> int | None:
         """Tokens per row and KV head to hold after `seen` tokens, the tail included.
@@ -281,8 +281,8 @@ class Wrapper(Scheduler):
     def repetition(self) -> Any:
         return self.scorer.repetition
 
-    def check_layers(self, layers: int) -> None:
-        self.scorer.check_layers(layers)
+    def check(self, model: PreTrainedModel, layers: int) -> None:
+        self.scorer.check(model, layers)
 
     def budget(self, seen: int) -> int | None:
         return self.scorer.budget(seen)

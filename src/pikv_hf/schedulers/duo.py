@@ -60,7 +60,7 @@ class Duo(Scheduler):
         scores = {} if self.profile is None else read_profile(self.profile)
         object.__setattr__(self, "_streams", streaming_heads(scores, share))
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel, layers: int) -> None:
         if self.profile is None:
             raise ValueError(
                 "`scheduler` is 'duo', which needs to know the model's heads: make a file with `pikv "

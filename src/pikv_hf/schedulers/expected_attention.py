@@ -5,7 +5,6 @@ from torch import Tensor
 
 from ..rotary import Rotary
 from .base import Scheduler, Tokens
-from .placed import PlacedTokens
 
 # Tokens whose keys are copied to float32 at a time.
 BLOCK = 1024
@@ -65,7 +64,6 @@ class ExpectedAttention(Scheduler):
         return self.sinks
 
     def scores(self, tokens: Tokens) -> Tensor:
-        assert isinstance(tokens, PlacedTokens)
         number = tokens.number().expand(tokens.keys.shape[:3])
         shares = self._shares(tokens, number < self.sinks)
         if self.use_vnorm:
@@ -75,7 +73,7 @@ class ExpectedAttention(Scheduler):
             )
         return shares.masked_fill((number >= 0) & (number < self.sinks), torch.inf)
 
-    def _shares(self, tokens: PlacedTokens, hidden: Tensor) -> Tensor:
+    def _shares(self, tokens: Tokens, hidden: Tensor) -> Tensor:
         """The mean share [R, H, T] of the expected attention; 0 where `hidden` [R, H, T]."""
         blocks = *tokens.keys.split(BLOCK, dim=2), tokens.open_keys
         rotary, free, weight = self._free_queries(tokens)
@@ -94,7 +92,7 @@ class ExpectedAttention(Scheduler):
             shares += exponents.softmax(-1)[..., : hidden.shape[2]]
         return shares / free.shape[2]
 
-    def _free_queries(self, tokens: PlacedTokens) -> tuple[Rotary, Tensor, Tensor]:
+    def _free_queries(self, tokens: Tokens) -> tuple[Rotary, Tensor, Tensor]:
         """Queries [R, H, G, m, D] without their positions, and which of them count, [R, 1, m, 1]."""
         queries, rotary = tokens.queries, tokens.rotary
         assert rotary is not None, "it is among the needs"

@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .attention_mass import attention_mass
 from .base import Scheduler, Tokens
@@ -43,7 +44,7 @@ class FastV(Scheduler):
     def observed_queries(self) -> int:
         return self.window_size
 
-    def check_layers(self, layers: int) -> None:
+    def check(self, model: PreTrainedModel, layers: int) -> None:
         if self.layer >= layers:
             raise ValueError(
                 f"`layer` of {self} is {self.layer}, but only {layers} layers of the model are paged, "

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from .base import Scheduler, Tokens
-from .placed import PlacedTokens
 
 # Tokens that are scaled in float32 at a time.
 BLOCK = 1024
@@ -48,7 +47,6 @@ class LagKV(Scheduler):
     def scores(self, tokens: Tokens) -> Tensor:
         number = tokens.number().expand(tokens.keys.shape[:3])
         states = [torch.cat([tokens.keys, tokens.open_keys], dim=2)]
-        assert isinstance(tokens, PlacedTokens)
         if tokens.open_values is not None and tokens.values.shape[-1]:
             states.append(torch.cat([tokens.values, tokens.open_values], dim=2))
         length = states[0].shape[2]
