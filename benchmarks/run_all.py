@@ -21,6 +21,8 @@ SCRIPTS = [
     "quality_cpu",
     "lowrank_cpu",
     "schedulers_cpu",
+    "experts_cpu",
+    "duo_cpu",
 ]
 INTRO = """# CPU benchmarks
 
