@@ -20,7 +20,7 @@ METHODS: dict[str, tuple[dict[str, Any], type]] = {
     "router": (ROUTERS, Router),
     "placement": (PLACEMENTS, Placement),
 }
-NUMBERS = ("budget", "page_size", "window")
+NUMBERS = ("budget", "page_size", "window", "sinks", "interval", "hold_prompt")
 DYNAMIC, LOSSLESS = "dynamic", "lossless"
 
 

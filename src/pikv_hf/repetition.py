@@ -221,14 +221,13 @@ class Text:
         ids = torch.zeros(len(given), width, dtype=torch.int64)
         for row, asked in enumerate(given):
             ids[row, : len(asked)] = asked
-        new = torch.arange(width) < torch.tensor(lengths)[:, None]
         positions = self.mask.sum(-1, keepdim=True) + torch.arange(width)
         assert self.cache.binding is not None, "a cache reads what its model reads"
         decoder: Any = self.cache.binding.decoder()
         device = self.ids.device
         decoder(
             input_ids=ids.to(device),
-            attention_mask=torch.cat([self.mask, new.long()], dim=1).to(device),
+            attention_mask=torch.cat([self.mask, torch.ones_like(ids)], dim=1).to(device),
             position_ids=positions.to(device),
             past_key_values=self.cache,
             use_cache=True,
