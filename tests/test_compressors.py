@@ -306,6 +306,20 @@ def test_scores_of_a_few_queries_at_a_time(name, most, monkeypatch) -> None:
     check_attention(VARIANTS[name], (64, 64), torch.float32, 48, 33)
 
 
+@NAMES
+@pytest.mark.parametrize("rows", [1, 9])
+def test_many_pages_of_a_longer_tensor(name, rows) -> None:
+    """They are encoded a few at a time, from tokens that do not lie together: as each page alone."""
+    compressor = fitted(name)
+    keys, values = (states("", rows, 2, 22 * PAGE, 64, seed=s).float() for s in range(2))
+    keys, values = (t[:, :, 3 : 3 + 21 * PAGE].unflatten(2, (21, PAGE)) for t in (keys, values))
+    together = compressor.decode(compressor.encode(keys, values))
+    for page in range(21):
+        alone = (t[:, :, page : page + 1].contiguous() for t in (keys, values))
+        for one, all_ in zip(compressor.decode(compressor.encode(*alone)), together, strict=True):
+            assert distance(all_[:, :, page : page + 1].double(), one.double()) < 3e-3
+
+
 def attention_error(compressor: Compressor, kind: str) -> float:
     """Error of the attention output over 1,024 tokens in pages of 64, one KV head, 8 queries."""
     keys, values = states(kind, 64, 64, 128), states("", 64, 64, 128, seed=1)

@@ -77,7 +77,7 @@ def quantized_attention(
     value_codes = key_codes if values is None else values.read(query.dtype)
     codes = key_codes, value_codes
     numbers = keys, keys if values is None else values
-    step = max(1, MOST_SCORES // max(1, query.shape[:2].numel() * tokens))
+    step = max(1, MOST_SCORES // max(1, query.shape[0] * query.shape[1] * tokens))
     if query.shape[2] <= step:
         return _attend(query, codes, numbers, tokens, scale)
     parts = [_attend(part, codes, numbers, tokens, scale) for part in query.split(step, dim=2)]

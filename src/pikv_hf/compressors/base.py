@@ -129,10 +129,20 @@ PAGES_AT_A_TIME = 16
 
 
 def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -> dict[str, Tensor]:
-    """`encode` of a few pages [n, P, D] after the other, for `states` [..., P, D]."""
-    parts = [encode(pages) for pages in states.flatten(0, -3).split(PAGES_AT_A_TIME)]
-    together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return {name: t.unflatten(0, states.shape[:-2]) for name, t in together.items()}
+    """`encode` of a few pages [n, P, D] after the other, for `states` [..., S, P, D].
+
+    What is made in full is what is returned: not a dense copy of `states`, nor a list of parts.
+    """
+    lead, whole = states.shape[:-2], {}
+    step = max(1, PAGES_AT_A_TIME // max(1, lead[:-1].numel()))
+    for start in range(0, max(1, lead[-1]), step):
+        pages = states.narrow(-3, start, min(step, lead[-1] - start))
+        for name, part in encode(pages.flatten(0, -3)).items():
+            if name not in whole:
+                whole[name] = part.new_empty(*lead, *part.shape[1:])
+            mine = whole[name].narrow(len(lead) - 1, start, pages.shape[-3])
+            mine.copy_(part.view(mine.shape))
+    return whole
 
 
 def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
@@ -142,8 +152,8 @@ def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
 
 def check_states(compressor: Compressor, keys: Tensor, values: Tensor) -> None:
     """Refuse keys or values with a NaN or an infinity: few compressors can say what becomes of it."""
-    ends = {
-        name: torch.stack(states.aminmax())
+    ends = {  # `aminmax` would copy what is not dense, such as the tokens of a tail
+        name: torch.stack([states.amin(), states.amax()])
         for name, states in (("key", keys), ("value", values))
         if states.numel()
     }

@@ -1,10 +1,11 @@
+import functools
 from dataclasses import dataclass
 
 import torch
 from pikv_kernels import Quantized, dequantize, quantized_attention
 from torch import Tensor
 
-from .base import Compressor, computed_dtype
+from .base import Compressor, computed_dtype, in_portions
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -53,15 +54,18 @@ class Fp8(Compressor):
         return key_dim + value_dim + scales / page_size
 
     def _encode(self, name: str, states: Tensor) -> dict[str, Tensor]:
-        codes_dtype = FORMATS[self.format]
         if states.shape[-1] == 0:
             return {f"{name}_codes": states.to(torch.int8), f"{name}_scale": states[..., :1, :]}
+        return in_portions(functools.partial(self._quantize, name), states)
+
+    def _quantize(self, name: str, pages: Tensor) -> dict[str, Tensor]:
+        """Codes and scale of `pages` [n, P, D]."""
+        codes_dtype, dtype = FORMATS[self.format], computed_dtype(pages.dtype)
         top = torch.finfo(codes_dtype).max
-        dtype = computed_dtype(states.dtype)
-        scale = (states.abs().amax((-2, -1), keepdim=True).to(dtype) / top).to(states.dtype)
+        scale = (pages.abs().amax((-2, -1), keepdim=True).to(dtype) / top).to(pages.dtype)
         divisor = scale.to(dtype).clamp_min(torch.finfo(torch.float32).tiny)
         # Beyond the largest number float8 is NaN: the rounded scale may be too small by a little.
-        codes = (states / divisor).clamp_(-top, top).to(codes_dtype)
+        codes = (pages / divisor).clamp_(-top, top).to(codes_dtype)
         # Stored as bytes: torch copies, gathers and saves them on every device.
         return {f"{name}_codes": codes.view(torch.int8), f"{name}_scale": scale}
 

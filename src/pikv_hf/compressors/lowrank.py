@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from .base import PAGES_AT_A_TIME, Compressor, check_finite, computed_dtype, flat_tokens
-from .calibration import check_model, read_factors, read_metadata
+from .calibration import check_method, read_factors
 from .moments import Moments
 
 Factors = dict[str, Tensor]
@@ -52,14 +52,7 @@ class LowRank(Compressor):
         return self.name
 
     def check(self, model: PreTrainedModel) -> None:
-        path = self._path()
-        check_model(path, model)
-        methods = read_metadata(path)["job"]["methods"]
-        if self.name not in methods:
-            raise ValueError(
-                f"`calibration` {str(path)!r} was made for {', '.join(methods)}, not for "
-                f"{self.name}: run `pikv calibrate --method {self.name}`."
-            )
+        check_method(self._path(), model, self.name)
 
     def bind(self, config: PreTrainedConfig, layer_idx: int) -> Self:
         return self.with_factors(read_factors(self._path(), f"{self.name}.{layer_idx}."))
@@ -167,8 +160,10 @@ class LowRank(Compressor):
                 f"{self.name} was calibrated for {name}s of (heads, dim) = "
                 f"{(down.shape[0], down.shape[-2])}, not {(states.shape[1], states.shape[-1])}."
             )
-        portions = states.split(max(PAGES_AT_A_TIME // states.shape[1], 1), dim=2)
-        codes = torch.cat([(part.to(wide) @ down).to(states.dtype) for part in portions], dim=2)
+        codes = states.new_empty(*states.shape[:-1], down.shape[-1])
+        step = max(PAGES_AT_A_TIME // states.shape[1], 1)
+        for portion, part in zip(codes.split(step, dim=2), states.split(step, dim=2), strict=True):
+            portion.copy_(part.to(wide) @ down)
         check_finite(self, name, codes)
         return codes
 

@@ -35,8 +35,10 @@ def page_masses(keys: Tensor, queries: Tensor) -> Tensor:
 
     Zero queries stand for padding and do not count. `keys` [R, H, S, P, Dk].
     """
-    parts = [_scores(part, queries).logsumexp(-1) for part, _ in _portions(keys, keys)]
-    masses = torch.cat(parts, dim=2).softmax(2)
+    sums = queries.new_empty(*keys.shape[:3], queries.shape[2])
+    for mine, part in _portions(sums, keys):
+        mine.copy_(_scores(part, queries).logsumexp(-1))
+    masses = sums.softmax(2)
     counts = (queries != 0).any(-1).to(masses.dtype)[:, :, None]
     return (masses * counts).sum(-1) / counts.sum(-1).clamp_min(1)
 
@@ -59,22 +61,25 @@ def output_errors(
     output, lse = _attention(keys, values, queries)
     mean = _mean_squares(keys, queries, lse)[:, :, None, :, None]
     counts = (queries != 0).any(-1)
-    predicted: list[list[Tensor]] = [[] for _ in encodings]
+    # Written into, for small tensors that stay between large ones that go leave holes in the heap.
+    parts = queries.new_empty(len(encodings), *keys.shape[:3])
     seen: list[Partial | None] = [None for _ in encodings]
+    start = 0
     for pages in _portions(keys, values):
+        stop = start + pages[0].shape[2]
         weight = torch.lerp(_squares(pages[0], queries, lse), mean, shrink)
         weight = weight * counts[:, :, None, :, None] * _is_token(pages[0])[..., None, :]
         for number, encoding in enumerate(encodings):
             again = encoding.decode(encoded(encoding, *pages, queries))
             changes = _changes(pages, again, queries, output)
-            predicted[number].append((weight * changes).sum((-1, -2)))
+            parts[number, :, :, start:stop] = (weight * changes).sum((-1, -2))
             seen[number] = _with_pages(seen[number], again, pages[0], queries)
-    errors = []
-    for parts, result in zip(predicted, seen, strict=True):
+        start = stop
+    for number, result in enumerate(seen):
         assert result is not None, "there are pages"
         squares = (result[0] - output).square().sum(-1)
-        errors.append(_shared_out((squares * counts).sum(-1), torch.cat(parts, dim=2)))
-    return torch.stack(errors)
+        parts[number] = _shared_out((squares * counts).sum(-1), parts[number])
+    return parts
 
 
 def _shared_out(whole: Tensor, parts: Tensor) -> Tensor:

@@ -78,10 +78,10 @@ class ThinK(Compressor):
         # `sort` puts channels that are used alike in an order that does not change.
         order = (used * asked).sort(dim=-1, descending=True, stable=True).indices
         channels = order[..., : self._kept(dim)].sort(dim=-1).values
-        portions = zip(
-            keys.split(PAGES_AT_A_TIME, 2), channels.split(PAGES_AT_A_TIME, 2), strict=True
-        )
-        kept = torch.cat([_gathered(*portion) for portion in portions], dim=2)
+        kept = keys.new_empty(*keys.shape[:-1], channels.shape[-1])
+        portions = (t.split(PAGES_AT_A_TIME, dim=2) for t in (kept, keys, channels))
+        for out, part, index in zip(*portions, strict=True):
+            out.copy_(part.gather(-1, index[..., None, :].expand(*part.shape[:-1], -1)))
         return {
             "kept_keys": kept,
             "channels": channels.to(torch.uint8 if dim <= 256 else torch.int16),
@@ -125,8 +125,3 @@ class ThinK(Compressor):
     def _kept(self, dim: int) -> int:
         # Rounding may make (1 - .9) * 10 a little less than 1.
         return max(math.floor((1 - self.ratio) * dim + 1e-9), 1)
-
-
-def _gathered(keys: Tensor, channels: Tensor) -> Tensor:
-    """Channels [R, H, s, kept] of keys [R, H, s, P, D]."""
-    return keys.gather(-1, channels[..., None, :].expand(*keys.shape[:-1], -1))
