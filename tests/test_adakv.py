@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import dynamic, forward, paged, tiny
+from helpers import forward, paged, tiny
+from test_combinations import assert_reads_what_was_kept
 from test_observed import asked
 from test_schedulers import OPEN, kept, snapkv
 from zoo import prompt
@@ -65,48 +66,7 @@ def test_kept_set(name, lengths, page_size) -> None:
 @pytest.mark.parametrize("scorer", [SNAP, KeyDiff()], ids=["snapkv", "keydiff"])
 @pytest.mark.parametrize("compressor", [None, "int8", "pyramid"])
 def test_attention_reads_what_each_head_kept(scorer, compressor) -> None:
-    """Steps of a model of one layer, beside a full cache that hides from each head what it dropped,
-    and holds what is left as the pages give it back."""
-    model = tiny("mixtral", num_hidden_layers=1)
-    inputs = prompt(model, (60, 60))
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    options = {"page_size": 4, "window": 5, "budget": 20, "compressor": compressor}
-    cache, full = PiKVCache(model, scheduler=AdaKV(scorer), **options), dynamic(model)
-    forward(model, ids[:, :40], mask[:, :40], cache)
-    forward(model, ids[:, :40], mask[:, :40], full)
-    differ = False
-    for end in range(41, 61):
-        sets = [kept(cache, row)[0] for row in range(2)]
-        differ |= len({len(head) for row in sets for head in row}) > 1
-        copy_pages(paged(cache)[0], full.layers[0])
-        opened = range(end - 1 - paged(cache)[0].tail.length, end)
-        visible = torch.tensor(
-            [[[at in head or at in opened for at in range(end)] for head in row] for row in sets]
-        )
-        groups = model.config.num_attention_heads // visible.shape[1]
-        hidden = ~visible.repeat_interleave(groups, dim=1)[:, :, None]
-        heads_mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
-        expected = model(
-            ids[:, end - 1 : end],
-            attention_mask=heads_mask,
-            position_ids=torch.full((2, 1), end - 1),
-            past_key_values=full,
-        ).logits
-        actual = forward(model, ids[:, end - 1 : end], mask[:, :end], cache)
-        error = (actual - expected).abs().max() / expected.abs().max()
-        assert error <= 5e-6
-    assert differ
-
-
-def copy_pages(layer, full) -> None:
-    """Write the decoded tokens of the pages over those of a full cache."""
-    for row in range(2):
-        for span in layer.pages.spans([row]):
-            valid = span.all_valid()["valid"].expand(span["keys"].shape[:3])
-            at = span["positions"].expand(valid.shape)[valid].long()
-            head = torch.arange(valid.shape[1])[:, None].expand(valid.shape[1:])[valid[0]]
-            full.keys[row, head, at] = span["keys"][valid]
-            full.values[row, head, at] = span["values"][valid]
+    assert assert_reads_what_was_kept(AdaKV(scorer), compressor), "all heads keep equally many"
 
 
 def test_ragged_heads_free_their_bytes() -> None:

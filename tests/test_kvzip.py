@@ -310,3 +310,11 @@ def test_refusals() -> None:
         for wrong in (-1, 1.5, True):
             with pytest.raises(ValueError, match=f"`{name}` is"):
                 KVzip(**{name: wrong})
+
+
+def test_a_prompt_with_drafts_is_refused() -> None:
+    model = tiny("mixtral")
+    inputs = prompt(model, (40,))
+    cache = PiKVCache(model, scheduler=KVzip(), budget=16, hold_prompt=True)
+    with pytest.raises(ValueError, match="together with drafted tokens"):
+        generate(model, inputs, cache, prompt_lookup_num_tokens=3)

@@ -232,3 +232,19 @@ def test_generate(name, method) -> None:
         for row in range(layers[0].tail.batch):
             held = [float(layer.pages.held(row).double().mean()) for layer in layers[whole:]]
             assert 0 < sum(held) <= (24 - SMALL["window"]) * len(held)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("method", sorted({*BUDGETED} - {"kvzip"}))  # which refuses them
+def test_drafted_tokens(name, method) -> None:
+    """Drafts that are verified and taken back leave what plain decoding leaves, if none is sealed."""
+    model = tiny(name)
+    inputs = prompt(model, (64,))
+    results = []
+    for options in ({}, {"prompt_lookup_num_tokens": 3}):
+        cache = PiKVCache(model, scheduler=method, budget=24, page_size=20, window=4)
+        results.append(generate(model, inputs, cache, **options).tokens)
+        held = [float(layer.pages.held(0).double().mean()) for layer in paged(cache)]
+        assert 0 < sum(held) < 60 * len(held)
+        assert all(layer.tail.length < 20 for layer in paged(cache))
+    assert torch.equal(*results)

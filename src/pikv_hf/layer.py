@@ -1,6 +1,6 @@
 """One full-attention layer of the cache: an open tail and sealed pages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -207,7 +207,7 @@ class PagedLayer(DynamicLayer):
 
     def activate_past_recording(self) -> None:
         """Until the next `crop` nothing is sealed, so that drafted tokens can be taken back."""
-        self.record_past = True
+        self.record_past = self.observed.is_drafting = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` tokens; 0 only ends a verification."""
@@ -283,3 +283,9 @@ class PagedLayer(DynamicLayer):
         yield from self.pages.tensors()
         yield from self.observed.tensors()
         yield from self.probe.tensors()
+        yield from self.scheduler_tensors()
+
+    def scheduler_tensors(self) -> Iterable[Tensor]:
+        """What the scheduler holds for this layer."""
+        scheduler = self.shared.scheduler
+        return () if scheduler is None else scheduler.tensors(self.layer_idx)

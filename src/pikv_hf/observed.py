@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 EVERY = 2**62
+# Drafted tokens whose queries may have to be taken back.
+DRAFTED = 256
 
 
 class Observed:
@@ -22,6 +24,7 @@ class Observed:
         self, most: int, width: int = 0, controls: int = 0, *, is_marked: bool = False
     ) -> None:
         self.most, self.width, self.controls, self.is_marked = most, width, controls, is_marked
+        self.is_drafting = False
         self.queries: Tensor | None = None
         self.pending: Tensor | None = None
         self.record: Tensor | None = None
@@ -47,7 +50,7 @@ class Observed:
     @property
     def limit(self) -> int:
         """How many of the newest queries are wanted."""
-        return EVERY if self.width else self.most
+        return EVERY if self.width else self.most and self.most + DRAFTED * self.is_drafting
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:
         """`queries` [B, H, G, q, D] of new tokens, `visible` [B or 1, q] where they are no padding."""
@@ -56,7 +59,7 @@ class Observed:
             seen = visible[:, None, None, -self.limit :, None]
             newest = newest * seen.to(newest.device, newest.dtype)
         if self.most:
-            self.queries = _followed(self.queries, newest, self.most)
+            self.queries = _followed(self.queries, newest, self.most + DRAFTED * self.is_drafting)
         if self.width:
             self.pending = _followed(self.pending, newest, EVERY)
 

@@ -59,6 +59,11 @@ def check_held(cache: "AttachedCache", kwargs: dict[str, Any], length: int) -> N
             "`input_ids`, to a model of text alone."
         )
     drafts = any(getattr(layer, "record_past", False) for layer in cache.layers)
+    if drafts and cache.get_seq_length() == 0:
+        raise ValueError(
+            f"a prompt was given together with drafted tokens to a cache with {how}: let the model "
+            "read the prompt first, within `with cache.holding():`."
+        )
     if length > 1 and not (shared.holding or shared.holds_prompts or drafts):
         raise ValueError(
             f"a text of {length} tokens was given to a cache with {how}, which scores what is held "
