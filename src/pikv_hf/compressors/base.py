@@ -1,5 +1,6 @@
 """How a sealed page is stored, and how attention reads it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar
@@ -61,6 +62,13 @@ class Compressor(ABC):
 
         Raises:
             ValueError: it cannot serve this layer of a model of this configuration.
+        """
+        return self
+
+    def of_head(self, head: int) -> "Compressor":
+        """The compressor of one KV head of its layer, if heads are encoded differently; else itself.
+
+        Pools, whose heads hold different numbers of pages, store each head's apart.
         """
         return self
 
@@ -134,7 +142,7 @@ def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -
     What is made in full is what is returned: not a dense copy of `states`, nor a list of parts.
     """
     lead, whole = states.shape[:-2], {}
-    step = max(1, PAGES_AT_A_TIME // max(1, lead[:-1].numel()))
+    step = max(1, PAGES_AT_A_TIME // max(1, math.prod(lead[:-1])))
     for start in range(0, max(1, lead[-1]), step):
         pages = states.narrow(-3, start, min(step, lead[-1] - start))
         for name, part in encode(pages.flatten(0, -3)).items():

@@ -120,6 +120,17 @@ def check_model(
         )
 
 
+def check_method(path: str | PathLike[str], model: PreTrainedModel, method: str) -> None:
+    """Raise ValueError unless the calibration at `path` was made for `model` and for `method`."""
+    check_model(path, model)
+    methods = read_metadata(path)["job"]["methods"]
+    if method not in methods:
+        raise ValueError(
+            f"`calibration` {str(path)!r} was made for {', '.join(methods)}, not for {method}: run "
+            f"`pikv calibrate --method {method}`."
+        )
+
+
 def _name_of(model: PreTrainedModel) -> str:
     return model.config.name_or_path or type(model).__name__
 
