@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import SMALL, assert_close, dynamic, forward, generate, paged, tiny
 from safetensors.torch import load_file, save_file
+from test_combinations import assert_reads_what_was_kept, one_layer
 from torch import Tensor
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
@@ -19,7 +20,7 @@ from pikv_hf.cli import app
 from pikv_hf.compressors import Distill, LowRank, LowRankAffine
 from pikv_hf.compressors.calibration import read_metadata
 from pikv_hf.needles import NEEDLE_MODEL, make_haystack
-from pikv_hf.schedulers import StreamingLLM
+from pikv_hf.schedulers import AdaKV, SnapKV, StreamingLLM
 
 TINY = Job(length=40, windows=4, steps=4)
 KINDS = pytest.mark.parametrize("kind", METHODS.values(), ids=str)
@@ -587,6 +588,14 @@ def test_with_a_scheduler(kind, router, tmp_path) -> None:
             first = torch.cat([s.span([0])["keys"] for s in layer.pages.slabs], dim=2)
             held.append(first[:, :, :4])
     assert_close(held[1], held[0])
+
+
+@KINDS
+def test_heads_of_different_lengths(kind, tmp_path) -> None:
+    """Each head is read by its own projections, however many tokens it holds."""
+    path = made(one_layer(), tmp_path)
+    scheduler = AdaKV(SnapKV(window_size=6, kernel_size=3))
+    assert assert_reads_what_was_kept(scheduler, kind(calibration=path))
 
 
 @KINDS

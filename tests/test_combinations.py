@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import BUDGETED, dynamic, forward, paged, tiny
 from test_schedulers import kept
+from transformers import PreTrainedModel
 from zoo import prompt
 
 from pikv_hf import COMPRESSORS, SCHEDULERS, PiKVCache
@@ -27,13 +28,17 @@ def test_attention_reads_what_was_kept(scheduler, compressor) -> None:
     assert_reads_what_was_kept(*(OTHERS.get(name, name) for name in (scheduler, compressor)))
 
 
+def one_layer() -> PreTrainedModel:
+    return tiny("mixtral", num_hidden_layers=1, head_dim=16)
+
+
 def assert_reads_what_was_kept(
     scheduler: str | Scheduler, compressor: str | Compressor | None
 ) -> bool:
     """Steps of a model of one layer, beside a full cache that hides from each head what it dropped,
     and holds what is left as the pages give it back. Returns whether heads kept different numbers.
     """
-    model = tiny("mixtral", num_hidden_layers=1, head_dim=16)
+    model = one_layer()
     inputs = prompt(model, (60, 52))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     options = {"page_size": 4, "window": 5, "budget": 20, "compressor": compressor}

@@ -108,7 +108,10 @@ class PageTable:
 
     def _append_pooled(self, new: Unplaced, batch: int) -> None:
         """Each page into a pool of the compressor chosen for it."""
-        members, choice = (self.compressor,), torch.zeros_like(new.lengths)
+        members = tuple({self.compressor.of_head(head): None for head in range(new.heads)})
+        choice = torch.zeros_like(new.lengths)
+        if len(members) > 1:
+            choice = choice + torch.arange(new.heads, device=choice.device)[:, None]
         if isinstance(self.compressor, MixedCompressor):
             members = self.compressor.members
             choice = self.compressor.choose(new.keys, new.values, new.queries)

@@ -112,11 +112,6 @@ def _check_together(scheduler: Scheduler | None, compressor: Compressor, router:
             "moves tokens: use another compressor, or no scheduler."
         )
     is_ragged = scheduler is not None and scheduler.is_ragged
-    if is_ragged and compressor.needs_calibration:
-        raise ValueError(
-            f"`compressor` is {compressor}, whose calibration is of KV heads of equal length, but "
-            f"with {scheduler} they differ: use another compressor or scheduler."
-        )
     selects = router is not None and not isinstance(router, All)
     if selects and (is_ragged or isinstance(compressor, MixedCompressor)):
         raise ValueError(

@@ -37,6 +37,8 @@ class LowRank(Compressor):
     block_tokens: ClassVar[int | None] = None
 
     calibration: str | PathLike[str] | None = None
+    # The KV head that it is for; None = all of its layer.
+    _head: int | None = field(default=None, repr=False)
     # Of the layer that this compressor is bound to, as `key_up`, ...: on the device last used.
     _factors: Factors | None = field(default=None, repr=False, compare=False)
 
@@ -56,6 +58,10 @@ class LowRank(Compressor):
 
     def bind(self, config: PreTrainedConfig, layer_idx: int) -> Self:
         return self.with_factors(read_factors(self._path(), f"{self.name}.{layer_idx}."))
+
+    def of_head(self, head: int) -> Self:
+        mine = {name: tensor[head : head + 1] for name, tensor in self._bound().items()}
+        return replace(self, _head=head, _factors=mine)
 
     def with_factors(self, factors: Factors) -> Self:
         """This compressor for the layer that `factors` were fitted to; none for an unpaged layer."""
