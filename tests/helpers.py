@@ -19,8 +19,8 @@ ONE_ROW, PADDED = (29,), (30, 27, 23)
 SMALL = {"page_size": 4, "window": 4}
 NEW_TOKENS = 14
 TOLERANCE = 1e-4
-# Schedulers that keep to any budget; the others need a file (tests/test_duo.py).
-BUDGETED = [name for name, method in SCHEDULERS.items() if not method.needs_profile]
+# Schedulers that keep to any budget; the others need a file (test_duo.py, test_pikv_quest.py).
+BUDGETED = [name for name, method in SCHEDULERS.items() if not method.needs_file]
 
 
 @dataclass(frozen=True)

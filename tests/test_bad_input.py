@@ -413,8 +413,8 @@ def test_every_registered_name_is_accepted(registry) -> None:
     arguments |= {id(SCHEDULERS): "scheduler", id(PLACEMENTS): "placement"}
     options = {"budget": 0.5} if registry is SCHEDULERS else {}
     for name, method in registry.items():
-        if getattr(method, "needs_calibration", False) or getattr(method, "needs_profile", False):
-            continue  # accepted with a file: tests/test_calibrate.py, tests/test_duo.py
+        if getattr(method, "needs_calibration", False) or getattr(method, "needs_file", False):
+            continue  # accepted with a file: test_calibrate.py, test_duo.py, test_pikv_quest.py
         for value in (name, method, method()):
             PiKVCache(tiny("mixtral"), **{arguments[id(registry)]: value}, **options)
 

@@ -97,7 +97,8 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
     owners, size = tail.batch * tail.keys.shape[1], tail.keys.element_size()
     dims = tail.keys.shape[3], tail.values.shape[3]
     fixed = (shared.window + shared.page_size) * sum(dims) * size * owners
-    others = (*layer.observed.tensors(), *layer.pages.compressor.tensors())
+    others = [*layer.observed.tensors(), *layer.pages.compressor.tensors()]
+    others += layer.scheduler_tensors()
     fixed += sum(tensor.nbytes for tensor in others)
     per_token = layer.pages.compressor.bytes_per_token(*dims, size)
     per_token += 4 + 4 * layer.observed.numbers  # its position and its record
@@ -148,6 +149,7 @@ def _tokens(
         control=layer.observed.control_of(rows, layer.tail.keys) if scheduler.controls else None,
         valid=span["valid"].expand(shape) if "valid" in span else None,
         sinks=layer.shared.sinks,
+        padding=layer.seen - layer.left[rows[0]] - (layer.tail.length - count),
         output=output_weight(module) if "output" in needs else None,
         module=module if "module" in needs else None,
         rotary=layer.shared.rotaries.get(layer.layer_idx),

@@ -21,7 +21,7 @@ from ..terminal import (
     out,
 )
 from .fit import Fit, mean_errors
-from .job import METHODS, Job
+from .job import METHODS, PIKV_QUEST, Job
 from .run import calibrate, text_pieces
 
 DEFAULT = Job()
@@ -43,7 +43,7 @@ def calibrate_command(
     ),
     method: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(METHODS)}; repeatable. Default: all of them."),
+        typer.Option(help=f"{', '.join(METHODS)} (these by default) or {PIKV_QUEST}; repeatable."),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Numbers kept of a key or value. Default: a quarter of them.")
@@ -56,7 +56,7 @@ def calibrate_command(
     dtype: DtypeOption = Dtype.auto,
     device_map: DeviceMap = None,
 ) -> None:
-    """Fit compressors to a model and texts; interrupted, the same command goes on."""
+    """Fit compressors, or pikv_quest, to a model and texts; interrupted, the same command goes on."""
     methods = tuple(dict.fromkeys(method)) if method else DEFAULT.methods
     with one_sentence():
         job = Job(methods, rank, length, windows, steps)
@@ -72,17 +72,22 @@ def calibrate_command(
         raise typer.Exit(130) from None
     except OSError as error:
         fail(f"--out: {output} cannot be written: {error.strerror}.")
-    out.print(_table(fits))
+    scored = {name: fits.pop(name) for name in [*fits] if name == PIKV_QUEST}
+    if fits:
+        title = "error of the attention output on held-out text"
+        out.print(_table(title, "compressor", "principal axes", fits))
+    if scored:
+        title = "divergence from the attention of later queries on held-out text, in nats"
+        out.print(_table(title, "scheduler", "equal shares", scored))
     out.print(f"Written: {output}", soft_wrap=True)
 
 
-def _table(fits: dict[str, dict[int, Fit]]) -> Table:
-    title = "error of the attention output on held-out text"
+def _table(title: str, kind: str, before: str, fits: dict[str, dict[int, Fit]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("compressor")
-    for heading in ("layers", "principal axes", "trained"):
+    table.add_column(kind)
+    for heading in ("layers", before, "trained"):
         table.add_column(heading, justify="right")
     for name, layers in fits.items():
-        before, after = mean_errors([*layers.values()])
-        table.add_row(name, str(len(layers)), f"{before:.3f}", f"{after:.3f}")
+        errors = (f"{error:.3f}" for error in mean_errors([*layers.values()]))
+        table.add_row(name, str(len(layers)), *errors)
     return table

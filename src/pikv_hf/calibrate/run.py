@@ -12,10 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..attach import LOCK, binding_of, unwrap
+from ..rotary import Rotary
 from .capture import Observer
 from .fit import Fit, fit
-from .job import METHODS, Job
+from .job import METHODS, PIKV_QUEST, Job
 from .progress import Progress, write
+from .utility import fit_utility
 
 BLOCK = 2**16  # characters of a text that are read and tokenized at a time
 
@@ -52,10 +55,11 @@ def calibrate(
             f"`length` is {job.length}, and {job.piece_tokens - job.length} more tokens ask for "
             f"these, but the model reads at most {most} tokens."
         )
+    turns = _rotaries(model) if PIKV_QUEST in job.methods else {}
     progress = Progress(model, out, job, source)
     try:
         _capture(model, pieces, job, progress)
-        _fit(model, job, progress)
+        _fit(model, job, progress, turns)
     except ValueError:
         raise  # the same call would come to the same end
     except BaseException:
@@ -129,7 +133,13 @@ def _capture(
     progress.has_read_all = True
 
 
-def _fit(model: PreTrainedModel, job: Job, progress: Progress) -> None:
+def _rotaries(model: PreTrainedModel) -> dict[int, Rotary]:
+    """How the keys of each layer turn with their position; raises ValueError if that is not known."""
+    with LOCK:
+        return binding_of(unwrap(model)).rotaries
+
+
+def _fit(model: PreTrainedModel, job: Job, progress: Progress, turns: dict[int, Rotary]) -> None:
     layers = progress.captured.layers
     todo = [(method, idx) for method in job.methods for idx in layers]
     for method, idx in tqdm(todo, desc="fitting", disable=None):
@@ -139,6 +149,9 @@ def _fit(model: PreTrainedModel, job: Job, progress: Progress) -> None:
                 raise ValueError(
                     f"layer {idx}: the model made keys or values that are NaN or infinite."
                 )
-            found = fit(METHODS[method], layers[idx], job.rank, job.steps, idx, model.device)
-            fits[idx] = found
+            last = job.steps, idx, model.device
+            if method == PIKV_QUEST:
+                fits[idx] = fit_utility(layers[idx], turns[idx], *last)
+            else:
+                fits[idx] = fit(METHODS[method], layers[idx], job.rank, *last)
             progress.save_sometimes()

@@ -17,6 +17,7 @@ from .lru import LRU
 from .lru_plus import LRUPlus
 from .pikv_adakv import PiKVAdaKV
 from .pikv_layer_sum import PiKVLayerSum
+from .pikv_quest import PiKVQuest
 from .pyramidkv import PyramidKV
 from .random import Random
 from .snapkv import SnapKV
@@ -44,6 +45,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "lru": LRU,
     "lru_plus": LRUPlus,
     "pikv_adakv": PiKVAdaKV,
+    "pikv_quest": PiKVQuest,
     "random": Random,
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "LagKV",
     "PiKVAdaKV",
     "PiKVLayerSum",
+    "PiKVQuest",
     "PyramidKV",
     "Random",
     "Scheduler",

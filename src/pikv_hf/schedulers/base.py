@@ -1,6 +1,7 @@
 """Which tokens stay."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ class Tokens:
     [R, H, T, D] and `values` [R, H, T, Dv] are those that the cache holds: keys after their rotary
     embedding, or latents without values (Dv = 0). `valid` [R, H, T]: which places hold a token, the
     last ones of each head; None = all. The oldest `sinks` tokens stay in any case. `seen`: tokens
-    that layer `layer_idx` has ever been given.
+    that layer `layer_idx` has ever been given, `padding` of them before the first of these rows.
 
     `open_keys` [R, H, n, D] and `open_values` are the newest n tokens, which stay in any case. Where
     keys are latents, `latent_rank` of their dims are the value, too. `queries` [R, H, G, m, D], asked with the factor `scale`, are those of the newest m tokens and of the G
@@ -54,6 +55,7 @@ class Tokens:
     control: Tensor | None = None
     valid: Tensor | None = None
     sinks: int = 0
+    padding: int = 0
     open_values: Tensor | None = None
     latent_rank: int | None = None
     experts: Tensor | None = None
@@ -78,16 +80,17 @@ class Scheduler(ABC):
     A scheduler is a frozen dataclass: its own configuration, without run state.
     """
 
-    #: Whether it must be given a file that `pikv profile` made for the model.
-    needs_profile: ClassVar[bool] = False
+    #: Whether it must be given a file that was made for the model.
+    needs_file: ClassVar[bool] = False
 
     def check(self, model: PreTrainedModel, layers: int) -> None:
-        """Called before a cache is attached to `model`, of which `layers` layers are paged.
-
-        Raises:
-            ValueError: it cannot serve this model, for instance as its profile is of another.
-        """
+        """Raise ValueError if it cannot serve `model`, of which `layers` layers are paged, as when its
+        file is of another one. Called before a cache is attached."""
         return
+
+    def tensors(self, layer_idx: int) -> Iterable[Tensor]:
+        """What it holds for a layer: a part of the bytes of a cache."""
+        return ()
 
     @property
     def is_ragged(self) -> bool:
@@ -283,6 +286,9 @@ class Wrapper(Scheduler):
 
     def check(self, model: PreTrainedModel, layers: int) -> None:
         self.scorer.check(model, layers)
+
+    def tensors(self, layer_idx: int) -> Iterable[Tensor]:
+        return self.scorer.tensors(layer_idx)
 
     def budget(self, seen: int) -> int | None:
         return self.scorer.budget(seen)

@@ -33,7 +33,7 @@ class Duo(Scheduler):
         recent: newest tokens that it keeps, >= 1; not less than the cache's `window`, which stays.
     """
 
-    needs_profile: ClassVar[bool] = True
+    needs_file: ClassVar[bool] = True
 
     profile: str | PathLike[str] | None = None
     sparsity: float = 0.5

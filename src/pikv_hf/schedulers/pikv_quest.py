@@ -1,0 +1,121 @@
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..compressors.calibration import check_method, read_factors, read_metadata
+from ..rotary import Rotary
+from .base import Scheduler, Tokens
+
+NAME = "pikv_quest"
+# Tokens whose keys and values are copied to float32 at a time.
+BLOCK = 1024
+
+Network = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PiKVQuest(Scheduler):
+    """What a small network expects to be attended to stays (PiKV's "QUEST", arXiv 2508.06526: the
+    utility of a token is u = MLP([K, V])). Not Quest, the selection of pages (arXiv 2406.10774).
+
+    Each KV head of each layer has a network of one hidden layer, which reads the value of a token and
+    its key without its position: turned back to position 0. (Of keys as they are cached, a network
+    learns where in the texts of its calibration the tokens stood.) Of latents (MLA) it reads the
+    latent and the rotary key. `pikv calibrate --method pikv_quest` fits it to how later queries share
+    their attention out among the tokens of a text, which the softmax of u over the candidates stands
+    for: the score.
+
+    Args:
+        calibration: the file that `pikv calibrate` made for the model.
+    """
+
+    needs_file: ClassVar[bool] = True
+
+    calibration: str | PathLike[str] | None = None
+    # By layer: on the device last used.
+    _networks: dict[int, Network] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        path = self.calibration
+        if path is not None and not isinstance(path, str | PathLike):
+            raise TypeError(
+                f"`calibration` is {path!r}; it must be the path of a file that `pikv calibrate` made."
+            )
+        object.__setattr__(self, "_networks", {} if path is None else read_networks(path))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVQuest":
+        return self  # copies of a cache share the networks
+
+    def check(self, model: PreTrainedModel, layers: int) -> None:
+        if self.calibration is None:
+            raise ValueError(
+                f"`scheduler` is {NAME!r}, which needs a calibration for the model: make one with "
+                f"`pikv calibrate --method {NAME}`, and pass "
+                "scheduler=PiKVQuest(calibration='cal.safetensors')."
+            )
+        check_method(self.calibration, model, NAME)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"rotary"})
+
+    def tensors(self, layer_idx: int) -> Iterator[Tensor]:
+        yield from self._networks.get(layer_idx, {}).values()
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        network, rotary = self._network(tokens.layer_idx, tokens.keys), tokens.rotary
+        assert rotary is not None, "it is among the needs"
+        places = tokens.positions - tokens.padding
+        blocks = (t.split(BLOCK, dim=2) for t in (tokens.keys, tokens.values, places))
+        utilities = [
+            utility(position_free(keys, values, at, rotary), network)
+            for keys, values, at in zip(*blocks, strict=True)
+        ]
+        out = torch.cat(utilities, dim=2)
+        lowest = torch.finfo(out.dtype).min
+        return out.masked_fill(tokens.number() < 0, lowest).softmax(-1)
+
+    def _network(self, layer_idx: int, keys: Tensor) -> Network:
+        """That of a layer, on the device of `keys` [R, H, T, D] from now on."""
+        network = self._networks.get(layer_idx)
+        heads = 0 if network is None else len(network["out"])
+        if network is None or heads != keys.shape[1]:
+            raise ValueError(
+                f"`calibration` has {heads} KV heads for layer {layer_idx}, but the cache has "
+                f"{keys.shape[1]}: make one for this model with `pikv calibrate --method {NAME}`."
+            )
+        for part, tensor in network.items():
+            if tensor.device != keys.device:
+                network[part] = tensor.to(keys.device)
+        return network
+
+
+def read_networks(path: str | PathLike[str]) -> dict[int, Network]:
+    """The networks of a calibration file, by layer; none if it was made for other methods.
+
+    Raises:
+        ValueError: there is no such file, or it is not one of `pikv calibrate`.
+    """
+    read_metadata(path)
+    networks: dict[int, Network] = {}
+    for name, tensor in read_factors(path, f"{NAME}.").items():
+        layer, _, part = name.partition(".")
+        networks.setdefault(int(layer), {})[part] = tensor
+    return networks
+
+
+def position_free(keys: Tensor, values: Tensor, places: Tensor, rotary: Rotary) -> Tensor:
+    """Keys [..., T, D] of positions `places` [..., T], turned back to position 0, and values
+    [..., T, Dv] beside them: [..., T, D + Dv] in float32."""
+    return torch.cat([rotary.unrotate(keys, places), values.float()], dim=-1)
+
+
+def utility(states: Tensor, network: Network) -> Tensor:
+    """u [..., H, T] of `states` [..., H, T, D]: `hidden` [H, D, m], `bias` [H, m], `out` [H, m]."""
+    units = (states @ network["hidden"] + network["bias"][:, None]).relu()
+    return (units @ network["out"][..., None])[..., 0]
