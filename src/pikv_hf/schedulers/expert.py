@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .base import Scheduler, Tokens, Wrapper
-from .snapkv import SnapKV
+from .keydiff import KeyDiff
 
 TERMS = ("spread", "confidence", "popularity", "agreement")
 
@@ -25,6 +25,9 @@ class Expert(Wrapper):
     - popularity: how often its experts are chosen among the candidates, the mean by p.
     - agreement: the same among the open tokens, the newest, each expert counted by its share there.
 
+    By default tokens stay whose experts the newest ones do not use: what helped on the bundled model
+    (docs/benchmarks), where the other terms did little, or harm. Another model may want another sign.
+
     A layer without a gate keeps what the scorer says. What it keeps in any case (its sinks) stays,
     unless its ranks do not count.
 
@@ -34,12 +37,12 @@ class Expert(Wrapper):
         spread, confidence, popularity, agreement: weights of the terms; negative ones turn them round.
     """
 
-    scorer: Scheduler = field(default_factory=SnapKV)
+    scorer: Scheduler = field(default_factory=KeyDiff)
     weight: float = 1.0
     spread: float = 0.0
     confidence: float = 0.0
     popularity: float = 0.0
-    agreement: float = 0.25
+    agreement: float = -0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
