@@ -13,8 +13,8 @@ def attention_mass(tokens: Tokens) -> Tensor:
     """The attention that each candidate gets from each query head, [R, H, G, T] in float32.
 
     The mean over the observed queries of softmax(scale * q k^T) over the candidates and the open
-    tokens, causal. Scores are made in blocks of tokens, twice, so that no matrix of queries times
-    tokens is held. Without an observed query all are equal.
+    tokens, causal. Scores are made in blocks of tokens, twice if there are several, so that no matrix
+    of queries times tokens is held. Without an observed query all are equal.
     """
     queries = tokens.queries
     if queries is None:
@@ -30,20 +30,32 @@ def attention_mass(tokens: Tokens) -> Tensor:
     if tokens.valid is not None:  # a place without a token is newer than every query
         positions = positions.masked_fill(~tokens.valid, tokens.seen)
 
-    def scores(keys: Tensor, positions: Tensor) -> Tensor:
+    # The query heads of a KV head stand side by side, so that its keys are read where they are.
+    packed = queries.flatten(2, 3).float() * tokens.scale
+    are_older = tokens.valid is None and asked <= opened
+
+    def scores(keys: Tensor, positions: Tensor, are_older: bool = are_older) -> Tensor:
         """[R, H, G, m, t], -inf where a key is newer than the query."""
-        product = queries.float() @ keys.float()[:, :, None].transpose(-1, -2) * tokens.scale
+        product = packed @ keys.float().transpose(-1, -2)
+        product = product.unflatten(2, queries.shape[2:4])
+        if are_older:
+            return product
         hidden = positions.unsqueeze(-2) > asked_at[:, None]
-        return product.masked_fill(hidden, -torch.inf)
+        return product.masked_fill_(hidden, -torch.inf)
 
     parts = [
         (tokens.keys[:, :, i : i + block], positions[:, :, None, i : i + block])
         for i in range(0, tokens.keys.shape[2], block)
     ]
-    sums = [scores(keys, positions).logsumexp(-1) for keys, positions in parts]
+    only = scores(*parts[0]) if len(parts) == 1 else None
+    sums = [(scores(*part) if only is None else only).logsumexp(-1) for part in parts]
     if opened:
-        sums.append(scores(tokens.open_keys, opened_at).logsumexp(-1))
+        sums.append(scores(tokens.open_keys, opened_at, False).logsumexp(-1))
     total = torch.stack(sums).logsumexp(0)[..., None]
     # A query whose keys have all been dropped attends to none of those that came later.
     total = total.masked_fill(total == -torch.inf, torch.inf)
-    return torch.cat([(scores(*part) - total).exp().mean(-2) for part in parts], dim=-1)
+
+    def mass(part: tuple[Tensor, Tensor]) -> Tensor:
+        return (scores(*part) if only is None else only).sub_(total).exp_().mean(-2)
+
+    return torch.cat([mass(part) for part in parts], dim=-1)
