@@ -155,6 +155,8 @@ class AttachedCache(Cache):
         for number, (idx, modules) in enumerate(sorted(attention.items())):
             layers[idx] = paged = PagedLayer(idx, self.shared, config)
             paged.place = (number, len(attention))
+            paged.pages.placement, paged.pages.tables = self.shared.placement, len(attention)
+            self.shared.tables.append(paged.pages)
             paged.has_gate = idx in binding.gate_of
             if hasattr(modules[0], "kv_b_proj"):
                 paged.expected_rank = getattr(modules[0], "kv_lora_rank", None)

@@ -89,6 +89,7 @@ def attend(
         query = latent.absorb(query)
     # The queries of one KV head stand side by side, so that a key is read once for all of them.
     packed = query.reshape(batch, layer.tail.keys.shape[1], -1, query.shape[3])
+    layer.shared.read_ahead(layer.place[0] + 1)
     out, lse = _attend_tail(layer, packed, length, mask, scale)
     for slab in layer.pages.slabs:
         for more_out, more_lse in _attend_slab(layer, slab, packed, scale):

@@ -17,6 +17,7 @@ from .layer import PagedLayer
 from .placement import Placement
 from .routers import Router
 from .schedulers import Scheduler
+from .scratch import Scratch
 from .settings import check_count, make_shared
 from .token_log import MOST, TokenLog
 
@@ -98,6 +99,7 @@ class PiKVCache(AttachedCache):
             "hold_prompt": hold_prompt or None,
             "compressor": compressor,
             "router": router,
+            "placement": placement,
             "probe": probe or None,
         }
         asked = [name for name, value in needing.items() if value is not None]
@@ -157,6 +159,7 @@ class PiKVCache(AttachedCache):
             else:
                 layers[idx] = fresh
         self.log = self._new_log()
+        self.shared.scratch = Scratch()
         self._start(layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -229,7 +232,10 @@ class PiKVCache(AttachedCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages that the cache keeps alive now, labels and tables included."""
+        """Bytes of all storages that the cache keeps alive now, labels and tables included.
+
+        Pages in the CPU's memory count, pages in files (`Offload`) do not: `report()` has both.
+        """
         from .report import storage_bytes
 
         return storage_bytes(self)

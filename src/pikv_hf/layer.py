@@ -233,7 +233,7 @@ class PagedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all tokens; the layer can be used for another batch, dtype or device."""
         self._tail, self.seen, self.prompt_end, self.is_first = None, 0, 0, False
-        self.pages = PageTable(self.pages.compressor, self.pages.page_size)
+        self.pages.slabs = []
         self.observed = self.observed.anew()
         self.guard.reset()
         self.probe.reset()

@@ -15,6 +15,11 @@ def is_writable(tensor: Tensor) -> bool:
     return not tensor.is_inference() or torch.is_inference_mode_enabled()
 
 
+def is_on_disk(tensor: Tensor) -> bool:
+    """Whether its memory is a mapped file, which the system reads as needed and may drop again."""
+    return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
+
+
 def own(tensor: Tensor) -> Tensor:
     """`tensor`, dense and alone in its storage, so that nothing larger is kept alive by it."""
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -3,6 +3,7 @@
 Shapes: R rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
 """
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from .compressors import Compressor, MixedCompressor, encoded, flat_tokens
 from .compressors.base import check_states
-from .memory import own
+from .placement import Local, Placement
 from .pool import Pages, Pool, Unplaced, together
 from .slab import Slab
 from .span import Span
+from .tiers import Tier
 
 # Room is made for 1/16 of the pages held: few slabs, little unused room.
 GROWTH = 16
@@ -28,6 +30,10 @@ class PageTable:
     def __init__(self, compressor: Compressor, page_size: int) -> None:
         self.compressor = compressor
         self.page_size = page_size
+        # Who chooses the memory of pages, and for how many tables like this one.
+        self.placement: Placement = Local()
+        self.tables = 1
+        self.tiers: list[Tier] = []
         self.slabs: list[Slab | Pool] = []
 
     def append(
@@ -44,6 +50,7 @@ class PageTable:
         """
         if not self.compressor.is_lossless:
             check_states(self.compressor, span["keys"], span["values"])
+        self.tiers = self.placement.tiers(self.placement.pool_of(span["keys"]), self.tables)
         keys, values = self._paged(span["keys"]), self._paged(span["values"])
         codes = {name: self._paged(tensor) for name, tensor in span.codes().items()}
         known = span.without_codes().without("keys", "values", "valid")
@@ -56,7 +63,8 @@ class PageTable:
             return self._append_uniform(fields, known, rows, batch)
         lead = keys.shape[:2]
         known = {
-            name: self._paged(t.expand(*lead, *t.shape[2:])) for name, t in known.tensors.items()
+            name: self._paged(t.to(keys.device).expand(*lead, *t.shape[2:]))
+            for name, t in known.tensors.items()
         }
         lengths = self._paged(span.all_valid()["valid"].expand(*lead, -1)).sum(-1)
         self._append_pooled(Unplaced(keys, values, known, lengths, rows, queries, codes), batch)
@@ -85,26 +93,43 @@ class PageTable:
     def _append_uniform(
         self, fields: dict[str, Tensor], known: Span, rows: list[int], batch: int
     ) -> None:
-        """Pages of equally many tokens in all rows and heads: behind the last slab, or a new one."""
+        """Pages of equally many tokens in all rows and heads: behind the last slab, or a new one
+
+        in each of the tiers that has room for some of them.
+        """
         slab, is_whole = self.slabs[-1] if self.slabs else None, len(rows) == batch
         if isinstance(slab, Slab) and is_whole and slab.fits(known, batch):
             return slab.write(fields, known)
-        pages = next(iter(fields.values())).shape[2]
+        heads, pages = next(iter(fields.values())).shape[1:3]
         grows = is_whole and len(known) % self.page_size == 0
-        heads = next(iter(fields.values())).shape[1]
-        room = max(pages, self._growth(batch * heads)) if grows else pages
-        if room > pages:
-            fields = dict(Span(fields).with_room(room).tensors)
-        slab = Slab(
-            compressor=self.compressor,
-            fields={name: own(tensor) for name, tensor in fields.items()},
-            meta=known.with_room(room * self.page_size),
-            length=len(known),
-            page_size=self.page_size,
-            readers=list(rows),
-            stored=list(range(len(rows))),
-        )
-        self.slabs.append(slab)
+        growth, start = self._growth(batch * heads) if grows else 0, 0
+        for tier in self.tiers:
+            free = self._free(tier, fields, 2)
+            count = min(free, pages - start)
+            if count <= 0:
+                continue
+            room = min(max(count, growth), free) if start + count == pages else count
+            tokens = min(count * self.page_size, len(known) - start * self.page_size)
+            slab = Slab(
+                compressor=self.compressor,
+                tier=tier,
+                fields={k: tier.hold(t.narrow(2, start, count), room) for k, t in fields.items()},
+                meta=known.narrow(start * self.page_size, tokens).with_room(room * self.page_size),
+                length=tokens,
+                page_size=self.page_size,
+                readers=list(rows),
+                stored=list(range(len(rows))),
+            )
+            self.slabs.append(slab)
+            start += count
+
+    def _free(self, tier: Tier, fields: dict[str, Tensor], dim: int) -> int:
+        """Pages for which `tier` has room; dimension `dim` of `fields` counts some of their kind."""
+        if tier.limit is None:
+            return sys.maxsize
+        used = sum(slab.nbytes for slab in self.slabs if slab.tier.name == tier.name)
+        page_bytes = sum(t.nbytes // t.shape[dim] for t in fields.values())
+        return (tier.limit - used) // page_bytes
 
     def _append_pooled(self, new: Unplaced, batch: int) -> None:
         """Each page into a pool of the compressor chosen for it."""
@@ -140,7 +165,11 @@ class PageTable:
                     return pool
                 break
         room = max(to_come, self._growth(batch * heads) * batch * heads // 2)
-        pool = Pool.like(pages, member, room, batch, heads)
+        for tier in self.tiers:
+            free = self._free(tier, pages.fields, 0)
+            if free >= len(pages.owner):
+                break
+        pool = Pool.like(pages, member, tier, min(room, free), batch, heads)
         self.slabs.append(pool)
         return pool
 
@@ -215,6 +244,11 @@ class PageTable:
         """Another table has the same pages: what is to come is written elsewhere."""
         for slab in self.slabs:
             slab.is_forked = True
+
+    def read_ahead(self) -> None:
+        """All pages will be read soon."""
+        for slab in self.slabs:
+            slab.tier.read_ahead(slab.fields.values())
 
     def tensors(self) -> Iterator[Tensor]:
         for slab in self.slabs:

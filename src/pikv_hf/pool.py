@@ -15,6 +15,8 @@ from .compressors import Compressor, encoded, flat_tokens
 from .memory import is_writable
 from .rows import Partial, StoredRows
 from .span import Span
+from .staging import Block
+from .tiers import Tier
 
 # Numbers of queries and head dims that one product over pages may copy.
 MOST_COPIED = 2**24
@@ -31,7 +33,6 @@ class Pool(StoredRows):
     """
 
     compressor: Compressor
-    fields: dict[str, Tensor]
     meta: Span
     owner: Tensor
     lengths: Tensor
@@ -58,7 +59,13 @@ class Pool(StoredRows):
 
     @classmethod
     def like(
-        cls, pages: "Pages", compressor: Compressor, room: int, rows: int, heads: int
+        cls,
+        pages: "Pages",
+        compressor: Compressor,
+        tier: Tier,
+        room: int,
+        rows: int,
+        heads: int,
     ) -> "Pool":
         """An empty pool of `rows` batch rows with room for `room` pages of the kind of `pages`."""
 
@@ -67,7 +74,8 @@ class Pool(StoredRows):
 
         return cls(
             compressor=compressor,
-            fields={name: empty(tensor) for name, tensor in pages.fields.items()},
+            tier=tier,
+            fields={k: tier.empty(v, room, *v.shape[1:]) for k, v in pages.fields.items()},
             meta=Span({name: empty(tensor) for name, tensor in pages.meta.tensors.items()}),
             owner=empty(pages.owner),
             lengths=empty(pages.lengths),
@@ -106,23 +114,29 @@ class Pool(StoredRows):
         self.runs.append((pages, tokens))
 
     def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
-        asked, start = query.flatten(0, 1), 0
+        asked = query.flatten(0, 1)
         step = max(1, MOST_COPIED // (asked.shape[1] * asked.shape[2]))
         if self.compressor.block_tokens is not None:
             decoded = self.compressor.block_tokens * len(asked) // self.page_size
             step = min(step, max(1, decoded))
+        for fields, (block, tokens) in self.tier.blocks(self._views(step)):
+            owner = self.owner[block]
+            mine = asked.index_select(0, owner)[:, None]
+            if tokens is None:
+                out, lse = self._attend_masked(mine, fields, self.lengths[block], scale)
+            else:
+                out, lse = self.compressor.attend(mine, fields, tokens, scale)
+            out, lse = merge_segments(out[:, 0], lse[:, 0], owner, len(asked))
+            yield out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
+
+    def _views(self, most: int) -> Iterator[Block]:
+        """Pages [n, 1, 1, ...], at most `most` of a run, with their places and valid tokens."""
+        start, step = 0, min(most, self.tier.most_pages(self.nbytes // len(self.owner)))
         for pages, tokens in self.runs:
             for first in range(start, start + pages, step):
-                block = slice(first, min(first + step, start + pages))
-                fields = {name: field[block, None, None] for name, field in self.fields.items()}
-                owner = self.owner[block]
-                mine = asked.index_select(0, owner)[:, None]
-                if tokens is None:
-                    out, lse = self._attend_masked(mine, fields, self.lengths[block], scale)
-                else:
-                    out, lse = self.compressor.attend(mine, fields, tokens, scale)
-                out, lse = merge_segments(out[:, 0], lse[:, 0], owner, len(asked))
-                yield out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
+                places = slice(first, min(first + step, start + pages))
+                fields = {name: field[places, None, None] for name, field in self.fields.items()}
+                yield fields, (places, tokens)
             start += pages
 
     def _attend_masked(
@@ -143,6 +157,7 @@ class Pool(StoredRows):
         """
         used = self.page_count
         fields = {name: field[:used, None, None] for name, field in self.fields.items()}
+        fields = self.tier.bring(fields)
         keys, values = (states[:, :, 0] for states in self.compressor.decode(fields))
         meta = Span({name: tensor[:used] for name, tensor in self.meta.tensors.items()})
         place = torch.arange(self.page_size, device=self.owner.device)
@@ -172,7 +187,7 @@ class Pool(StoredRows):
     def _keep_pages(self, keep: Tensor, owner: Tensor) -> None:
         """Free all pages but those of `keep` [N], whose owners are now those of `owner` [N]."""
         index = keep.nonzero().flatten()
-        self.fields = {k: v.index_select(0, index.to(v.device)) for k, v in self.fields.items()}
+        self.fields = {k: self.tier.select(v, index) for k, v in self.fields.items()}
         self.meta = self.meta.rows(index)
         self.owner = owner.index_select(0, index)
         self.lengths = self.lengths[: len(keep)].index_select(0, index)

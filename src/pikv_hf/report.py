@@ -1,7 +1,7 @@
 """What a cache holds, counted from its tensors."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -9,12 +9,14 @@ from rich.table import Table
 from torch import Tensor
 
 from .layer import PagedLayer
+from .memory import is_on_disk
 
 if TYPE_CHECKING:
     from .cache import PiKVCache
 
 
 HEADINGS = ("layers", "held as", "pages", "tokens\nheld", "MiB", "bytes/\ntoken", "bf16/\nheld")
+TIERS = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,9 @@ class LayerReport:
     """One layer: `held_tokens` are those of the fullest row and KV head, bytes of all rows and heads.
 
     `bytes_per_token`: bytes for each token that a row holds (mean of the KV heads), the open ones
-    included. `bf16_ratio`: how many times as much all tokens seen would take in bfloat16. `error`:
-    relative error of attention output over sealed tokens. None where there is no token, for layers
+    included. `bf16_ratio`: how many times as much all tokens seen would take in bfloat16. `tiers`:
+    bytes of the encoded pages in the memory of the layer's device ("device"), in the CPU's ("ram")
+    and in files ("disk"); only the last are no part of `nbytes`. `error`: relative error of attention output over sealed tokens. None where there is no token, for layers
     that are not ours, and without `probe=True`.
     """
 
@@ -37,13 +40,14 @@ class LayerReport:
     bytes_per_token: float | None = None
     bf16_ratio: float | None = None
     error: float | None = None
+    tiers: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report:
     """What a cache holds. `full_nbytes` is what its paged layers would hold of all tokens seen in
     the model's dtype, padding included, plus what the other layers hold: a full cache's bytes.
-    `full_bf16_nbytes` is the same with paged layers in bfloat16."""
+    `full_bf16_nbytes` is the same with paged layers in bfloat16. `tiers` is the sum of the layers'."""
 
     seen_tokens: int
     nbytes: int
@@ -51,6 +55,7 @@ class Report:
     full_bf16_nbytes: int
     probe: bool
     settings: dict[str, str]
+    tiers: dict[str, int]
     layers: list[LayerReport]
 
     @classmethod
@@ -67,7 +72,8 @@ class Report:
         names = ("scheduler", "budget", "compressor", "router", "placement", "page_size", "window")
         settings = {name: repr(getattr(shared, name)) for name in names}
         seen, nbytes = cache.get_seq_length(), cache.nbytes
-        return cls(seen, nbytes, full, full_bf16, shared.probe, settings, layers)
+        tiers = {name: sum(row.tiers.get(name, 0) for row in layers) for name in TIERS}
+        return cls(seen, nbytes, full, full_bf16, shared.probe, settings, tiers, layers)
 
     @property
     def ratio(self) -> float:
@@ -99,6 +105,9 @@ class Report:
             f"a full cache: {_mib(self.full_nbytes)}, {self.ratio:.2f} times as much; "
             f"in bfloat16 {self.bf16_ratio:.2f} times"
         )
+        if self.tiers["ram"] or self.tiers["disk"]:
+            places = (f"{_mib(self.tiers[name])} {place}" for name, place in TIERS.items())
+            title += f"\npages: {', '.join(places)}; files are not counted as held"
         has_remark = any(row.why for row in self.layers)
         optional = (("error", self.probe), ("remark", has_remark))
         table = Table(*HEADINGS, *(name for name, shown in optional if shown), title=title)
@@ -123,7 +132,7 @@ class Report:
 
 
 def storage_bytes(cache: "PiKVCache") -> int:
-    """Bytes of the distinct storages behind every tensor that the cache refers to."""
+    """Bytes of the distinct storages behind every tensor that the cache refers to, less files."""
     tensors = [cache.log.ids] if cache.log.ids is not None else []
     tensors += _tensors_in({k: v for k, v in vars(cache).items() if k not in ("layers", "log")})
     tensors += cache.shared.scratch.tensors()
@@ -171,7 +180,10 @@ def _layer_report(idx: int, layer: Any) -> LayerReport:
         return LayerReport(idx, "full attention", False, layer.unpaged, 0, *sizes)
     kind = "full attention" if layer.latent_rank is None else "latent attention"
     pages = sum(slab.page_count for slab in layer.pages.slabs)
-    return LayerReport(idx, kind, True, None, pages, *sizes)
+    tiers = dict.fromkeys(TIERS, 0)
+    for slab in layer.pages.slabs:
+        tiers[slab.tier.name] += slab.nbytes
+    return LayerReport(idx, kind, True, None, pages, *sizes, tiers)
 
 
 def _row_tokens(layer: PagedLayer) -> float:
@@ -200,7 +212,11 @@ def _full_nbytes(layer: PagedLayer, element_size: int | None = None) -> int:
 
 
 def _distinct_bytes(tensors: Any) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if not is_on_disk(t)
+    }
     return sum(storages.values())
 
 

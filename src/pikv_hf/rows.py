@@ -3,9 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .tiers import Tier
 
 Partial = tuple[Tensor, Tensor]
 
@@ -14,9 +17,12 @@ Partial = tuple[Tensor, Tensor]
 class StoredRows(ABC):
     """Pages of stored rows. Batch row `readers[i]` reads stored row `stored[i]`.
 
-    Beams and forks change these lists, never the pages.
+    Beams and forks change these lists, never the pages. The encoded pages, `fields`, live in `tier`;
+    what is known of their tokens, and by whom they are read, stays where it was made.
     """
 
+    fields: dict[str, Tensor]
+    tier: Tier
     readers: list[int]
     stored: list[int]
     # Another cache has the same tensors: nothing is written behind them.
@@ -52,6 +58,20 @@ class StoredRows(ABC):
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
         """Everything held."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encoded pages, with the room for more."""
+        return sum(tensor.nbytes for tensor in self.fields.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.changed()  # what is derived is made again
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What was loaded or copied lies in plain memory: back where it belongs."""
+        vars(self).update(state)
+        self.fields = {name: self.tier.hold(tensor) for name, tensor in self.fields.items()}
 
     def is_read_by_all(self, batch: int) -> bool:
         return self.readers == list(range(batch))

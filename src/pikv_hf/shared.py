@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .budget import Budget
 from .compressors import Compressor, Identity
+from .pages import PageTable
 from .placement import Placement
 from .rotary import Rotary
 from .routers import Router
@@ -46,6 +47,8 @@ class Shared:
     full_mask: bool = False
     memo: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     scratch: Scratch = field(default_factory=Scratch)
+    # The pages of all paged layers, in order.
+    tables: list[PageTable] = field(default_factory=list)
     _notes: dict[tuple[int, ...], dict[Any, Any]] = field(default_factory=dict)
 
     def remember(self, name: str, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
@@ -75,6 +78,11 @@ class Shared:
     def saves_memory(self) -> bool:
         """Whether sealing makes tokens smaller or fewer."""
         return self.scheduler is not None or self.compressor != Identity()
+
+    def read_ahead(self, number: int) -> None:
+        """The pages of paged layer `number` (or of the first one) are the next to be read."""
+        if self.placement.reads_ahead:
+            self.tables[number % len(self.tables)].read_ahead()
 
     def end_forward(self) -> None:
         """Forget what served one forward pass only."""

@@ -28,7 +28,6 @@ class Slab(StoredRows):
     """
 
     compressor: Compressor
-    fields: dict[str, Tensor]
     meta: Span
     length: int
     page_size: int
@@ -81,7 +80,7 @@ class Slab(StoredRows):
         self._whole = None
 
     def keep_rows(self, used: Tensor) -> None:
-        self.fields = {k: v.index_select(0, used.to(v.device)) for k, v in self.fields.items()}
+        self.fields = {k: self.tier.select(v, used) for k, v in self.fields.items()}
         self.meta = self.meta.rows(used)
 
     def crop(self, position: int) -> None:
@@ -94,16 +93,19 @@ class Slab(StoredRows):
             yield self.compressor.attend(query, fields, tokens, scale)
 
     def blocks(self) -> Iterator[Block]:
-        """The pages of the stored rows, as many at a time as the compressor decodes: views."""
-        if self._whole is not None:
+        """The pages of the stored rows, as many at a time as the compressor decodes, to be read."""
+        if self._whole is None:
+            yield from self.tier.blocks(self._views())
+        else:
             yield self._whole
-            return
+
+    def _views(self) -> Iterator[Block]:
         step = self._pages_per_block()
         for start in range(0, self.pages, step):
             stop = min(start + step, self.pages)
             fields = {name: tensor[:, :, start:stop] for name, tensor in self.fields.items()}
             block = fields, min(stop * self.page_size, self.length) - start * self.page_size
-            if step >= self.pages:
+            if step >= self.pages and self.tier.in_place:
                 self._whole = block  # made once, not at every step
             yield block
 
@@ -113,23 +115,26 @@ class Slab(StoredRows):
         rows = Span(self.fields).rows(self.index("stored", pages.device))
         for start in range(0, pages.shape[2], step):
             chosen = pages[:, :, start : start + step]
-            yield rows.gather(chosen).tensors, chosen.shape[2] * self.page_size
+            yield self.tier.bring(rows.gather(chosen).tensors), chosen.shape[2] * self.page_size
 
     def _pages_per_block(self) -> int:
+        most = self.tier.most_pages(self.nbytes * self.page_size // self.capacity)
         if self.compressor.block_tokens is None:
-            return self.pages
-        return max(1, self.compressor.block_tokens // self.page_size)
+            return min(self.pages, most)
+        return min(max(1, self.compressor.block_tokens // self.page_size), most)
 
     def span(self, rows: list[int]) -> Span:
         """All tokens of the given batch rows, decoded."""
-        decoded = [(self.compressor.decode(fields), tokens) for fields, tokens in self.blocks()]
+        views = ((self.tier.bring(fields), tokens) for fields, tokens in self._views())
+        decoded = [(self.compressor.decode(fields), tokens) for fields, tokens in views]
         keys, values = (
             torch.cat([flat_tokens(states[i], tokens) for states, tokens in decoded], dim=2)
             for i in range(2)
         )
         states = Span({"keys": keys, "values": values})
         if self.compressor.is_per_token:
-            codes = {name: flat_tokens(t, self.length) for name, t in self.fields.items()}
+            codes = self.tier.bring(self.fields)
+            codes = {name: flat_tokens(t, self.length) for name, t in codes.items()}
             states = states.with_codes(codes)
         return states.joined(self.meta.narrow(0, self.length)).rows(self.stored_of(rows))
 
