@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers import BUDGETED, FAMILIES, PADDED, assert_close, dynamic, forward, generate, paged, tiny
+from helpers import (
+    BUDGETED,
+    FAMILIES,
+    PADDED,
+    assert_close,
+    dynamic,
+    forward,
+    generate,
+    paged,
+    tiny,
+)
 from test_schedulers import kept
 from zoo import prompt
 

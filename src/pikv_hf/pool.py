@@ -131,7 +131,8 @@ class Pool(StoredRows):
 
     def _views(self, most: int) -> Iterator[Block]:
         """Pages [n, 1, 1, ...], at most `most` of a run, with their places and valid tokens."""
-        start, step = 0, min(most, self.tier.most_pages(self.nbytes // len(self.owner)))
+        page_bytes = self.nbytes // max(len(self.owner), 1)  # there may be none
+        start, step = 0, min(most, self.tier.most_pages(page_bytes))
         for pages, tokens in self.runs:
             for first in range(start, start + pages, step):
                 places = slice(first, min(first + step, start + pages))
