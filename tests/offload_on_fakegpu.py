@@ -23,7 +23,7 @@ METHODS = {
     "int8": ({"compressor": "int8"}, 16000),
     "mixed": ({"compressor": Scattered()}, 16000),
     "codes": ({"scheduler": "streaming_llm", "budget": 14, "compressor": "int8"}, 4000),
-    "streaming": ({"scheduler": "streaming_llm", "budget": 14}, 16000),
+    "snapkv": ({"scheduler": "snapkv", "budget": 14}, 16000),
 }
 run = fakegpu.run
 

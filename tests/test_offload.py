@@ -305,7 +305,7 @@ def test_on_the_command_line() -> None:
         ("mixtral", "mixed", "streams"),
         ("deepseek_v3", "default", "streams"),
         ("gpt_oss", "int8", "plain"),
-        ("mixtral", "streaming", "streams"),
+        ("mixtral", "snapkv", "streams"),
         ("mixtral", "codes", "streams"),
     ],
 )

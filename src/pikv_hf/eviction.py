@@ -135,7 +135,7 @@ def _tokens(
     module = layer.shared.modules.get(layer.layer_idx)
     shape = span["keys"].shape[:3]
     return Tokens(
-        positions=span["positions"].long().expand(shape),
+        positions=span["positions"].to(span["keys"].device).long().expand(shape),
         keys=span["keys"],
         values=span["values"],
         open_keys=opened["keys"],
