@@ -247,6 +247,15 @@ def test_questions_about_one_document() -> None:
         forward(model, inputs["input_ids"], inputs["attention_mask"], document)
     forked, mask = document.fork(2), inputs["attention_mask"]
     assert kept(forked, 1) == kept(document, 0) and kept(forked, 2) == kept(document, 1)
+    question, whole = (
+        torch.arange(2 * 6).view(2, 6),
+        torch.cat([mask, torch.ones_like(mask)], dim=1),
+    )
+    asked = document.fork()  # a question of several tokens needs no holding
+    forward(model, question, whole[:, :51], asked)
+    for end in range(52, 52 + OPEN):
+        forward(model, question[:, :1], whole[:, :end], asked)
+    assert all(set(range(45, 51)) <= head for layer in kept(asked, 0) for head in layer)
     for _ in range(OPEN):
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
         forward(model, torch.full((2, 1), 4), mask, document)

@@ -19,8 +19,8 @@ from .token_log import TokenLog
 if TYPE_CHECKING:
     from .attached import AttachedCache
 
-# Numbers of one block of attention weights: 64 MiB in float32.
-BLOCK = 2**24
+# Numbers of one block of attention weights: 16 MiB in float32.
+BLOCK = 2**22
 # The mark of a token that is not repeated is 0.
 LEAST = torch.finfo(torch.float32).tiny
 
@@ -46,8 +46,10 @@ def check_repetition(how: Any, model: PreTrainedModel, native: type | None) -> N
 def check_held(cache: "AttachedCache", kwargs: dict[str, Any], length: int) -> None:
     """Refuse to read `length` tokens that could not be repeated, with a scheduler that repeats.
 
+    Behind a text, others may be read that are not repeated: questions about it.
+
     Raises:
-        ValueError: they are not held back, or their ids are unknown.
+        ValueError: the first text is not held back, or ids are unknown.
     """
     shared = cache.shared
     how = None if shared.scheduler is None else shared.scheduler.repetition
@@ -58,13 +60,14 @@ def check_held(cache: "AttachedCache", kwargs: dict[str, Any], length: int) -> N
             f"the model was given embeddings, but `scheduler` is {how}, which repeats token ids: pass "
             "`input_ids`, to a model of text alone."
         )
-    drafts = any(getattr(layer, "record_past", False) for layer in cache.layers)
-    if drafts and cache.get_seq_length() == 0:
+    if cache.get_seq_length():
+        return
+    if any(getattr(layer, "record_past", False) for layer in cache.layers):
         raise ValueError(
             f"a prompt was given together with drafted tokens to a cache with {how}: let the model "
             "read the prompt first, within `with cache.holding():`."
         )
-    if length > 1 and not (shared.holding or shared.holds_prompts or drafts):
+    if length > 1 and not (shared.holding or shared.holds_prompts):
         raise ValueError(
             f"a text of {length} tokens was given to a cache with {how}, which scores what is held "
             "back: read it within `with cache.holding():`, or make the cache with hold_prompt=True."
@@ -111,13 +114,14 @@ def largest(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     The newest q keys are those of the queries, causal. A block of queries at a time.
     """
     asked, held = queries.shape[2], keys.shape[1]
-    keys = keys.float()[:, None].transpose(-1, -2)
-    at, place = torch.arange(held - asked, held), torch.arange(held)
+    keys = keys.float().transpose(-1, -2)
+    at = torch.arange(asked, device=queries.device)
     most = torch.zeros(queries.shape[0], held, device=queries.device)
     step = max(1, BLOCK // (queries[:, :, 0, 0].numel() * held))
     for block, asked_at in zip(queries.split(step, dim=2), at.split(step), strict=True):
-        hidden = (place > asked_at[:, None]).to(queries.device)
-        scores = (block.float() @ keys * scale).masked_fill(hidden, -torch.inf)
+        # Query heads side by side: the keys are not copied for each.
+        scores = ((block.flatten(1, 2).float() * scale) @ keys).unflatten(1, block.shape[1:3])
+        scores[..., held - asked :].masked_fill_(at > asked_at[:, None], -torch.inf)
         most = torch.maximum(most, scores.softmax(-1).amax((1, 2)))
     return most
 

@@ -18,8 +18,8 @@ class KVzip(Scheduler):
     itself and the sinks. So it does not depend on a question. That costs about what reading the
     document did.
 
-    Tokens that were generated are not repeated: they stay before all others, and of them the
-    newest, until they are the open end of a text that is held once more, which is repeated whole.
+    Questions and answers behind it are not repeated. They stay before all other tokens, and of them
+    the newest, until a second text is held: then those that are still open are repeated with it.
     In the paper heads and layers share one budget; `AdaKV(KVzip(), alpha=0)` shares each layer's.
 
     Args:
