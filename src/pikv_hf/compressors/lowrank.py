@@ -170,7 +170,7 @@ class LowRank(Compressor):
         step = max(PAGES_AT_A_TIME // states.shape[1], 1)
         for portion, part in zip(codes.split(step, dim=2), states.split(step, dim=2), strict=True):
             portion.copy_(part.to(wide) @ down)
-        check_finite(self, name, codes)
+        check_finite(self, name, torch.stack(codes.aminmax()))
         return codes
 
     def _decode(self, name: str, codes: Tensor) -> Tensor:
