@@ -23,6 +23,7 @@ SCRIPTS = [
     "schedulers_cpu",
     "experts_cpu",
     "duo_cpu",
+    "quest_cpu",
 ]
 INTRO = """# CPU benchmarks
 
