@@ -21,7 +21,7 @@ from .tiers import Tier
 # Room is made for 1/16 of the pages held: few slabs, little unused room.
 GROWTH = 16
 MIN_GROWTH, MAX_GROWTH = 4, 32
-PAGES_AT_A_TIME = 64  # of a pool
+PAGES_AT_A_TIME = 16  # of a pool
 
 
 class PageTable:

@@ -19,7 +19,7 @@ from .staging import Block
 from .tiers import Tier
 
 # Numbers of queries and head dims that one product over pages may copy.
-MOST_COPIED = 2**24
+MOST_COPIED = 2**22
 
 
 @dataclass(kw_only=True)
