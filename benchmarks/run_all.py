@@ -24,6 +24,7 @@ SCRIPTS = [
     "experts_cpu",
     "duo_cpu",
     "quest_cpu",
+    "offload_cpu",
 ]
 INTRO = """# CPU benchmarks
 
