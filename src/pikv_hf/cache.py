@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -187,7 +187,7 @@ class PiKVCache(AttachedCache):
             self.log.map_rows(torch.arange(self.log.ids.shape[0])[indices.cpu()])
 
     @contextlib.contextmanager
-    def holding(self) -> Iterator[Self]:
+    def holding(self) -> Generator[Self, None, None]:
         """Within the block nothing is sealed or dropped; at its end the cache is compressed.
 
         ```python
