@@ -21,6 +21,7 @@ SCRIPTS = [
     "quality_cpu",
     "lowrank_cpu",
     "schedulers_cpu",
+    "eviction_cpu",
     "experts_cpu",
     "duo_cpu",
     "quest_cpu",

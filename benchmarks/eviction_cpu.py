@@ -1,0 +1,286 @@
+"""What eviction costs: dropping half of 64k tokens, decoding from what is left, an endless stream.
+
+The peer drops tokens as kvpress 0.5's ScorerPress does: `topk`, then `gather` with an index as wide
+as keys and values. Both are given the same scores, or both score by the norm of the keys.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from common import Result, Timing, random_states, start, write
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from pikv_hf import PiKVCache
+from pikv_hf.attention import attend
+from pikv_hf.context import take_layer
+from pikv_hf.schedulers import Knorm, Scheduler, Tokens
+
+SHAPE, GROUPS, SCALE = (4, 128, 128), 8, 128**-0.5
+TOKENS, PAGE, WINDOW = 65536, 64, 128
+FASTER = 4.0
+BUDGET, STEPS = 4096, 64
+DECODE_MOST = 1.05
+# A stream has a narrower layer, so that it ends within minutes.
+STREAM, STREAM_SHAPE, CHUNK = 100_000, (2, 64, 64), 500
+BYTES_MOST, TIME_MOST = 1.05, 1.1
+
+Prepared = Callable[[], Callable[[], object]]
+
+
+@dataclass(frozen=True, eq=False)
+class Halving(Scheduler):
+    """Keeps all of `whole` tokens, and half of them as soon as there is one more; scores are given.
+
+    Without scores, those of `Knorm`.
+    """
+
+    whole: int
+    given: Tensor | None
+
+    def budget(self, seen: int) -> int:
+        return self.whole if 0 < seen <= self.whole else TOKENS // 2
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        if self.given is None:
+            return Knorm().scores(tokens)
+        return self.given[:, :, : tokens.keys.shape[2]]
+
+
+def model_of(shape: tuple[int, int, int]) -> Qwen3MoeForCausalLM:
+    """A model whose cache has one layer of this shape; it is never run."""
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=shape[0] * GROUPS,
+        num_key_value_heads=shape[0],
+        head_dim=shape[1],
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def timed(steps: dict[str, Prepared], rounds: int) -> dict[str, Timing]:
+    """As `interleaved`, of what each step returns: what prepares it is not timed."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for number in range(rounds + 1):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            act = steps[name]()
+            begin = time.process_time()
+            act()
+            elapsed = time.process_time() - begin
+            if number:
+                seconds[name].append(elapsed)
+    return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def press(layer: Any, scores: Tensor | None) -> None:
+    """Half of a DynamicLayer's tokens, as kvpress chooses and moves them."""
+    if scores is None:
+        scores = -layer.keys.norm(dim=-1)
+    kept = scores.topk(TOKENS // 2, dim=-1).indices
+    kept = kept.unsqueeze(-1).expand(-1, -1, -1, SHAPE[1])
+    layer.keys = layer.keys.gather(2, kept).contiguous()
+    layer.values = layer.values.gather(2, kept).contiguous()
+
+
+def halvings(
+    model: Qwen3MoeForCausalLM, dtype: torch.dtype, scores: Tensor | None
+) -> dict[str, Prepared]:
+    """The peer, and ours: of a prompt that is being sealed, of pages, and compressed as well."""
+    keys, values = random_states(0, TOKENS, SHAPE, dtype)
+    more = random_states(1, PAGE, SHAPE, dtype)
+
+    def peer() -> Callable[[], object]:
+        layer = DynamicCache(config=model.config).layers[0]
+        layer.update(keys, values)
+        return lambda: press(layer, scores)
+
+    def ours(whole: int, compressor: str | None) -> Prepared:
+        def prepare() -> Callable[[], object]:
+            scheduler = Halving(whole, scores)
+            options = {"scheduler": scheduler, "compressor": compressor, "window": WINDOW}
+            layer = PiKVCache(model, page_size=PAGE, **options).layers[0]
+            if not whole:
+                return lambda: write(layer, keys, values)
+            write(layer, keys, values)
+            return lambda: write(layer, *more)
+
+        return prepare
+
+    return {
+        "peer": peer,
+        "prompt": ours(0, None),
+        "pages": ours(TOKENS, None),
+        **({"prompt, int4": ours(0, "int4")} if dtype == torch.bfloat16 else {}),
+    }
+
+
+def check_same_kept(model: Qwen3MoeForCausalLM, scores: Tensor) -> None:
+    """Both keep the same keys, ours in order; the newest tokens must have the highest scores."""
+    keys, values = random_states(0, TOKENS, SHAPE, torch.float32)
+    layer = PiKVCache(model, scheduler=Halving(0, scores), window=WINDOW).layers[0]
+    write(layer, keys, values)
+    (span,) = layer.pages.spans([0])
+    found = torch.cat([span["keys"], layer.tail.view()[0]], dim=2)
+    expected = scores.topk(TOKENS // 2, dim=-1).indices.sort(dim=-1).values
+    assert torch.equal(found, keys[:, torch.arange(SHAPE[0])[:, None], expected[0]])
+
+
+def halve(result: Result, quick: bool) -> None:
+    """Rows of the first kind."""
+    model = model_of(SHAPE)
+    scores = torch.rand(1, SHAPE[0], TOKENS, generator=torch.Generator().manual_seed(0))
+    scores[:, :, -WINDOW:] = torch.inf
+    check_same_kept(model, scores)
+    for dtype in (torch.bfloat16, torch.float32):
+        for kind, given in (("given scores", scores), ("norm of keys", None)):
+            times = timed(halvings(model, dtype, given), 3 if quick else 7)
+            peer = times.pop("peer")
+            name = str(dtype).removeprefix("torch.")
+            for what, ours in times.items():
+                faster = peer.median / ours.median
+                cells = [f"{t.median:.1f} ({t.least:.1f})" for t in (peer, ours)]
+                result.add(f"half of 64k: {what}", f"{name}, {kind}", *cells, f"{faster:.2f}x")
+                if what == "prompt":
+                    goal = (
+                        f"half of 64k tokens, {name}, {kind}: >= {FASTER:.0f}x faster than the peer"
+                    )
+                    result.goal(goal, faster, faster >= FASTER)
+
+
+def step(layer: Any, states: tuple[Tensor, Tensor], query: Tensor, scale: float) -> None:
+    """One token of one layer, as the attention function does it."""
+    layer.update(*states)
+    assert take_layer() is layer
+    attend(layer, None, query, None, scale)
+    if layer.observed.limit:
+        layer.observe(query, None, scale)
+    layer.finish(None)
+
+
+def decoding(model: Qwen3MoeForCausalLM, scheduler: str | None, compressor: str | None) -> Prepared:
+    """`STEPS` decode steps at `BUDGET` tokens: evicted to it from 64k, or never given more."""
+    dtype = torch.bfloat16
+    one, query = (
+        random_states(2, 1, SHAPE, dtype),
+        torch.randn(1, SHAPE[0] * GROUPS, 1, 128).to(dtype),
+    )
+    budget = None if scheduler is None else BUDGET
+    prompt = random_states(0, TOKENS if scheduler else BUDGET, SHAPE, dtype)
+    options = {"compressor": compressor, "page_size": PAGE, "window": WINDOW}
+
+    def filled() -> Any:
+        layer = PiKVCache(model, scheduler=scheduler, budget=budget, **options).layers[0]
+        layer.update(*prompt)
+        assert take_layer() is layer
+        if layer.observed.limit:
+            layer.observe(torch.randn(1, SHAPE[0] * GROUPS, 64, 128).to(dtype), None, SCALE)
+        layer.finish(None)
+        return layer
+
+    evicted = filled() if scheduler else None
+
+    def prepare() -> Callable[[], object]:
+        layer = evicted or filled()
+
+        def run() -> None:
+            for _ in range(STEPS):
+                step(layer, one, query, SCALE)
+
+        return run
+
+    return prepare
+
+
+def decode(result: Result, quick: bool) -> None:
+    """Rows of the second kind."""
+    model = model_of(SHAPE)
+    for compressor in (None, "int4"):
+        names = (None, "knorm", "snapkv")
+        steps = {name or "never more": decoding(model, name, compressor) for name in names}
+        times = timed(steps, 3 if quick else 9)
+        plain = times.pop("never more")
+        for name, ours in times.items():
+            ratio = ours.median / plain.median
+            cells = [f"{t.median / STEPS:.3f} ({t.least / STEPS:.3f})" for t in (plain, ours)]
+            what = f"step at 4k of 64k: {name}"
+            result.add(
+                what, f"bfloat16, {compressor or 'identity'}", *cells, f"{ratio:.3f}x the time"
+            )
+            goal = f"{what}, {compressor or 'identity'}: <= {DECODE_MOST}x of a cache of 4k tokens"
+            result.goal(goal, ratio, ratio <= DECODE_MOST)
+
+
+def stream(scheduler: str, compressor: str | None, tokens: int) -> tuple[list[float], list[int]]:
+    """Milliseconds per token and bytes held, chunk by chunk, of decoding `tokens` tokens."""
+    model, dtype = model_of(STREAM_SHAPE), torch.bfloat16
+    options = {"compressor": compressor, "page_size": PAGE, "window": WINDOW}
+    cache = PiKVCache(model, scheduler=scheduler, budget=BUDGET, **options)
+    layer, scale = cache.layers[0], STREAM_SHAPE[1] ** -0.5
+    write(layer, *random_states(0, PAGE, STREAM_SHAPE, dtype))
+    spent, held = [], []
+    for chunk in tqdm(range(tokens // CHUNK), desc=f"{scheduler}, {compressor}"):
+        keys, values = random_states(chunk + 1, CHUNK, STREAM_SHAPE, dtype)
+        states = list(zip(keys.split(1, 2), values.split(1, 2), strict=True))
+        query = torch.randn(1, STREAM_SHAPE[0] * GROUPS, 1, STREAM_SHAPE[1]).to(dtype)
+        begin = time.process_time()
+        for one in states:
+            step(layer, one, query, scale)
+        spent.append(1e3 * (time.process_time() - begin) / CHUNK)
+        held.append(cache.nbytes)
+    return spent, held
+
+
+def streams(result: Result, quick: bool) -> None:
+    """Rows of the third kind."""
+    tokens = STREAM // 3 if quick else STREAM
+    for scheduler, compressor in (("streaming_llm", None), ("knorm", None)):
+        spent, held = stream(scheduler, compressor, tokens)
+        tenth = len(spent) // 10
+        second, last = median(spent[tenth : 2 * tenth]), median(spent[-tenth:])
+        full = held[-(-(BUDGET + WINDOW + PAGE) // CHUNK) :]
+        grown, slower = max(full) / min(full), last / second
+        name = f"{scheduler}, {compressor or 'identity'}"
+        result.add(
+            f"stream of {tokens // 1000}k", name, f"{second:.3f}", f"{last:.3f}", f"{slower:.3f}x"
+        )
+        result.goal(
+            f"stream, {name}: bytes, most / least <= {BYTES_MOST}", grown, grown <= BYTES_MOST
+        )
+        goal = f"stream, {name}: time of the last tenth <= {TIME_MOST}x of the second tenth"
+        result.goal(goal, slower, slower <= TIME_MOST)
+
+
+def main() -> None:
+    quick = start(__doc__)
+    result = Result(
+        "eviction_cpu",
+        "Eviction: dropping half, decoding at a budget, an endless stream",
+        "one layer, batch 1, ms, median (least) of interleaved rounds, 1 thread, process CPU time. "
+        f"Half of 64k: 4 KV heads of 128; the peer against ours, which keeps the newest {WINDOW} and "
+        "seals the others, of a prompt or of 64k tokens that are pages already. Step at 4k: append "
+        f"and attention of 32 query heads, mean over {STEPS} steps with what is dropped in them; a "
+        "cache that was never given more than 4k tokens against one that has dropped the others of "
+        "64k. Stream: a budget of 4096 tokens, 2 KV heads of 64, 16 query heads, per token in the "
+        "second and in the last tenth, median of chunks of 500 tokens",
+        ["what", "case", "peer, or before", "ours, or after", "ratio"],
+    )
+    halve(result, quick)
+    decode(result, quick)
+    streams(result, quick)
+    result.publish(quick)
+
+
+if __name__ == "__main__":
+    main()
