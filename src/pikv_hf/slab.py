@@ -124,19 +124,20 @@ class Slab(StoredRows):
         return min(max(1, self.compressor.block_tokens // self.page_size), most)
 
     def span(self, rows: list[int]) -> Span:
-        """All tokens of the given batch rows, decoded."""
+        """All tokens of the given batch rows, decoded: views, where nothing has to be made."""
         views = ((self.tier.bring(fields), tokens) for fields, tokens in self._views())
         decoded = [(self.compressor.decode(fields), tokens) for fields, tokens in views]
-        keys, values = (
-            torch.cat([flat_tokens(states[i], tokens) for states, tokens in decoded], dim=2)
-            for i in range(2)
-        )
+        parts = ([flat_tokens(states[i], tokens) for states, tokens in decoded] for i in range(2))
+        # What is read in one piece is not copied.
+        keys, values = (part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts)
         states = Span({"keys": keys, "values": values})
         if self.compressor.is_per_token:
             codes = self.tier.bring(self.fields)
             codes = {name: flat_tokens(t, self.length) for name, t in codes.items()}
             states = states.with_codes(codes)
-        return states.joined(self.meta.narrow(0, self.length)).rows(self.stored_of(rows))
+        tokens = states.joined(self.meta.narrow(0, self.length))
+        stored = self.stored_of(rows)
+        return tokens if stored.tolist() == list(range(self.rows)) else tokens.rows(stored)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.fields.values()

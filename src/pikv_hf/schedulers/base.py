@@ -10,9 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..rotary import Rotary
-from ..selection import best_of_each_head, best_places
-
-__all__ = ["Scheduler", "Tokens", "Wrapper", "best_of_each_head", "newest_of_best"]
+from ..selection import best_places
 
 
 @dataclass(frozen=True)
@@ -211,16 +209,6 @@ class Scheduler(ABC):
         stands behind its own (ragged schedulers only).
         """
         return best_places(self.ranked(tokens), budget)
-
-
-def newest_of_best(scores: Tensor, count: int) -> Tensor:
-    """Indices [..., count] of the highest `scores` [..., T], best first, of equal ones the later.
-
-    Where their order does not matter, `best_places` and `mask_of_best` are several times faster.
-    """
-    # A stable sort, from the newest to the oldest.
-    newest_first = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    return scores.shape[-1] - 1 - newest_first[..., :count]
 
 
 @dataclass(frozen=True)

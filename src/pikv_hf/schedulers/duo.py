@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..compressors.calibration import FileKind, check_model, read_factors, read_metadata
-from .base import Scheduler, Tokens, best_of_each_head
+from ..selection import best_of_each_head
+from .base import Scheduler, Tokens
 
 PROFILE = FileKind("profile", "pikv_profile", "pikv profile")
 SCORES = "scores."

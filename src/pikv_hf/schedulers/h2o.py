@@ -3,7 +3,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens, newest_of_best
+from ..selection import best_places
+from .base import Scheduler, Tokens
 
 
 @dataclass(frozen=True)
@@ -48,4 +49,4 @@ class H2O(Scheduler):
         recent = int(self.recent_ratio * (budget + opened)) - opened
         place = torch.arange(ranked.shape[-1], device=ranked.device)
         ranked = ranked.masked_fill(place >= len(place) - recent, torch.inf)
-        return newest_of_best(ranked, budget).sort(dim=-1).values
+        return best_places(ranked, budget)

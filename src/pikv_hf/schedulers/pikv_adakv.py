@@ -2,8 +2,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..selection import best_of_each_head
 from .attention_mass import attention_mass
-from .base import Scheduler, Tokens, Wrapper, best_of_each_head
+from .base import Scheduler, Tokens, Wrapper
 from .snapkv import SnapKV
 
 
