@@ -142,6 +142,7 @@ class PiKVCache(AttachedCache):
             ValueError: a positive number, more tokens than there are, or, with a scheduler, more
                 than the open window holds. The cache is left as it was.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         for layer in self.layers:
             if isinstance(layer, PagedLayer):
                 check_crop(layer, tokens_to_remove)
