@@ -77,7 +77,9 @@ def test_keys_of_every_architecture(name) -> None:
     try:
         before = keys_of(decoder, attention, some_ids(TOKENS), positions)
     except TypeError as error:
-        pytest.skip(f"this version of the model does not run: {error}")  # doge of 5.17
+        if name != "doge":
+            raise
+        pytest.skip(f"doge of transformers 5.17 does not run: {error}")
     found = rotaries(decoder, attention)
     assert found.keys() == attention.keys()
     assert all(rotary.is_identity for rotary in found.values()) == (name in WITHOUT)

@@ -226,9 +226,10 @@ class AttachedCache(Cache):
         """A forward pass of `length` tokens begins: a prompt that was held back ends at 1."""
         shared = self.shared
         shared.forget_notes()  # of a forward pass that failed, or of a `crop`
-        is_drafting = any(getattr(layer, "record_past", False) for layer in self.layers)
-        if not shared.holds_prompts or is_drafting:
+        if not shared.holds_prompts:
             return
+        if any(getattr(layer, "record_past", False) for layer in self.layers):
+            return  # drafted tokens are being verified
         if length > 1:
             shared.holding = True
         elif shared.holding:

@@ -1,5 +1,6 @@
 """What the layers of one cache have in common."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,7 @@ class Shared:
         """Whether keys or queries are moved to other positions."""
         return self.scheduler is not None and not self.scheduler.needs.isdisjoint(MOVING)
 
-    @property
+    @functools.cached_property
     def needs_labels(self) -> bool:
         """Whether tokens carry the experts that the model's gates chose for them."""
         wanted = self.scheduler is not None and "experts" in self.scheduler.needs

@@ -51,6 +51,19 @@ def one_sentence() -> Generator[None]:
         fail(str(error))
 
 
+@contextmanager
+def resumable(output: Path) -> Generator[None]:
+    """Work that writes `output` at its end, and that the same command continues when interrupted."""
+    try:
+        with one_sentence():
+            yield
+    except KeyboardInterrupt:
+        err.print(f"\nInterrupted: the same command goes on from {output}.partial.")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        fail(f"--out: {output} cannot be written: {error.strerror}.")
+
+
 def load(
     name: str | None, dtype: Dtype, device_map: str | None
 ) -> tuple["demo.GenerativeModel", PreTrainedTokenizerBase]:

@@ -13,12 +13,11 @@ from ..terminal import (
     Dtype,
     DtypeOption,
     Model,
-    err,
-    fail,
     load,
     make_folder,
     one_sentence,
     out,
+    resumable,
 )
 from .fit import Fit, mean_errors
 from .job import METHODS, PIKV_QUEST, Job
@@ -64,14 +63,8 @@ def calibrate_command(
     loaded, tokenizer = load(model, dtype, device_map)
     source = json.dumps([[path.name, path.stat().st_size] for path in text])
     pieces = text_pieces(tokenizer, text, job.piece_tokens)
-    try:
-        with one_sentence():
-            fits = calibrate(loaded, pieces, output, job, source)
-    except KeyboardInterrupt:
-        err.print(f"\nInterrupted: the same command goes on from {output}.partial.")
-        raise typer.Exit(130) from None
-    except OSError as error:
-        fail(f"--out: {output} cannot be written: {error.strerror}.")
+    with resumable(output):
+        fits = calibrate(loaded, pieces, output, job, source)
     scored = {name: fits.pop(name) for name in [*fits] if name == PIKV_QUEST}
     if fits:
         title = "error of the attention output on held-out text"

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..compressors import LowRank
 from ..compressors.lowrank import Factors
 from .capture import Capture, Window
+from .descent import descent
 
 EXACT = 8  # the newest eighth of a window stands for the open tail of a cache: not compressed
 RATE = 1e-2
-CHECKS = 10
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,15 @@ class Fitting:
     def training(self, steps: int) -> Iterator[dict[str, Factors]]:
         """Adam on the squared error of the attention output, one window a step, in a fixed order;
         yields the factors a few times on the way."""
-        weights = [t.requires_grad_() for free in self.free.values() for t in free.values()]
-        optimizer = torch.optim.Adam(weights, lr=RATE)
+        weights = [t for free in self.free.values() for t in free.values()]
         order = random.Random(self.seed)
-        for step in range(1, steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-            with torch.enable_grad():
-                change, size = self._errors(order.choice(self.fitted), self.factors())
-                loss = (change / size).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            if step % max(steps // CHECKS, 1) == 0 or step == steps:
-                yield self.factors()
+
+        def loss() -> Tensor:
+            change, size = self._errors(order.choice(self.fitted), self.factors())
+            return (change / size).mean()
+
+        for _ in descent(weights, loss, steps, RATE, most_norm=1.0):
+            yield self.factors()
 
     @torch.no_grad()
     def held_out_error(self, factors: dict[str, Factors]) -> float:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..rotary import Rotary
 from ..schedulers.pikv_quest import Network, position_free, utility
 from .capture import Capture, Window
-from .fit import CHECKS, EXACT, Fit
+from .descent import descent
+from .fit import EXACT, Fit
 
 HIDDEN = 32
 RATE = 3e-3
@@ -72,19 +73,13 @@ class Fitting:
 
     def training(self, steps: int) -> Iterator[Network]:
         """Adam, one window a step, in a fixed order; yields the networks a few times on the way."""
-        weights = [tensor.requires_grad_() for tensor in self.free.values()]
-        optimizer = torch.optim.Adam(weights, lr=RATE)
         order = random.Random(self.seed)
-        for step in range(1, steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-            with torch.enable_grad():
-                loss = divergence(*order.choice(self.fitted), self.network())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if step % max(steps // CHECKS, 1) == 0 or step == steps:
-                yield {part: tensor.detach() for part, tensor in self.network().items()}
+
+        def loss() -> Tensor:
+            return divergence(*order.choice(self.fitted), self.network())
+
+        for _ in descent([*self.free.values()], loss, steps, RATE):
+            yield {part: tensor.detach() for part, tensor in self.network().items()}
 
     @torch.no_grad()
     def held_out_loss(self, network: Network) -> float:

@@ -19,12 +19,11 @@ from ..terminal import (
     Dtype,
     DtypeOption,
     Model,
-    err,
-    fail,
     load,
     make_folder,
     one_sentence,
     out,
+    resumable,
 )
 from .job import Job
 from .needles import needle_pieces
@@ -72,14 +71,8 @@ def profile_command(
         return tqdm(made, total=texts, initial=done, desc="reading", disable=None)
 
     source = json.dumps([[path.name, path.stat().st_size] for path in text or ()])
-    try:
-        with one_sentence():
-            scores = profile(loaded, pieces, output, job, source)
-    except KeyboardInterrupt:
-        err.print(f"\nInterrupted: the same command goes on from {output}.partial.")
-        raise typer.Exit(130) from None
-    except OSError as error:
-        fail(f"--out: {output} cannot be written: {error.strerror}.")
+    with resumable(output):
+        scores = profile(loaded, pieces, output, job, source)
     out.print(_table(scores))
     out.print(f"Written: {output}", soft_wrap=True)
 
