@@ -4,8 +4,7 @@ import pytest
 import torch
 from helpers import forward, paged, tiny
 from test_combinations import assert_reads_what_was_kept
-from test_observed import asked
-from test_schedulers import OPEN, kept, snapkv
+from test_schedulers import OPEN, kept, read_alone, snapkv
 from zoo import prompt
 
 from pikv_hf import PiKVCache
@@ -42,11 +41,7 @@ def test_kept_set(name, lengths, page_size) -> None:
     forward(model, ids, mask, cache)
     counts = []
     for row, length in enumerate(lengths):
-        alone = {"input_ids": ids[row : row + 1, -length:]}
-        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        whole = PiKVCache(model)
-        forward(model, ids=alone["input_ids"], mask=alone["attention_mask"], cache=whole)
-        everything = asked(name, alone, num_hidden_layers=2)
+        whole, everything = read_alone(name, model, ids[row : row + 1, -length:])
         found_in_layers = kept(cache, row)
         for layer, queries, found in zip(paged(whole), everything, found_in_layers, strict=True):
             scores = snapkv(queries[0], layer.states()[0][0], paged(cache)[0].scale)

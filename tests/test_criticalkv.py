@@ -3,8 +3,7 @@
 import pytest
 import torch
 from helpers import forward, paged, tiny
-from test_observed import asked
-from test_schedulers import OPEN, in_cached_space, kept, snapkv
+from test_schedulers import OPEN, in_cached_space, kept, read_alone, snapkv
 from zoo import prompt
 
 from pikv_hf import PiKVCache
@@ -91,11 +90,7 @@ def test_kept_set(name, lengths, method) -> None:
     forward(model, ids, mask, cache)
     by_scores_alone = []
     for row, length in enumerate(lengths):
-        alone = {"input_ids": ids[row : row + 1, -length:]}
-        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        whole = PiKVCache(model)
-        forward(model, alone["input_ids"], alone["attention_mask"], whole)
-        everything = asked(name, alone, num_hidden_layers=2)
+        whole, everything = read_alone(name, model, ids[row : row + 1, -length:])
         for layer, queries, found in zip(paged(whole), everything, kept(cache, row), strict=True):
             queries, keys = in_cached_space(model, layer, queries)
             scores = snapkv(queries, keys, paged(cache)[0].scale)

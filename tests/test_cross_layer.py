@@ -3,8 +3,7 @@
 import pytest
 import torch
 from helpers import forward, generate, paged, tiny
-from test_observed import asked
-from test_schedulers import OPEN, in_cached_space, kept, softmax_of_newest
+from test_schedulers import OPEN, in_cached_space, kept, read_alone, softmax_of_newest
 from zoo import prompt
 
 from pikv_hf import PiKVCache
@@ -56,11 +55,7 @@ def test_kept_of_a_prompt(name, lengths, method) -> None:
     forward(model, ids, mask, cache)
     scale = paged(cache)[0].scale
     for row, length in enumerate(lengths):
-        alone = {"input_ids": ids[row : row + 1, -length:]}
-        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        whole = PiKVCache(model)
-        forward(model, alone["input_ids"], alone["attention_mask"], whole)
-        everything = asked(name, alone, num_hidden_layers=LAYERS)
+        whole, everything = read_alone(name, model, ids[row : row + 1, -length:])
         masses = []
         for layer, queries in zip(paged(whole), everything, strict=True):
             attention = softmax_of_newest(*in_cached_space(model, layer, queries), scale, newest)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from helpers import forward, paged, tiny
-from test_observed import asked
-from test_schedulers import OPEN, in_cached_space, kept
+from test_schedulers import OPEN, in_cached_space, kept, read_alone
 from zoo import prompt
 
 from pikv_hf import PiKVCache
@@ -60,11 +59,7 @@ def test_kept_set(name, lengths, chunk, case) -> None:
     cache = PiKVCache(model, scheduler=scheduler, budget=BUDGET, page_size=1, window=OPEN)
     expected = []
     for row, length in enumerate(lengths):
-        alone = {"input_ids": ids[row : row + 1, -length:]}
-        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        whole = PiKVCache(model)
-        forward(model, alone["input_ids"], alone["attention_mask"], whole)
-        (queries,) = asked(name, alone, num_hidden_layers=1)
+        whole, (queries,) = read_alone(name, model, ids[row : row + 1, -length:])
         states = in_cached_space(model, paged(whole)[0], queries)
         first = PROMPT - (TOKENS - length)
         scale = model.model.layers[0].self_attn.scaling

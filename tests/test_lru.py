@@ -1,11 +1,9 @@
 """Least recently used: a step-by-step simulation over the attention of one layer."""
 
 import pytest
-import torch
 from helpers import forward, paged, tiny
 from test_h2o import BUDGET, PROMPT, TOKENS
-from test_observed import asked
-from test_schedulers import OPEN, in_cached_space, kept
+from test_schedulers import OPEN, in_cached_space, kept, read_alone
 from zoo import prompt
 
 from pikv_hf import PiKVCache
@@ -51,11 +49,7 @@ def test_kept_set(name, method) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     expected = []
     for row, length in enumerate(lengths):
-        alone = {"input_ids": ids[row : row + 1, -length:]}
-        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        whole = PiKVCache(model)
-        forward(model, alone["input_ids"], alone["attention_mask"], whole)
-        (queries,) = asked(name, alone, num_hidden_layers=1)
+        whole, (queries,) = read_alone(name, model, ids[row : row + 1, -length:])
         states = in_cached_space(model, paged(whole)[0], queries)
         expected.append(simulate(*states, model.model.layers[0].self_attn.scaling, scheduler))
     cache = PiKVCache(model, scheduler=scheduler, budget=BUDGET, page_size=1, window=OPEN)

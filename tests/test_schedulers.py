@@ -95,6 +95,14 @@ def kept(cache: PiKVCache, row: int) -> list[list[set[int]]]:
     return out
 
 
+def read_alone(name, model, ids) -> tuple[PiKVCache, list[Tensor]]:
+    """A cache that keeps all of the one row `ids`, and the queries of each layer of the plain model."""
+    cache, mask = PiKVCache(model), torch.ones_like(ids)
+    forward(model, ids, mask, cache)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return cache, asked(name, inputs, num_hidden_layers=model.config.num_hidden_layers)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("lengths", [(50,), (50, 41, 33)], ids=["one_row", "left_padded"])
 @pytest.mark.parametrize("budget", [BUDGET, 0.45])
@@ -110,11 +118,7 @@ def test_kept_set(name, lengths, budget, method) -> None:
     forward(model, ids, mask, cache)
     sets = []
     for row, length in enumerate(lengths):
-        alone = {"input_ids": ids[row : row + 1, -length:]}
-        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        whole = PiKVCache(model)
-        forward(model, ids=alone["input_ids"], mask=alone["attention_mask"], cache=whole)
-        everything = asked(name, alone, num_hidden_layers=LAYERS)
+        whole, everything = read_alone(name, model, ids[row : row + 1, -length:])
         for layer, queries, found in zip(paged(whole), everything, kept(cache, row), strict=True):
             queries, keys = in_cached_space(model, layer, queries)
             scale = paged(cache)[0].scale if scheduler.observed_queries else 1.0
