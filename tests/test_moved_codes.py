@@ -17,7 +17,7 @@ SCHEDULERS = {"keydiff": KeyDiff(), "ragged": AdaKV(KeyDiff()), "records": AdaKV
 def codes_by_position(layer, row: int) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     """The stored codes of each sealed token of a batch row, by KV head and position."""
     out = {}
-    for span in layer.pages._spans([row]):
+    for span in layer.pages._spans([row], with_values=False):
         codes, heads = span.codes(), span["keys"].shape[1]
         positions = span["positions"].expand(1, heads, -1)[0]
         valid = span.all_valid()["valid"].expand(1, heads, -1)[0]

@@ -39,7 +39,7 @@ def kept(
     is_within = budget is None or _fits(layer, rows[0], len(new), budget, scheduler)
     if is_within and not scheduler.records:
         return new
-    sealed = layer.pages.take(rows)
+    sealed = layer.pages.take(rows, with_values="values" in scheduler.needs)
     if scheduler.records:
         sealed = settled(layer, rows, sealed, mask)
         new = with_record(layer, rows, new)
@@ -52,6 +52,8 @@ def kept(
     keep = scheduler.keep(tokens, budget)
     if scheduler.controls:
         layer.observed.set_control(rows, scheduler.controlled(tokens, keep))
+    if span.codes():
+        span = span.without("keys", "values")  # the codes stay what they are
     if scheduler.is_ragged:
         stays = span.without("valid").gather(keep.clamp_min(0))
         stays = stays.joined(Span({"valid": keep >= 0}))
@@ -137,9 +139,9 @@ def _tokens(
     return Tokens(
         positions=span["positions"].to(span["keys"].device).long().expand(shape),
         keys=span["keys"],
-        values=span["values"],
+        values=span["values"] if "values" in needs else None,
         open_keys=opened["keys"],
-        open_values=opened["values"],
+        open_values=opened["values"] if "values" in needs else None,
         latent_rank=layer.latent_rank,
         seen=layer.seen,
         layer_idx=layer.layer_idx,

@@ -11,6 +11,31 @@ EVERY = 2**62
 DRAFTED = 256
 
 
+class Trail:
+    """The newest queries [B, H, G, n, D], put side by side when they are read and not at every step."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._most = EVERY
+
+    def append(self, newer: Tensor, most: int) -> None:
+        """A copy of `newer`; of all, the newest `most` are kept."""
+        self._parts.append(newer[:, :, :, -most:].clone())
+        self._most = most
+        if len(self._parts) > most:
+            self.read()
+
+    def read(self) -> Tensor | None:
+        if len(self._parts) > 1:
+            newest = torch.cat(self._parts, dim=3)
+            over = newest.shape[3] - self._most
+            self._parts = [newest[:, :, :, over:].clone() if over > 0 else newest]
+        return self._parts[0] if self._parts else None
+
+    def set(self, queries: Tensor | None) -> None:
+        self._parts = [] if queries is None else [queries]
+
+
 class Observed:
     """Queries [B, H, G, n, D] of the newest n tokens, at most `most`, of each KV head's G heads.
 
@@ -25,8 +50,7 @@ class Observed:
     ) -> None:
         self.most, self.width, self.controls, self.is_marked = most, width, controls, is_marked
         self.is_drafting = False
-        self.queries: Tensor | None = None
-        self.pending: Tensor | None = None
+        self._queries, self._pending = Trail(), Trail()
         self.record: Tensor | None = None
         self.control: Tensor | None = None
 
@@ -37,6 +61,18 @@ class Observed:
         is_marked = any(getattr(method, "repetition", None) is not None for method in methods)
         counts = (max(getattr(method, name, 0) for method in methods) for name in names)
         return cls(*counts, is_marked=is_marked)
+
+    @property
+    def queries(self) -> Tensor | None:
+        return self._queries.read()
+
+    @property
+    def pending(self) -> Tensor | None:
+        return self._pending.read()
+
+    def settle(self) -> None:
+        """The records contain all queries."""
+        self._pending.set(None)
 
     def anew(self) -> "Observed":
         """Nothing observed yet."""
@@ -59,9 +95,9 @@ class Observed:
             seen = visible[:, None, None, -self.limit :, None]
             newest = newest * seen.to(newest.device, newest.dtype)
         if self.most:
-            self.queries = _followed(self.queries, newest, self.most + DRAFTED * self.is_drafting)
+            self._queries.append(newest, self.most + DRAFTED * self.is_drafting)
         if self.width:
-            self.pending = _followed(self.pending, newest, EVERY)
+            self._pending.append(newest, EVERY)
 
     def drop(self, tokens: int) -> None:
         """The oldest `tokens` open tokens are open no more."""
@@ -71,23 +107,27 @@ class Observed:
     def truncate(self, removed: int, opened: int) -> None:
         """Forget the newest `removed` tokens; `opened` stay open."""
         if removed:
-            self.queries, self.pending = (
-                _without_newest(queries, removed) for queries in (self.queries, self.pending)
-            )
+            for trail in (self._queries, self._pending):
+                trail.set(_without_newest(trail.read(), removed))
         if self.record is not None:
             self.record = self.record[:, :, :opened]
 
     def map_rows(self, index: Tensor) -> None:
-        for name in ("queries", "pending", "record", "control"):
+        for trail in (self._queries, self._pending):
+            held = trail.read()
+            if held is not None:
+                trail.set(held.index_select(0, index.to(held.device)))
+        for name in ("record", "control"):
             held = getattr(self, name)
             if held is not None:
                 setattr(self, name, held.index_select(0, index.to(held.device)))
 
     def of_rows(self, rows: list[int], newest: int) -> Tensor | None:
         """Those of at most `newest` tokens, [R, H, G, n, D]; None before any, or for 0."""
-        if self.queries is None or newest == 0:
+        queries = self.queries if newest else None
+        if queries is None:
             return None
-        queries = self.queries[:, :, :, -newest:]
+        queries = queries[:, :, :, -newest:]
         if rows == list(range(queries.shape[0])):
             return queries
         return queries.index_select(0, torch.tensor(rows, device=queries.device))
@@ -105,14 +145,6 @@ class Observed:
     def tensors(self) -> Iterator[Tensor]:
         held = (self.queries, self.pending, self.record, self.control)
         yield from (tensor for tensor in held if tensor is not None)
-
-
-def _followed(older: Tensor | None, newer: Tensor, most: int) -> Tensor:
-    """The newest `most` queries of both: a copy."""
-    kept = most - newer.shape[3]
-    if older is None or kept <= 0:
-        return newer[:, :, :, -most:].clone()
-    return torch.cat([older[:, :, :, -kept:], newer], dim=3)
 
 
 def _without_newest(queries: Tensor | None, removed: int) -> Tensor | None:

@@ -39,42 +39,51 @@ class PageTable:
     def append(
         self, span: Span, rows: list[int], batch: int, queries: Tensor | None = None
     ) -> None:
-        """Seal `span`, tokens of the batch rows `rows`, with `keys`, `values` and what is known.
+        """Seal `span`, tokens of the batch rows `rows`, with what is known of them.
 
-        If `valid` is known, the valid tokens of each row and KV head are its first ones. Tokens with
-        codes, which `take` and `encoded` give, are not encoded again.
+        They have `keys` and `values`, or codes, as `take` and `encoded` give them. If `valid` is
+        known, the valid tokens of each row and KV head are its first ones.
         `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them.
 
         Raises:
             ValueError: the compressor cannot store these tokens.
         """
-        if not self.compressor.is_lossless:
-            check_states(self.compressor, span["keys"], span["values"])
-        self.tiers = self.placement.tiers(self.placement.pool_of(span["keys"]), self.tables)
-        keys, values = self._paged(span["keys"]), self._paged(span["values"])
         codes = {name: self._paged(tensor) for name, tensor in span.codes().items()}
+        states = {} if codes else self._states(span)
+        like = next(iter((codes or states).values()))
+        self.tiers = self.placement.tiers(self.placement.pool_of(like), self.tables)
         known = span.without_codes().without("keys", "values", "valid")
         positions = Span({"positions": known["positions"].to(torch.int32)})
         known = positions.joined(known.without("positions"))
         is_mixed = isinstance(self.compressor, MixedCompressor)
         is_behind_pools = any(isinstance(slab, Pool) for slab in self.slabs)
         if not (is_mixed or is_behind_pools or "valid" in span):
-            fields = codes or encoded(self.compressor, keys, values, queries)
+            fields = codes or encoded(self.compressor, **states, queries=queries)
             return self._append_uniform(fields, known, rows, batch)
-        lead = keys.shape[:2]
+        lead = like.shape[:2]
         known = {
-            name: self._paged(t.to(keys.device).expand(*lead, *t.shape[2:]))
+            name: self._paged(t.to(like.device).expand(*lead, *t.shape[2:]))
             for name, t in known.tensors.items()
         }
         lengths = self._paged(span.all_valid()["valid"].expand(*lead, -1)).sum(-1)
-        self._append_pooled(Unplaced(keys, values, known, lengths, rows, queries, codes), batch)
+        self._append_pooled(Unplaced(states, codes, known, lengths, rows, queries), batch)
 
     def encoded(self, span: Span) -> Span:
-        """`span` with its codes, where tokens are encoded each by itself."""
+        """`span` with its codes, where tokens are encoded each by itself.
+
+        Raises:
+            ValueError: the compressor cannot store these tokens.
+        """
         if not self.compressor.is_per_token:
             return span
-        fields = self.compressor.encode(self._paged(span["keys"]), self._paged(span["values"]))
+        fields = self.compressor.encode(**self._states(span))
         return span.with_codes({k: flat_tokens(v, len(span)) for k, v in fields.items()})
+
+    def _states(self, span: Span) -> dict[str, Tensor]:
+        """The `keys` and `values` of `span` as pages to be encoded."""
+        if not self.compressor.is_lossless:
+            check_states(self.compressor, span["keys"], span["values"])
+        return {name: self._paged(span[name]) for name in ("keys", "values")}
 
     def apart(self, span: Span, queries: Tensor | None = None) -> "PageTable":
         """A table of nothing but `span`, whose pages are as `append` makes them of it here."""
@@ -139,7 +148,7 @@ class PageTable:
             choice = choice + torch.arange(new.heads, device=choice.device)[:, None]
         if isinstance(self.compressor, MixedCompressor):
             members = self.compressor.members
-            choice = self.compressor.choose(new.keys, new.values, new.queries)
+            choice = self.compressor.choose(**new.states, queries=new.queries)
         is_full = new.lengths == self.page_size
         for member_index, member in enumerate(members):
             mine = choice == member_index
@@ -198,22 +207,25 @@ class PageTable:
 
     def spans(self, rows: list[int]) -> list[Span]:
         """The tokens of batch rows of one signature, decoded, the oldest first."""
-        return [span.without_codes() for span in self._spans(rows)]
+        return [span.without_codes() for span in self._spans(rows, with_values=True)]
 
-    def _spans(self, rows: list[int]) -> list[Span]:
+    def _spans(self, rows: list[int], *, with_values: bool) -> list[Span]:
         mine = self._read_by(rows[0])
-        spans = [slab.span(rows) for slab in mine if isinstance(slab, Slab)]
+        spans = [s.span(rows, with_values=with_values) for s in mine if isinstance(s, Slab)]
         pools = [pool for pool in mine if isinstance(pool, Pool)]
         if not pools:
             return spans
         # In mixed pages a token's next encoding may be another one.
         with_codes = not isinstance(self.compressor, MixedCompressor)
-        return [*spans, together(pools, rows, with_codes=with_codes)]
+        return [*spans, together(pools, rows, with_codes=with_codes, with_values=with_values)]
 
-    def take(self, rows: list[int]) -> Span | None:
-        """Remove and return the tokens of batch rows of one signature: decoded, and their codes."""
-        taken = None
-        for span in self._spans(rows):
+    def take(self, rows: list[int], *, with_values: bool) -> Span | None:
+        """Remove and return the tokens of batch rows of one signature: decoded, and their codes.
+
+        Values are decoded if they are asked for, or if there are no codes to be sealed again.
+        """
+        taken, with_values = None, with_values or not self.compressor.is_per_token
+        for span in self._spans(rows, with_values=with_values):
             taken = span if taken is None else taken.then(span)
         for slab in self.slabs:
             slab.drop_readers(set(rows))

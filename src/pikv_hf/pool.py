@@ -11,7 +11,7 @@ import torch
 from pikv_kernels import merge_segments, partial_attention
 from torch import Tensor
 
-from .compressors import Compressor, encoded, flat_tokens
+from .compressors import Compressor, decoded, encoded, flat_tokens
 from .memory import is_writable
 from .rows import Partial, StoredRows
 from .span import Span
@@ -151,7 +151,7 @@ class Pool(StoredRows):
         values = values if values.shape[-1] else keys
         return partial_attention(query, keys, values, mask, scale)
 
-    def decoded(self, *, with_codes: bool) -> Span:
+    def span(self, *, with_codes: bool, with_values: bool) -> Span:
         """All its tokens decoded, [N, 1, P, ...], with what is known of them and `order`:
 
         owner and position as one number [N, 1, P], -1 at places that hold no token.
@@ -159,13 +159,14 @@ class Pool(StoredRows):
         used = self.page_count
         fields = {name: field[:used, None, None] for name, field in self.fields.items()}
         fields = self.tier.bring(fields)
-        keys, values = (states[:, :, 0] for states in self.compressor.decode(fields))
+        states = decoded(self.compressor, fields, with_values).items()
         meta = Span({name: tensor[:used] for name, tensor in self.meta.tensors.items()})
         place = torch.arange(self.page_size, device=self.owner.device)
         valid = place < self.lengths[:used, None, None]
         order = (self.owner[:used, None, None] << 32) + meta["positions"]
         order = order.masked_fill(~valid, -1)
-        tokens = meta.joined(Span({"keys": keys, "values": values, "order": order}))
+        tokens = meta.joined(Span({name: pages[:, :, 0] for name, pages in states}))
+        tokens = tokens.joined(Span({"order": order}))
         if not (with_codes and self.compressor.is_per_token):
             return tokens
         return tokens.with_codes({name: field[:, 0] for name, field in fields.items()})
@@ -221,22 +222,22 @@ class Pages:
 class Unplaced:
     """Tokens of batch rows `rows` that are to go into pools, page by page, each row and head apart.
 
-    `keys` [R, H, S, P, Dk], `values`, and in `known` [R, H, S, P, ...] what is known of them;
-    `lengths` [R, H, S], how many are valid, the first ones of a page; `queries` [R, H, Q, Dk], if
-    the compressor asks for any; `codes` [R, H, S, P, ...] by name, if they are encoded already.
+    `states`: their `keys` [R, H, S, P, Dk] and `values`, or, if they are encoded already, `codes`
+    [R, H, S, P, ...] by name; in `known` [R, H, S, P, ...] what is known of them; `lengths`
+    [R, H, S], how many are valid, the first ones of a page; `queries` [R, H, Q, Dk], if the
+    compressor asks for any.
     """
 
-    keys: Tensor
-    values: Tensor
+    states: dict[str, Tensor]
+    codes: dict[str, Tensor]
     known: dict[str, Tensor]
     lengths: Tensor
     rows: list[int]
     queries: Tensor | None
-    codes: dict[str, Tensor]
 
     @property
     def heads(self) -> int:
-        return self.keys.shape[1]
+        return self.lengths.shape[1]
 
     def encoded(self, compressor: Compressor, at: Tensor) -> Pages:
         """The pages `at` [N, 3], places in R, H and S, as `compressor` encodes them."""
@@ -258,12 +259,12 @@ class Unplaced:
             return {name: tensor[row, head, page] for name, tensor in self.codes.items()}
         wanted = self.queries is not None and compressor.observed_queries
         asked = self.queries[row, head][:, None] if wanted else None
-        states = (t[row, head, page][:, None, None] for t in (self.keys, self.values))
-        fields = encoded(compressor, *states, asked)
+        states = {k: t[row, head, page][:, None, None] for k, t in self.states.items()}
+        fields = encoded(compressor, **states, queries=asked)
         return {name: tensor[:, 0, 0] for name, tensor in fields.items()}
 
 
-def together(pools: list[Pool], rows: list[int], *, with_codes: bool) -> Span:
+def together(pools: list[Pool], rows: list[int], *, with_codes: bool, with_values: bool) -> Span:
     """All tokens of some batch rows from all their pools, [R, H, T, ...].
 
     T is what the fullest KV head holds; `valid` says where the others, whose tokens are the last
@@ -271,7 +272,7 @@ def together(pools: list[Pool], rows: list[int], *, with_codes: bool) -> Span:
     """
     parts, heads = [], pools[0].heads
     for pool in pools:
-        tokens = pool.decoded(with_codes=with_codes)
+        tokens = pool.span(with_codes=with_codes, with_values=with_values)
         flat = Span({name: t.flatten(0, 2)[None, None] for name, t in tokens.tensors.items()})
         for number, row in enumerate(pool.stored_of(rows).tolist()):
             order = flat["order"][0, 0]

@@ -65,10 +65,10 @@ def settle_held(layer: "PagedLayer", mask: Tensor | None) -> None:
     for row in range(layer.tail.batch):
         groups.setdefault(layer.pages.signature(row), []).append(row)
     for rows in groups.values():
-        sealed = settled(layer, rows, layer.pages.take(rows), mask)
+        sealed = settled(layer, rows, layer.pages.take(rows, with_values=False), mask)
         if sealed is not None:
             layer.pages.append(sealed.front(), rows, layer.tail.batch)
-    layer.observed.pending = None
+    layer.observed.settle()
 
 
 def tail_record(layer: "PagedLayer") -> Tensor:

@@ -54,7 +54,7 @@ def _end_records(layer: "PagedLayer", count: int, groups: Groups, mask: Tensor |
         busy = {row for rows, _ in groups for row in rows}
         for row in set(range(layer.tail.batch)) - busy:
             settled(layer, [row], None, mask)
-        layer.observed.pending = None
+        layer.observed.settle()
     layer.observed.drop(count)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .compressors import Compressor, flat_tokens
+from .compressors import Compressor, decoded, flat_tokens
 from .memory import is_writable
 from .rows import Partial, StoredRows
 from .span import Span
@@ -123,14 +123,22 @@ class Slab(StoredRows):
             return min(self.pages, most)
         return min(max(1, self.compressor.block_tokens // self.page_size), most)
 
-    def span(self, rows: list[int]) -> Span:
+    def span(self, rows: list[int], *, with_values: bool) -> Span:
         """All tokens of the given batch rows, decoded: views, where nothing has to be made."""
         views = ((self.tier.bring(fields), tokens) for fields, tokens in self._views())
-        decoded = [(self.compressor.decode(fields), tokens) for fields, tokens in views]
-        parts = ([flat_tokens(states[i], tokens) for states, tokens in decoded] for i in range(2))
+        parts = [
+            {
+                k: flat_tokens(t, tokens)
+                for k, t in decoded(self.compressor, fields, with_values).items()
+            }
+            for fields, tokens in views
+        ]
         # What is read in one piece is not copied.
-        keys, values = (part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts)
-        states = Span({"keys": keys, "values": values})
+        states = Span(
+            {k: torch.cat([part[k] for part in parts], dim=2) for k in parts[0]}
+            if len(parts) > 1
+            else parts[0]
+        )
         if self.compressor.is_per_token:
             codes = self.tier.bring(self.fields)
             codes = {name: flat_tokens(t, self.length) for name, t in codes.items()}

@@ -106,6 +106,10 @@ class Compressor(ABC):
     def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The keys [R, H, S, P, Dk] and values [R, H, S, P, Dv] of encoded pages."""
 
+    def decode_keys(self, fields: dict[str, Tensor]) -> Tensor:
+        """Those keys alone. To be overridden where values cost a decoding of their own."""
+        return self.decode(fields)[0]
+
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
@@ -129,6 +133,16 @@ def encoded(
     if queries is None or not compressor.observed_queries:
         return compressor.encode(keys, values)
     return compressor.encode_observed(keys, values, queries)
+
+
+def decoded(
+    compressor: Compressor, fields: dict[str, Tensor], with_values: bool
+) -> dict[str, Tensor]:
+    """`keys` and, if they are asked for, `values` of encoded pages."""
+    if not with_values:
+        return {"keys": compressor.decode_keys(fields)}
+    keys, values = compressor.decode(fields)
+    return {"keys": keys, "values": values}
 
 
 # Bounds the float32 copies that encoding a long prompt makes. Larger ones leave the CPU's caches, and

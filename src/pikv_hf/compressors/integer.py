@@ -84,8 +84,10 @@ class Integer(Compressor):
         return self._encode("key", keys, by_channel) | self._encode("value", values, False)
 
     def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        by_channel = self._has_channel_keys(fields["value_codes"])
-        return self._decode("key", fields, by_channel), self._decode("value", fields, False)
+        return self.decode_keys(fields), self._decode("value", fields, False)
+
+    def decode_keys(self, fields: dict[str, Tensor]) -> Tensor:
+        return self._decode("key", fields, self._has_channel_keys(fields["value_codes"]))
 
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float

@@ -79,9 +79,10 @@ class LowRank(Compressor):
         return fields | {"value_codes": self._encode("value", values)}
 
     def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return self._decode("key", fields["key_codes"]), self._decode(
-            "value", fields["value_codes"]
-        )
+        return self.decode_keys(fields), self._decode("value", fields["value_codes"])
+
+    def decode_keys(self, fields: dict[str, Tensor]) -> Tensor:
+        return self._decode("key", fields["key_codes"])
 
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float

@@ -73,8 +73,12 @@ class TurboQuant(Compressor):
         return self._encode("key", keys, self.residual) | self._encode("value", values, False)
 
     def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        keys, values = self._stored(fields)
-        return self._restored(keys, self.residual), self._restored(values, False)
+        values = self._looked_up(fields["value_codes"], fields["value_norms"])
+        return self.decode_keys(fields), self._restored(values, False)
+
+    def decode_keys(self, fields: dict[str, Tensor]) -> Tensor:
+        keys = self._looked_up(fields["key_codes"], fields["key_norms"])
+        return self._restored(keys, self.residual)
 
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float

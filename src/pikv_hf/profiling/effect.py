@@ -46,7 +46,7 @@ class HeadEffect(Scheduler):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"output", "module"})
+        return frozenset({"values", "output", "module"})
 
     @property
     def observed_queries(self) -> int:
@@ -56,7 +56,7 @@ class HeadEffect(Scheduler):
         return tokens.positions.double()
 
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
-        if not tokens.values.shape[-1]:
+        if tokens.values is None or not tokens.values.shape[-1]:
             raise ValueError(
                 f"layer {tokens.layer_idx} caches latents, which all its heads read (MLA): there are "
                 "no heads to keep or to drop."
@@ -69,7 +69,7 @@ class HeadEffect(Scheduler):
 
 def head_effect(tokens: Tokens, sinks: int, recent: int) -> Effect:
     """Of the observed queries of one row without padding."""
-    assert tokens.open_values is not None
+    assert tokens.values is not None and tokens.open_values is not None
     queries, output = tokens.queries, tokens.output
     assert queries is not None and output is not None
     keys = torch.cat([tokens.keys, tokens.open_keys], dim=2)

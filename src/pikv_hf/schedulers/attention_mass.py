@@ -1,61 +1,97 @@
 """What the newest queries attend to."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .base import Tokens
 
-# Numbers of one block of scores: 64 MiB in float32.
-BLOCK = 2**24
+# Numbers of one block of scores, 4 MiB in float32: it stays in a CPU's cache while it is worked on.
+BLOCK = 2**20
+# Blocks that are kept from the first look to the second; where there are more, they are made again.
+MOST_KEPT = 16
+
+# exp(scores - top) [R, H, G, m, t], and top [R, H, G, m, 1].
+Exponentials = tuple[Tensor, Tensor]
 
 
 def attention_mass(tokens: Tokens) -> Tensor:
     """The attention that each candidate gets from each query head, [R, H, G, T] in float32.
 
     The mean over the observed queries of softmax(scale * q k^T) over the candidates and the open
-    tokens, causal. Scores are made in blocks of tokens, twice if there are several, so that no matrix
+    tokens, causal. Scores are made in blocks of tokens, twice if there are many, so that no matrix
     of queries times tokens is held. Without an observed query all are equal.
     """
     queries = tokens.queries
     if queries is None:
         groups = tokens.keys.new_zeros(*tokens.keys.shape[:2], 1, tokens.keys.shape[2])
         return groups.float()
-    asked, opened = queries.shape[3], tokens.open_keys.shape[2]
-    device = tokens.keys.device
-    asked_at = torch.arange(tokens.seen - asked, tokens.seen, device=device)
-    opened_at = torch.arange(tokens.seen - opened, tokens.seen, device=device)
-    block = max(1, BLOCK // queries[..., 0].numel())
+    step = max(1, BLOCK // queries[..., 0].numel())
+    positions = _positions(tokens, queries.shape[3])
+    exponentials = _exponentials(queries, tokens.scale, tokens.seen)
 
-    positions = tokens.positions
-    if tokens.valid is not None:  # a place without a token is newer than every query
-        positions = positions.masked_fill(~tokens.valid, tokens.seen)
+    def block(start: int) -> Exponentials:
+        here = slice(start, start + step)
+        return exponentials(
+            tokens.keys[:, :, here], None if positions is None else positions[:, :, None, here]
+        )
 
-    # The query heads of a KV head stand side by side, so that its keys are read where they are.
-    packed = queries.flatten(2, 3).float() * tokens.scale
-    are_older = tokens.valid is None and asked <= opened
-
-    def scores(keys: Tensor, positions: Tensor, are_older: bool = are_older) -> Tensor:
-        """[R, H, G, m, t], -inf where a key is newer than the query."""
-        product = packed @ keys.float().transpose(-1, -2)
-        product = product.unflatten(2, queries.shape[2:4])
-        if are_older:
-            return product
-        hidden = positions.unsqueeze(-2) > asked_at[:, None]
-        return product.masked_fill_(hidden, -torch.inf)
-
-    parts = [
-        (tokens.keys[:, :, i : i + block], positions[:, :, None, i : i + block])
-        for i in range(0, tokens.keys.shape[2], block)
-    ]
-    only = scores(*parts[0]) if len(parts) == 1 else None
-    sums = [(scores(*part) if only is None else only).logsumexp(-1) for part in parts]
+    starts = range(0, tokens.keys.shape[2], step)
+    kept = [block(start) for start in starts] if len(starts) <= MOST_KEPT else None
+    sums = [_log_sum(*each) for each in kept or map(block, starts)]
+    opened = tokens.open_keys.shape[2]
     if opened:
-        sums.append(scores(tokens.open_keys, opened_at, False).logsumexp(-1))
-    total = torch.stack(sums).logsumexp(0)[..., None]
+        at = torch.arange(tokens.seen - opened, tokens.seen, device=queries.device)
+        sums.append(_log_sum(*exponentials(tokens.open_keys, at)))
+    total = torch.stack(sums).logsumexp(0)
     # A query whose keys have all been dropped attends to none of those that came later.
     total = total.masked_fill(total == -torch.inf, torch.inf)
+    return torch.cat([_mean(*each, total) for each in kept or map(block, starts)], dim=-1)
 
-    def mass(part: tuple[Tensor, Tensor]) -> Tensor:
-        return (scores(*part) if only is None else only).sub_(total).exp_().mean(-2)
 
-    return torch.cat([mass(part) for part in parts], dim=-1)
+def _positions(tokens: Tokens, asked: int) -> Tensor | None:
+    """Of the candidates, those without a token being newer than every query; None if all are older."""
+    if tokens.valid is not None:
+        return tokens.positions.masked_fill(~tokens.valid, tokens.seen)
+    return None if asked <= tokens.open_keys.shape[2] else tokens.positions
+
+
+def _exponentials(
+    queries: Tensor, scale: float, seen: int
+) -> Callable[[Tensor, Tensor | None], Exponentials]:
+    """A function of keys [R, H, t, D] and their positions, where some may be newer than a query."""
+    # The query heads of a KV head stand side by side, so that its keys are read where they are.
+    packed = queries.flatten(2, 3)
+    dtype = packed.dtype if _has_products(packed) else torch.float32
+    packed = packed.to(dtype)
+    asked_at = torch.arange(seen - queries.shape[3], seen, device=queries.device)[:, None]
+    least = torch.finfo(torch.float32).min
+
+    def exponentials(keys: Tensor, positions: Tensor | None) -> Exponentials:
+        scores = (packed @ keys.to(dtype).mT).float().mul_(scale).unflatten(2, queries.shape[2:4])
+        if positions is not None:
+            scores.masked_fill_(positions.unsqueeze(-2) > asked_at, -torch.inf)
+        top = scores.amax(-1, keepdim=True).clamp_min_(least)
+        return scores.sub_(top).exp_(), top
+
+    return exponentials
+
+
+def _has_products(tensor: Tensor) -> bool:
+    """Whether products of its own dtype are faster than those in float32, and cannot overflow."""
+    if tensor.dtype != torch.bfloat16:
+        return False
+    if tensor.device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _log_sum(exponentials: Tensor, top: Tensor) -> Tensor:
+    return exponentials.sum(-1).log_() + top[..., 0]
+
+
+def _mean(exponentials: Tensor, top: Tensor, total: Tensor) -> Tensor:
+    """The mean over queries of exponentials / total, [R, H, G, t]; `total` [R, H, G, m] a logarithm."""
+    factors = (top[..., 0] - total).exp_() / total.shape[-1]
+    return (factors.unsqueeze(-2) @ exponentials).squeeze(-2)

@@ -18,12 +18,11 @@ class Tokens:
     """Candidates of R rows, T places for each of their H KV heads, oldest first.
 
     `positions` [R, H, T] int64: columns of the sequence, padding included, ascending. `keys`
-    [R, H, T, D] and `values` [R, H, T, Dv] are those that the cache holds: keys after their rotary
-    embedding, or latents without values (Dv = 0). `valid` [R, H, T]: which places hold a token, the
+    [R, H, T, D] are those that the cache holds: after their rotary embedding, or latents. `valid` [R, H, T]: which places hold a token, the
     last ones of each head; None = all. The oldest `sinks` tokens stay in any case. `seen`: tokens
     that layer `layer_idx` has ever been given, `padding` of them before the first of these rows.
 
-    `open_keys` [R, H, n, D] and `open_values` are the newest n tokens, which stay in any case. Where
+    `open_keys` [R, H, n, D] are those of the newest n tokens, which stay in any case. Where
     keys are latents, `latent_rank` of their dims are the value, too. `queries` [R, H, G, m, D], asked with the factor `scale`, are those of the newest m tokens and of the G
     query heads of each KV head: as many as `observed_queries` of the scheduler, or fewer at first;
     zeros stand for padding. None if it asks for none.
@@ -32,7 +31,8 @@ class Tokens:
     queries so far; `control` [R, c] those of each row (`controls`), as its last decision left them;
     None if it keeps none.
 
-    What a scheduler `needs`, else None: `experts` [R, 1 or H, T, k] and `weights`, the choice of the
+    What a scheduler `needs`, else None: `values` [R, H, T, Dv] and `open_values`, beside latents with
+    Dv = 0; `experts` [R, 1 or H, T, k] and `weights`, the choice of the
     model's gate for each candidate, `open_experts` [R, 1, n, k] and `open_weights` those of the open
     tokens (None, too, in a layer without a gate); `output` [hidden, Hq * Dv], the weight of the
     layer's output projection; `module`, its attention module; `rotary`, how its keys and queries turn
@@ -43,7 +43,7 @@ class Tokens:
 
     positions: Tensor
     keys: Tensor
-    values: Tensor
+    values: Tensor | None
     open_keys: Tensor
     seen: int
     layer_idx: int = 0
@@ -125,7 +125,7 @@ class Scheduler(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What of `experts`, `output`, `module` and `rotary` it wants to find in `Tokens`; and
+        """What of `values`, `experts`, `output`, `module` and `rotary` it wants to find in `Tokens`; and
         `rerotate`, if kept keys are to close the gaps between them."""
         return frozenset()
 

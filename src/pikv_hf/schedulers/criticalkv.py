@@ -51,7 +51,7 @@ class CriticalKV(Wrapper):
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.scorer.needs | {"output", "module"}
+        return self.scorer.needs | {"values", "output", "module"}
 
     @property
     def decides_by_scores(self) -> bool:
@@ -76,7 +76,9 @@ def projected_norms(tokens: Tokens) -> Tensor:
     The mean over the query heads of each KV head. One head and a block of tokens at a time. Of
     latents (MLA) the values are those that each query head expands from them.
     """
-    assert tokens.output is not None, "the cache gives what `needs` names"
+    assert tokens.output is not None and tokens.values is not None, (
+        "the cache gives what `needs` names"
+    )
     output, values, up = tokens.output, tokens.values, None
     dim = values.shape[3]
     if dim == 0:

@@ -53,7 +53,7 @@ class ExpectedAttention(Scheduler):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"rotary"})
+        return frozenset({"rotary", "values"} if self.use_vnorm else {"rotary"})
 
     @property
     def observed_queries(self) -> int:
@@ -68,6 +68,7 @@ class ExpectedAttention(Scheduler):
         shares = self._shares(tokens, number < self.sinks)
         if self.use_vnorm:
             values = tokens.values if tokens.latent_rank is None else tokens.keys
+            assert values is not None, "they are among the needs"
             shares = (shares + self.epsilon) * values[..., : tokens.latent_rank].float().norm(
                 dim=-1
             )

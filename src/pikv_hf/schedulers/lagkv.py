@@ -44,10 +44,15 @@ class LagKV(Scheduler):
     def least(self) -> int:
         return self.sinks
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"values"})
+
     def scores(self, tokens: Tokens) -> Tensor:
         number = tokens.number().expand(tokens.keys.shape[:3])
         states = [torch.cat([tokens.keys, tokens.open_keys], dim=2)]
-        if tokens.open_values is not None and tokens.values.shape[-1]:
+        assert tokens.values is not None and tokens.open_values is not None, "they are the needs"
+        if tokens.values.shape[-1]:
             states.append(torch.cat([tokens.values, tokens.open_values], dim=2))
         length = states[0].shape[2]
         at = torch.arange(length, device=number.device)

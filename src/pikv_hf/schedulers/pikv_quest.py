@@ -62,14 +62,14 @@ class PiKVQuest(Scheduler):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"rotary"})
+        return frozenset({"rotary", "values"})
 
     def tensors(self, layer_idx: int) -> Iterator[Tensor]:
         yield from self._networks.get(layer_idx, {}).values()
 
     def scores(self, tokens: Tokens) -> Tensor:
         network, rotary = self._network(tokens.layer_idx, tokens.keys), tokens.rotary
-        assert rotary is not None, "it is among the needs"
+        assert rotary is not None and tokens.values is not None, "both are among the needs"
         places = tokens.positions - tokens.padding
         blocks = (t.split(BLOCK, dim=2) for t in (tokens.keys, tokens.values, places))
         utilities = [
