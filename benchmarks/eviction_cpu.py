@@ -24,7 +24,7 @@ from pikv_hf.schedulers import Knorm, Scheduler, Tokens
 SHAPE, GROUPS, SCALE = (4, 128, 128), 8, 128**-0.5
 TOKENS, PAGE, WINDOW = 65536, 64, 128
 FASTER = 4.0
-BUDGET, STEPS = 4096, 64
+BUDGET, STEPS = 4096, 256
 DECODE_MOST = 1.05
 # A stream has a narrower layer, so that it ends within minutes.
 STREAM, STREAM_SHAPE, CHUNK = 100_000, (2, 64, 64), 500

@@ -46,7 +46,7 @@ def read(cache, model, inputs, first: int, step: int = 1) -> list[tuple[int, int
 def test_prefill_and_decode(budget, expected) -> None:
     """Tokens held after a prompt of 40 and after each generated token."""
     model = tiny("mixtral")
-    cache = PiKVCache(model, scheduler="knorm", budget=budget, **SMALL)
+    cache = PiKVCache(model, scheduler="knorm", budget=budget, interval=1, **SMALL)
     for seen, tokens in read(cache, model, prompt(model, (80,)), 40):
         assert tokens == expected(seen), seen
 
@@ -65,6 +65,20 @@ def test_interval() -> None:
         read(cache, model, inputs, 40)
         streams.append(kept(cache, 0))
     assert streams[0] == streams[1], "nothing was over 1024 tokens"
+
+
+def test_a_sixteenth_of_the_budget_is_collected() -> None:
+    model = tiny("mixtral")
+    inputs = prompt(model, (140,))
+    options = {"scheduler": "knorm", "page_size": 2, "window": 4}
+    most = {}
+    for budget in (20, 64, 100):
+        cache = PiKVCache(model, budget=budget, **options)
+        counts = [tokens for _, tokens in read(cache, model, inputs, 110)]
+        assert counts[0] == budget
+        most[budget] = max(counts) - budget
+    # Pages of 2 tokens, none, 2 and 3 of them: the last one is dropped as it is sealed.
+    assert most == {20: 1, 64: 3, 100: 5}
 
 
 @pytest.mark.parametrize("method", ["knorm", "snapkv", "adakv", "random", "pyramidkv"])

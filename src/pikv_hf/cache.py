@@ -47,7 +47,8 @@ class PiKVCache(AttachedCache):
             adds to what was kept of the prompt.
         sinks: first tokens of each row that the scheduler never drops.
         interval: tokens that are collected over the budget, while generating, before any is
-            dropped: larger is faster, and holds up to `interval - 1` more.
+            dropped: larger is faster, and holds up to `interval - 1` more. None = a sixteenth of the
+            budget, in whole pages; 1 = none: tokens are dropped whenever a page is sealed.
         hold_prompt: nothing of a prompt is dropped (or compressed) before its first generated token,
             so that one which is read in several pieces ends as one that is read at once; until then
             it is held whole. Without it, every piece is evicted from as it comes.
@@ -74,7 +75,7 @@ class PiKVCache(AttachedCache):
         scheduler: str | Scheduler | None = None,
         budget: int | float | str | Mapping[str, int | float | str] | None = None,
         sinks: int = 0,
-        interval: int = 1,
+        interval: int | None = None,
         hold_prompt: bool = False,
         compressor: str | Compressor | None = None,
         router: str | Router | None = None,

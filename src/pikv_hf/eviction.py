@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .layer import PagedLayer
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "linear_out")
+# The budget is this many times what is collected over it, if that is not said.
+INTERVALS = 16
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -26,9 +28,10 @@ def kept(
     count: int,
     scheduler: Scheduler,
     mask: Tensor | None,
-) -> Span:
+) -> tuple[Span, int]:
     """What of `new`, tokens of `rows`, is to be sealed: with the sealed tokens, if some must go.
 
+    Besides, how many tokens are to follow it until some must go again, if that is known.
     `count` tokens at the beginning of the tail are leaving it; `mask` is the newest of the model.
     """
     if moves(scheduler):
@@ -38,7 +41,7 @@ def kept(
     budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
     is_within = budget is None or _fits(layer, rows[0], len(new), budget, scheduler)
     if is_within and not scheduler.records:
-        return new
+        return new, 0
     sealed = layer.pages.take(rows, with_values="values" in scheduler.needs)
     if scheduler.records:
         sealed = settled(layer, rows, sealed, mask)
@@ -47,7 +50,7 @@ def kept(
         new = layer.pages.encoded(new)
     span = new if sealed is None else sealed.then(new)
     if is_within or budget is None:
-        return span.front()
+        return span.front(), 0
     tokens = _tokens(layer, rows, span, count, scheduler)
     keep = scheduler.keep(tokens, budget)
     if scheduler.controls:
@@ -59,18 +62,32 @@ def kept(
         stays = stays.joined(Span({"valid": keep >= 0}))
     else:
         stays = span.gather(keep)
-    return side_by_side(layer, stays, keep, len(span)) if moves(scheduler) else stays
+    if moves(scheduler):
+        stays = side_by_side(layer, stays, keep, len(span))
+    return stays, _interval(layer, budget) - 1
 
 
 def _fits(layer: "PagedLayer", row: int, new: int, budget: int, scheduler: Scheduler) -> bool:
     """Whether `new` tokens more of each KV head are within the budget, or too few over it to act."""
     held = layer.pages.held(row)
     held = torch.zeros(1) if held is None else held.double()
-    slack = 0 if layer.generated == 0 else layer.shared.interval - 1
+
+    def slack(budget: int) -> int:
+        return _interval(layer, budget) - 1 if layer.generated else 0
+
     if scheduler.has_lengths:
         most = scheduler.lengths(layer.layer_idx, layer.left[row], budget)
-        return bool((held + new <= most + slack).all())
-    return math.ceil(held.mean()) + new <= budget + slack
+        return bool((held + new <= most + slack(int(most.min()))).all())
+    return math.ceil(held.mean()) + new <= budget + slack(budget)
+
+
+def _interval(layer: "PagedLayer", budget: int) -> int:
+    """How many tokens over the `budget` of pages some of them have to go, while generating."""
+    shared = layer.shared
+    if shared.interval is not None:
+        return shared.interval
+    pages = (budget + shared.window) // (INTERVALS * shared.page_size)
+    return max(pages * shared.page_size, 1)
 
 
 def _sealed_budget(layer: "PagedLayer", left: int, count: int, scheduler: Scheduler) -> int | None:
@@ -116,7 +133,8 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
     sealed = int((share - fixed) / (owners * per_token))
     # Room that pages are given for later ones, a page that is not full, and what is not yet due.
     room = min(max(sealed // 17, MIN_GROWTH * shared.page_size), MAX_GROWTH * shared.page_size)
-    spare = room + shared.page_size + shared.interval - 1
+    slack = sealed // (INTERVALS + 1) if shared.interval is None else shared.interval - 1
+    spare = room + shared.page_size + slack
     return max(sealed - spare, 0) + min(shared.window, tail.length)
 
 

@@ -37,13 +37,19 @@ class PageTable:
         self.slabs: list[Slab | Pool] = []
 
     def append(
-        self, span: Span, rows: list[int], batch: int, queries: Tensor | None = None
+        self,
+        span: Span,
+        rows: list[int],
+        batch: int,
+        queries: Tensor | None = None,
+        to_follow: int = 0,
     ) -> None:
         """Seal `span`, tokens of the batch rows `rows`, with what is known of them.
 
         They have `keys` and `values`, or codes, as `take` and `encoded` give them. If `valid` is
         known, the valid tokens of each row and KV head are its first ones.
-        `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them.
+        `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them. Room
+        is made for the tokens that are known `to_follow`, and else for a few.
 
         Raises:
             ValueError: the compressor cannot store these tokens.
@@ -59,7 +65,7 @@ class PageTable:
         is_behind_pools = any(isinstance(slab, Pool) for slab in self.slabs)
         if not (is_mixed or is_behind_pools or "valid" in span):
             fields = codes or encoded(self.compressor, **states, queries=queries)
-            return self._append_uniform(fields, known, rows, batch)
+            return self._append_uniform(fields, known, rows, batch, to_follow // self.page_size)
         lead = like.shape[:2]
         known = {
             name: self._paged(t.to(like.device).expand(*lead, *t.shape[2:]))
@@ -100,7 +106,7 @@ class PageTable:
         return tensor.reshape(*tensor.shape[:2], pages, self.page_size, *tensor.shape[3:])
 
     def _append_uniform(
-        self, fields: dict[str, Tensor], known: Span, rows: list[int], batch: int
+        self, fields: dict[str, Tensor], known: Span, rows: list[int], batch: int, to_follow: int
     ) -> None:
         """Pages of equally many tokens in all rows and heads: behind the last slab, or a new one
 
@@ -117,7 +123,9 @@ class PageTable:
             count = min(free, pages - start)
             if count <= 0:
                 continue
-            room = min(max(count, growth), free) if start + count == pages else count
+            room = count
+            if grows and start + count == pages:
+                room = min(max(count + to_follow, growth), free)
             tokens = min(count * self.page_size, len(known) - start * self.page_size)
             slab = Slab(
                 compressor=self.compressor,

@@ -65,7 +65,7 @@ def make_shared(
     scheduler: str | Scheduler | None,
     budget: Any,
     sinks: int,
-    interval: int,
+    interval: int | None,
     hold_prompt: bool,
     compressor: str | Compressor | None,
     router: str | Router | None,
@@ -82,6 +82,8 @@ def make_shared(
     for name, value in (("probe", probe), ("hold_prompt", hold_prompt)):
         if not isinstance(value, bool):
             raise TypeError(f"`{name}` is {value!r}; it must be True or False.")
+    if interval is not None:
+        check_count("interval", interval)
     _check_together(scheduler, compressor, router)
     count = None if amounts is None else amounts.least_count
     if scheduler is not None and budget is None:
@@ -95,7 +97,7 @@ def make_shared(
         window=0,
         budget=amounts,
         sinks=sinks,
-        interval=check_count("interval", interval),
+        interval=interval,
         holds_prompts=hold_prompt,
         probe=probe,
     )

@@ -34,7 +34,7 @@ class Shared:
     budget: Budget | None = None
     sinks: int = 0
     # Tokens over the budget that are collected, while generating, before any is dropped.
-    interval: int = 1
+    interval: int | None = None
     # Nothing is sealed: for the time being, or in each prompt until its first generated token.
     holding: bool = False
     holds_prompts: bool = False
