@@ -13,10 +13,11 @@ from torch import Tensor
 from .compressors import Compressor, MixedCompressor, encoded, flat_tokens
 from .compressors.base import check_states
 from .placement import Local, Placement
-from .pool import Pages, Pool, Unplaced, together
+from .pool import Pool, together
 from .slab import Slab
 from .span import Span
 from .tiers import Tier
+from .unplaced import Pages, Unplaced
 
 # Room is made for 1/16 of the pages held: few slabs, little unused room.
 GROWTH = 16
@@ -72,7 +73,8 @@ class PageTable:
             for name, t in known.tensors.items()
         }
         lengths = self._paged(span.all_valid()["valid"].expand(*lead, -1)).sum(-1)
-        self._append_pooled(Unplaced(states, codes, known, lengths, rows, queries), batch)
+        new = Unplaced(states, codes, known, lengths, rows, queries)
+        self._append_pooled(new, batch, to_follow // self.page_size)
 
     def encoded(self, span: Span) -> Span:
         """`span` with its codes, where tokens are encoded each by itself.
@@ -148,8 +150,8 @@ class PageTable:
         page_bytes = sum(t.nbytes // t.shape[dim] for t in fields.values())
         return (tier.limit - used) // page_bytes
 
-    def _append_pooled(self, new: Unplaced, batch: int) -> None:
-        """Each page into a pool of the compressor chosen for it."""
+    def _append_pooled(self, new: Unplaced, batch: int, to_follow: int) -> None:
+        """Each page into a pool of the compressor chosen for it; pages of each head are `to_follow`."""
         members = tuple({self.compressor.of_head(head): None for head in range(new.heads)})
         choice = torch.zeros_like(new.lengths)
         if len(members) > 1:
@@ -157,15 +159,13 @@ class PageTable:
         if isinstance(self.compressor, MixedCompressor):
             members = self.compressor.members
             choice = self.compressor.choose(**new.states, queries=new.queries)
-        is_full = new.lengths == self.page_size
-        for member_index, member in enumerate(members):
-            mine = choice == member_index
-            for part in (is_full, ~is_full & (new.lengths > 0)):
-                chosen = (mine & part).nonzero()
-                to_come = len(chosen)
+        for number, member in enumerate(members):
+            mine = (choice == number) & (new.lengths > 0)
+            to_come = int(mine.sum()) + to_follow * batch * new.heads // len(members)
+            for chosen, group in new.places(mine):
                 # What is copied and encoded at a time stays small.
-                for at in chosen.split(PAGES_AT_A_TIME) if to_come else ():
-                    pages = new.encoded(member, at)
+                for at in chosen.split(PAGES_AT_A_TIME) if len(chosen) else ():
+                    pages = new.encoded(member, at, group)
                     self._open_pool(member, pages, batch, new.heads, to_come).write(pages)
                     to_come -= len(at)
 

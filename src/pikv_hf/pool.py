@@ -6,20 +6,31 @@ Shapes: R stored rows, H KV heads, N pages, P tokens a page, D head dim.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from pikv_kernels import merge_segments, partial_attention
 from torch import Tensor
 
-from .compressors import Compressor, decoded, encoded, flat_tokens
+from .compressors import Compressor, decoded, flat_tokens
 from .memory import is_writable
 from .rows import Partial, StoredRows
 from .span import Span
 from .staging import Block
 from .tiers import Tier
+from .unplaced import Pages
 
 # Numbers of queries and head dims that one product over pages may copy.
 MOST_COPIED = 2**22
+
+
+class Run(NamedTuple):
+    """Pages that stand side by side: `group` after `group` of them has one owner, and each page
+    `tokens` valid tokens, None if their numbers differ (then group is 1)."""
+
+    pages: int
+    group: int
+    tokens: int | None
 
 
 @dataclass(kw_only=True)
@@ -28,15 +39,14 @@ class Pool(StoredRows):
 
     `fields` [capacity, ...] are the encoded pages, `meta` [capacity, 1, P, ...] what is known of
     their tokens, `owner` [capacity] = stored row * H + KV head, and `lengths` [capacity] the valid
-    tokens, the first ones of a page. `runs` counts the pages in order: (pages, valid tokens in each
-    of them, or None if they differ).
+    tokens, the first ones of a page. `runs` counts the pages in order.
     """
 
     compressor: Compressor
     meta: Span
     owner: Tensor
     lengths: Tensor
-    runs: list[tuple[int, int | None]]
+    runs: list[Run]
     stored_rows: int
     heads: int
 
@@ -46,7 +56,7 @@ class Pool(StoredRows):
 
     @property
     def page_count(self) -> int:
-        return sum(pages for pages, _ in self.runs)
+        return sum(run.pages for run in self.runs)
 
     @property
     def page_size(self) -> int:
@@ -60,7 +70,7 @@ class Pool(StoredRows):
     @classmethod
     def like(
         cls,
-        pages: "Pages",
+        pages: Pages,
         compressor: Compressor,
         tier: Tier,
         room: int,
@@ -86,7 +96,7 @@ class Pool(StoredRows):
             stored=list(range(rows)),
         )
 
-    def fits(self, pages: "Pages", batch: int) -> bool:
+    def fits(self, pages: Pages, batch: int) -> bool:
         """Whether pages like `pages` of any of `batch` rows can be written behind these."""
         return (
             pages.meta.tensors.keys() == self.meta.tensors.keys()
@@ -97,21 +107,21 @@ class Pool(StoredRows):
             and is_writable(self.owner)
         )
 
-    def write(self, pages: "Pages") -> None:
+    def write(self, pages: Pages) -> None:
         """Write `pages` behind these."""
         start, count = self.page_count, len(pages.owner)
         for mine, new in zip(self._stored(), pages.tensors(), strict=True):
             mine.narrow(0, start, count).copy_(new)
-        self._add_run(count, pages.tokens)
+        self._add_run(Run(count, pages.group, pages.tokens))
         self.changed()
 
     def _stored(self) -> Iterator[Tensor]:
         yield from (*self.fields.values(), *self.meta.tensors.values(), self.owner, self.lengths)
 
-    def _add_run(self, pages: int, tokens: int | None) -> None:
-        if self.runs and self.runs[-1][1] == tokens:
-            pages += self.runs.pop()[0]
-        self.runs.append((pages, tokens))
+    def _add_run(self, new: Run) -> None:
+        if self.runs and self.runs[-1][1:] == new[1:]:
+            new = new._replace(pages=new.pages + self.runs.pop().pages)
+        self.runs.append(new)
 
     def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
         asked = query.flatten(0, 1)
@@ -119,26 +129,28 @@ class Pool(StoredRows):
         if self.compressor.block_tokens is not None:
             decoded = self.compressor.block_tokens * len(asked) // self.page_size
             step = min(step, max(1, decoded))
-        for fields, (block, tokens) in self.tier.blocks(self._views(step)):
-            owner = self.owner[block]
+        for fields, (block, run) in self.tier.blocks(self._views(step)):
+            owner = self.owner[block][:: run.group]
             mine = asked.index_select(0, owner)[:, None]
-            if tokens is None:
+            if run.tokens is None:
                 out, lse = self._attend_masked(mine, fields, self.lengths[block], scale)
             else:
-                out, lse = self.compressor.attend(mine, fields, tokens, scale)
+                out, lse = self.compressor.attend(mine, fields, run.group * run.tokens, scale)
             out, lse = merge_segments(out[:, 0], lse[:, 0], owner, len(asked))
             yield out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
     def _views(self, most: int) -> Iterator[Block]:
-        """Pages [n, 1, 1, ...], at most `most` of a run, with their places and valid tokens."""
+        """Groups of pages [n, 1, group, ...], of a run, at most `most` pages, with places and run."""
         page_bytes = self.nbytes // max(len(self.owner), 1)  # there may be none
         start, step = 0, min(most, self.tier.most_pages(page_bytes))
-        for pages, tokens in self.runs:
-            for first in range(start, start + pages, step):
-                places = slice(first, min(first + step, start + pages))
-                fields = {name: field[places, None, None] for name, field in self.fields.items()}
-                yield fields, (places, tokens)
-            start += pages
+        for run in self.runs:
+            each = max(step // run.group, 1) * run.group
+            for first in range(start, start + run.pages, each):
+                places = slice(first, min(first + each, start + run.pages))
+                pages = {name: field[places] for name, field in self.fields.items()}
+                groups = {k: t.unflatten(0, (-1, 1, run.group)) for k, t in pages.items()}
+                yield groups, (places, run)
+            start += run.pages
 
     def _attend_masked(
         self, query: Tensor, fields: dict[str, Tensor], lengths: Tensor, scale: float
@@ -194,74 +206,11 @@ class Pool(StoredRows):
         self.owner = owner.index_select(0, index)
         self.lengths = self.lengths[: len(keep)].index_select(0, index)
         same_lengths = itertools.groupby(self.lengths.tolist())
-        self.runs = [(len(list(same)), size) for size, same in same_lengths]
+        self.runs = [Run(len(list(same)), 1, size) for size, same in same_lengths]
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self._stored()
         yield from self._index.values()
-
-
-@dataclass(frozen=True)
-class Pages:
-    """N pages for a pool: `fields` and `meta` [N, ...], `owner` and `lengths` [N] as there.
-
-    `tokens`: the length of each of them, None if they differ.
-    """
-
-    fields: dict[str, Tensor]
-    meta: Span
-    owner: Tensor
-    lengths: Tensor
-    tokens: int | None
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield from (*self.fields.values(), *self.meta.tensors.values(), self.owner, self.lengths)
-
-
-@dataclass(frozen=True)
-class Unplaced:
-    """Tokens of batch rows `rows` that are to go into pools, page by page, each row and head apart.
-
-    `states`: their `keys` [R, H, S, P, Dk] and `values`, or, if they are encoded already, `codes`
-    [R, H, S, P, ...] by name; in `known` [R, H, S, P, ...] what is known of them; `lengths`
-    [R, H, S], how many are valid, the first ones of a page; `queries` [R, H, Q, Dk], if the
-    compressor asks for any.
-    """
-
-    states: dict[str, Tensor]
-    codes: dict[str, Tensor]
-    known: dict[str, Tensor]
-    lengths: Tensor
-    rows: list[int]
-    queries: Tensor | None
-
-    @property
-    def heads(self) -> int:
-        return self.lengths.shape[1]
-
-    def encoded(self, compressor: Compressor, at: Tensor) -> Pages:
-        """The pages `at` [N, 3], places in R, H and S, as `compressor` encodes them."""
-        row, head, page = at.unbind(1)
-        lengths = self.lengths[row, head, page]
-        least, most = lengths.aminmax()
-        return Pages(
-            fields=self._fields(compressor, row, head, page),
-            meta=Span({name: t[row, head, page][:, None] for name, t in self.known.items()}),
-            owner=torch.tensor(self.rows, device=row.device)[row] * self.heads + head,
-            lengths=lengths.to(torch.int32),
-            tokens=int(least) if least == most else None,
-        )
-
-    def _fields(
-        self, compressor: Compressor, row: Tensor, head: Tensor, page: Tensor
-    ) -> dict[str, Tensor]:
-        if self.codes:
-            return {name: tensor[row, head, page] for name, tensor in self.codes.items()}
-        wanted = self.queries is not None and compressor.observed_queries
-        asked = self.queries[row, head][:, None] if wanted else None
-        states = {k: t[row, head, page][:, None, None] for k, t in self.states.items()}
-        fields = encoded(compressor, **states, queries=asked)
-        return {name: tensor[:, 0, 0] for name, tensor in fields.items()}
 
 
 def together(pools: list[Pool], rows: list[int], *, with_codes: bool, with_values: bool) -> Span:

@@ -1,0 +1,96 @@
+"""Tokens and pages on their way into pools.
+
+Shapes: R rows, H KV heads, S pages, N pages of any of them, P tokens a page, D head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .compressors import Compressor, encoded
+from .span import Span
+
+# Pages of one owner that are read as if they were a longer one: fewer and larger products.
+GROUP = 8
+
+
+@dataclass(frozen=True)
+class Pages:
+    """N pages for a pool: `fields` and `meta` [N, ...], `owner` and `lengths` [N] as there.
+
+    `tokens`: the length of each of them, None if they differ; `group` after `group` has one owner.
+    """
+
+    fields: dict[str, Tensor]
+    meta: Span
+    owner: Tensor
+    lengths: Tensor
+    tokens: int | None
+    group: int
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (*self.fields.values(), *self.meta.tensors.values(), self.owner, self.lengths)
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """Tokens of batch rows `rows` that are to go into pools, page by page, each row and head apart.
+
+    `states`: their `keys` [R, H, S, P, Dk] and `values`, or, if they are encoded already, `codes`
+    [R, H, S, P, ...] by name; in `known` [R, H, S, P, ...] what is known of them; `lengths`
+    [R, H, S], how many are valid, the first ones of a page; `queries` [R, H, Q, Dk], if the
+    compressor asks for any.
+    """
+
+    states: dict[str, Tensor]
+    codes: dict[str, Tensor]
+    known: dict[str, Tensor]
+    lengths: Tensor
+    rows: list[int]
+    queries: Tensor | None
+
+    @property
+    def heads(self) -> int:
+        return self.lengths.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.known["positions"].shape[3]
+
+    def places(self, mine: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Of the pages `mine` [R, H, S] the places [N, 3] in R, H and S of those to be read in one
+
+        way, and their group: full pages `GROUP` by `GROUP`, partial ones, the other full ones.
+        """
+        full = mine & (self.lengths == self.page_size)
+        grouped = full & (full.cumsum(-1) <= full.sum(-1, keepdim=True) // GROUP * GROUP)
+        partial = mine & ~full & (self.lengths > 0)
+        for part, group in ((grouped, GROUP), (partial, 1), (full & ~grouped, 1)):
+            yield part.nonzero(), group
+
+    def encoded(self, compressor: Compressor, at: Tensor, group: int) -> Pages:
+        """The pages `at` [N, 3], as `compressor` encodes them."""
+        row, head, page = at.unbind(1)
+        lengths = self.lengths[row, head, page]
+        least, most = lengths.aminmax()
+        return Pages(
+            fields=self._fields(compressor, row, head, page),
+            meta=Span({name: t[row, head, page][:, None] for name, t in self.known.items()}),
+            owner=torch.tensor(self.rows, device=row.device)[row] * self.heads + head,
+            lengths=lengths.to(torch.int32),
+            tokens=int(least) if least == most else None,
+            group=group,
+        )
+
+    def _fields(
+        self, compressor: Compressor, row: Tensor, head: Tensor, page: Tensor
+    ) -> dict[str, Tensor]:
+        if self.codes:
+            return {name: tensor[row, head, page] for name, tensor in self.codes.items()}
+        wanted = self.queries is not None and compressor.observed_queries
+        asked = self.queries[row, head][:, None] if wanted else None
+        states = {k: t[row, head, page][:, None, None] for k, t in self.states.items()}
+        fields = encoded(compressor, **states, queries=asked)
+        return {name: tensor[:, 0, 0] for name, tensor in fields.items()}
