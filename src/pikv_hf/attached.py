@@ -172,11 +172,15 @@ class AttachedCache(Cache):
         A model's own cache class expects layers to appear as they are first written.
         """
         self._unwritten: list[Any] = []
+        others = [layer for layer in layers if not isinstance(layer, PagedLayer)]
         native: Any = self.native_class
         if native is not None:
             native.__init__(self)
             layers, self._unwritten = [], layers
         Cache.__init__(self, layers=layers)
+        ours = {id(self.layers), id(self._unwritten)}
+        others += [v for v in vars(self).values() if isinstance(v, list) and id(v) not in ours]
+        self.shared.others, self.shared.unpaged = others, {}
 
     def _paged(self) -> list[int]:
         layers = self.layers + self._unwritten

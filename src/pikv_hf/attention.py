@@ -48,7 +48,9 @@ def pikv_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.is_first:
         layer.unpaged = _why_unpaged(layer, query, key, attention_mask, kwargs)
-        layer.shared.full_mask |= layer.unpaged is not None
+        if layer.unpaged is not None:
+            layer.shared.full_mask = True
+            layer.shared.unpaged[layer.layer_idx] = layer.tail
         result = _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     else:
         sink = next((kwargs[name] for name in _SINKS if kwargs.get(name) is not None), None)

@@ -14,12 +14,13 @@ from .attached import AttachedCache
 from .checks import check_crop
 from .compressors import Compressor, Identity
 from .layer import PagedLayer
+from .native import release_cropped
 from .placement import Placement
 from .routers import Router
 from .schedulers import Scheduler
 from .scratch import Scratch
 from .settings import check_count, make_shared
-from .token_log import MOST, TokenLog
+from .token_log import TokenLog
 
 
 class PiKVCache(AttachedCache):
@@ -41,10 +42,10 @@ class PiKVCache(AttachedCache):
         config: instead of a model, its config: an unattached cache, lossless and without methods.
         scheduler: which tokens stay: a name of `SCHEDULERS`, a `Scheduler`, or None for all.
         budget: what the scheduler keeps: a number of tokens of each row and KV head (int), a share
-            of the tokens that the row has seen (float in (0, 1]), or bytes of all paged layers
-            together ("2GiB"); None = the scheduler's own. A dict gives `prefill` and `decode` budgets
-            apart: without the first a prompt is kept whole; without the second what is generated
-            adds to what was kept of the prompt.
+            of the tokens that the row has seen (float in (0, 1]), or bytes of the whole cache
+            ("2GiB": paged layers share what the others leave); None = the scheduler's own. A dict
+            gives `prefill` and `decode` budgets apart: without the first a prompt is kept whole;
+            without the second what is generated adds to what was kept of the prompt.
         sinks: first tokens of each row that the scheduler never drops.
         interval: tokens that are collected over the budget, while generating, before any is
             dropped: larger is faster, and holds up to `interval - 1` more. None = a sixteenth of the
@@ -130,9 +131,7 @@ class PiKVCache(AttachedCache):
             self.attach(model)
 
     def _new_log(self) -> TokenLog:
-        scheduler = self.shared.scheduler
-        repeats = scheduler is None or scheduler.repetition is not None
-        return TokenLog(None if repeats else MOST)
+        return TokenLog(self.shared.most_ids)
 
     # ---- the Cache interface ----------------------------------------------------------------
 
@@ -148,6 +147,12 @@ class PiKVCache(AttachedCache):
             if isinstance(layer, PagedLayer):
                 check_crop(layer, tokens_to_remove)
         super().crop(tokens_to_remove)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                release_cropped(layer)
+        for layer in self.layers:  # once all layers hold what they will
+            if isinstance(layer, PagedLayer):
+                layer.seal_verified()
         self.log.crop(self.get_seq_length())
         self.shared.forget_notes()
 
@@ -238,9 +243,9 @@ class PiKVCache(AttachedCache):
 
         Pages in the CPU's memory count, pages in files (`Offload`) do not: `report()` has both.
         """
-        from .report import storage_bytes
+        from .report import cache_bytes
 
-        return storage_bytes(self)
+        return cache_bytes(self)
 
     def report(self) -> Any:
         """What each layer holds; prints as a table, `.to_dict()` for the numbers."""

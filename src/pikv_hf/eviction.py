@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .beside import bytes_beside
 from .moving import moves, side_by_side, with_rest
 from .pages import MAX_GROWTH, MIN_GROWTH
 from .records import settled, with_record
@@ -106,13 +107,14 @@ def _sealed_budget(layer: "PagedLayer", left: int, count: int, scheduler: Schedu
 
 
 def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
-    """Tokens of each row and KV head, open ones included, for which the bytes of a cache suffice.
+    """Tokens of each row and KV head, open ones included, for which `nbytes` of a cache suffice.
 
     Raises:
         ValueError: they do not suffice for the open tokens alone.
     """
     shared, tail = layer.shared, layer.tail
-    share = nbytes // layer.place[1]
+    beside = bytes_beside(layer)
+    share = max(nbytes - beside, 0) // (layer.place[1] - len(shared.unpaged))
     owners, size = tail.batch * tail.keys.shape[1], tail.keys.element_size()
     dims = tail.keys.shape[3], tail.values.shape[3]
     fixed = (shared.window + shared.page_size) * sum(dims) * size * owners
@@ -126,9 +128,10 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
         per_token += sum(t[0, 0, 0].numel() * t.element_size() for t in labels)
     if share <= fixed:
         raise ValueError(
-            f"`budget` leaves {share} bytes for layer {layer.layer_idx}, but its open tokens alone "
-            f"take {fixed} in this batch of {tail.batch}: give more, or a smaller `window` or "
-            "`page_size`."
+            f"`budget` is {nbytes} bytes, of which layers that are not paged and token ids take "
+            f"{beside}. That leaves {share} for layer {layer.layer_idx}, but its open tokens alone "
+            f"take {fixed} in this batch of {tail.batch}: give more, or a smaller `window`, "
+            "`page_size` or batch."
         )
     sealed = int((share - fixed) / (owners * per_token))
     # Room that pages are given for later ones, a page that is not full, and what is not yet due.

@@ -20,7 +20,7 @@ from .records import settle_held
 from .sealing import seal_oldest
 from .shared import Shared, visible_columns
 from .span import Span
-from .tail import Tail
+from .tail import Tail, roomy
 
 
 class PagedLayer(DynamicLayer):
@@ -90,6 +90,7 @@ class PagedLayer(DynamicLayer):
         if self.is_first or (key_states.shape[2] > 1 and not self.record_past):
             self.prompt_end = self.seen
         if self.unpaged is not None:
+            self.shared.unpaged[self.layer_idx] = self.tail
             return self.tail.view()
         self.awaits = "attention"
         CONTEXT.layer = self
@@ -131,7 +132,7 @@ class PagedLayer(DynamicLayer):
         """Tokens a tail buffer is made for."""
         if self._seals:
             return self.shared.window + self.shared.page_size
-        return self.tail.length + max(64, self.tail.length // 4)
+        return roomy(self.tail.length)
 
     @property
     def _seals(self) -> bool:
@@ -226,6 +227,10 @@ class PagedLayer(DynamicLayer):
         self.seen, self.prompt_end = target, min(self.prompt_end, target)
         if self.record_past:
             self._mask = mask if mask is None else mask[..., : mask.shape[-1] + tokens_to_remove]
+
+    def seal_verified(self) -> None:
+        """Seal, after a `crop` that ended a verification."""
+        if self.record_past:
             self.record_past = False
             self.compress()
             self.record_past = True

@@ -3,6 +3,8 @@
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,28 @@ def is_writable(tensor: Tensor) -> bool:
 def is_on_disk(tensor: Tensor) -> bool:
     """Whether its memory is a mapped file, which the system reads as needed and may drop again."""
     return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`, less files."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if not is_on_disk(t)
+    }
+    return sum(storages.values())
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors among nested lists, tuples and values of dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
 
 
 def own(tensor: Tensor) -> Tensor:

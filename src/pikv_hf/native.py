@@ -7,6 +7,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from .layer import PagedLayer
+from .memory import own
 
 
 def reads_full_mask(layer: Any) -> bool:
@@ -21,14 +22,23 @@ def reads_full_mask(layer: Any) -> bool:
 def release_prompt(layer: Any) -> None:
     """A sliding layer keeps its window as a view of the whole prompt: keep the window alone.
 
-    Not of one new token, which every decode step leaves behind the view.
+    Not of one token, which every decode step leaves behind the view.
     """
     if not getattr(layer, "is_sliding", False) or getattr(layer, "record_past", False):
         return
+    window = layer.sliding_window
     for name in ("keys", "values"):
         states = getattr(layer, name)
-        if states.untyped_storage().nbytes() > 2 * states.numel() * states.element_size():
+        if states.untyped_storage().nbytes() * (window - 1) > states.nbytes * window:
             setattr(layer, name, states.clone())
+
+
+def release_cropped(layer: Any) -> None:
+    """A layer of bounded size keeps it as a view of more after a `crop`: keep what is left alone."""
+    if getattr(layer, "is_sliding", False) and layer.is_initialized:
+        layer.keys, layer.values = own(layer.keys), own(layer.values)
+    states = getattr(layer, "conv_states", {})
+    states.update({idx: own(state) for idx, state in states.items() if state is not None})
 
 
 def model_cache_class(model: PreTrainedModel) -> type[DynamicCache] | None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .layer import PagedLayer
-from .memory import is_on_disk
+from .memory import storage_bytes, tensors_in
 
 if TYPE_CHECKING:
     from .cache import PiKVCache
@@ -131,14 +131,14 @@ class Report:
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
-def storage_bytes(cache: "PiKVCache") -> int:
+def cache_bytes(cache: "PiKVCache") -> int:
     """Bytes of the distinct storages behind every tensor that the cache refers to, less files."""
     tensors = [cache.log.ids] if cache.log.ids is not None else []
-    tensors += _tensors_in({k: v for k, v in vars(cache).items() if k not in ("layers", "log")})
+    tensors += tensors_in({k: v for k, v in vars(cache).items() if k not in ("layers", "log")})
     tensors += cache.shared.scratch.tensors()
     for layer in cache.layers:
         tensors += _layer_tensors(layer)
-    return _distinct_bytes(tensors)
+    return storage_bytes(tensors)
 
 
 def _cells(rows: list[LayerReport]) -> list[str]:
@@ -166,7 +166,7 @@ def _rms(values: list[float]) -> float | None:
 
 def _layer_report(idx: int, layer: Any) -> LayerReport:
     tensors = list(_layer_tensors(layer))
-    nbytes = _distinct_bytes(tensors)
+    nbytes = storage_bytes(tensors)
     if not isinstance(layer, PagedLayer):
         keys = getattr(layer, "keys", None)
         held = keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
@@ -199,7 +199,7 @@ def _layer_tensors(layer: Any) -> Iterator[Tensor]:
     if isinstance(layer, PagedLayer):
         yield from layer.tensors()
     else:
-        yield from _tensors_in(vars(layer))
+        yield from tensors_in(vars(layer))
 
 
 def _full_nbytes(layer: PagedLayer, element_size: int | None = None) -> int:
@@ -209,26 +209,6 @@ def _full_nbytes(layer: PagedLayer, element_size: int | None = None) -> int:
     keys, values = layer.tail.keys, layer.tail.values
     numbers = keys.shape[0] * keys.shape[1] * layer.seen * (keys.shape[3] + values.shape[3])
     return numbers * (element_size or keys.element_size())
-
-
-def _distinct_bytes(tensors: Any) -> int:
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in tensors
-        if not is_on_disk(t)
-    }
-    return sum(storages.values())
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors_in(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors_in(part)
 
 
 def _runs(layers: list[LayerReport]) -> Iterator[list[LayerReport]]:

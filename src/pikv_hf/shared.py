@@ -16,6 +16,8 @@ from .rotary import Rotary
 from .routers import Router
 from .schedulers import Scheduler
 from .scratch import Scratch
+from .tail import Tail
+from .token_log import MOST
 
 # What of a scheduler's `needs` moves keys or queries to other positions.
 MOVING = {"rotary", "rerotate"}
@@ -50,6 +52,10 @@ class Shared:
     scratch: Scratch = field(default_factory=Scratch)
     # The pages of all paged layers, in order.
     tables: list[PageTable] = field(default_factory=list)
+    # What else the cache holds: layers that are not paged, lists of a model's own cache class, and
+    # the tokens of layers that turned out not to be ours to read.
+    others: list[Any] = field(default_factory=list)
+    unpaged: dict[int, Tail] = field(default_factory=dict)
     _notes: dict[tuple[int, ...], dict[Any, Any]] = field(default_factory=dict)
 
     def remember(self, name: str, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
@@ -76,6 +82,12 @@ class Shared:
         return wanted or self.router is not None
 
     @property
+    def most_ids(self) -> int | None:
+        """About how many of the newest token ids are kept; None = all."""
+        repeats = self.scheduler is None or self.scheduler.repetition is not None
+        return None if repeats else MOST
+
+    @property
     def saves_memory(self) -> bool:
         """Whether sealing makes tokens smaller or fewer."""
         return self.scheduler is not None or self.compressor != Identity()
@@ -90,6 +102,8 @@ class Shared:
         self.memo.clear()
         self.forget_notes()
         self.scratch.end_forward()
+        if self.budget is not None and self.budget.is_in_bytes:
+            self.scratch = Scratch()  # which would count as held
 
     def forget_notes(self) -> None:
         """The next layer that takes notes is the first one."""

@@ -10,6 +10,11 @@ from .scratch import Scratch
 from .span import Span
 
 
+def roomy(tokens: int) -> int:
+    """Tokens a buffer is made for, if `tokens` of them are only the first."""
+    return tokens + max(64, tokens // 4)
+
+
 class Tail:
     """The newest tokens in model dtype, in a buffer that is written in place."""
 

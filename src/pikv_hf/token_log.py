@@ -9,6 +9,15 @@ from .memory import is_writable
 MOST = 4096
 
 
+def log_bytes(rows: int, tokens: int, most: int | None) -> int:
+    """Bytes that the ids of `tokens` tokens take at most, if about `most` are kept (None = all)."""
+    return 4 * rows * _room(tokens if most is None else min(tokens, 2 * most))
+
+
+def _room(tokens: int) -> int:
+    return tokens + tokens // 8 + 64
+
+
 class TokenLog:
     """The ids of all cached tokens, or of about the newest `most`; nothing once any is unknown.
 
@@ -41,7 +50,7 @@ class TokenLog:
         """To a buffer with room for the ids `new` and more, without the oldest if there are many."""
         first = self.first if self.most is None else max(self.first, self.length - self.most)
         held, needed = self.length - first, self.length - first + new.shape[1]
-        room = new.new_empty(new.shape[0], needed + needed // 8 + 64, dtype=torch.int32)
+        room = new.new_empty(new.shape[0], _room(needed), dtype=torch.int32)
         if self.ids is not None:
             room[:, :held] = self.ids[:, first - self.first : self.length - self.first]
         self.ids, self.first = room, first
