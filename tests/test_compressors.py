@@ -433,13 +433,13 @@ class Asked:
         self.tables: dict[PageTable, dict[tuple[int, int], list[Tensor]]] = {}
         append = PageTable.append
 
-        def watched(table, span, rows, batch, queries=None):
+        def watched(table, span, rows, batch, queries=None, *rest):
             if queries is not None:
                 mine = self.tables.setdefault(table, {})
                 for number, row in enumerate(rows):
                     seals = mine.setdefault((row, int(span["positions"].max())), [])
                     seals.append(queries[number : number + 1])
-            return append(table, span, rows, batch, queries)
+            return append(table, span, rows, batch, queries, *rest)
 
         monkeypatch.setattr(PageTable, "append", watched)
 
@@ -623,7 +623,7 @@ def test_what_a_scheduler_keeps_is_not_changed_again(name) -> None:
             layer.update(keys[:, :, at : at + 4], values[:, :, at : at + 4])
             assert take_layer() is layer
             layer.finish(None)
-        spans = [slab.span([0]) for slab in layer.pages.slabs]
+        spans = [slab.span([0], with_values=True) for slab in layer.pages.slabs]
         held.append(spans[0]["values"][:, :, :6])
     assert distance(held[1], held[0]) < 1e-5
     assert distance(held[1], values[:, :, :6]) > 1e-3

@@ -122,7 +122,7 @@ def test_what_a_scheduler_moves_to_other_pages() -> None:
                 layer.update(keys[:, :, at : at + 8], values[:, :, at : at + 8])
                 assert take_layer() is layer
                 layer.finish(None)
-            spans = [slab.span([0]) for slab in layer.pages.slabs]
+            spans = [slab.span([0], with_values=True) for slab in layer.pages.slabs]
             places = torch.cat([span["positions"][0, 0] for span in spans]).long()
             near = torch.cat([span["values"] for span in spans], dim=2)
             exact = values.index_select(2, places)
