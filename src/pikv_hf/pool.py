@@ -124,7 +124,17 @@ class Pool(StoredRows):
         self.runs.append(new)
 
     def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
-        asked = query.flatten(0, 1)
+        results: list[tuple[Tensor, Tensor, Tensor]] = []
+        for result in self._attend_runs(query.flatten(0, 1), scale):
+            results.append(result)
+            if sum(out.numel() for out, _, _ in results) >= MOST_COPIED:
+                yield _merged(results, query)
+                results = []
+        if results:
+            yield _merged(results, query)
+
+    def _attend_runs(self, asked: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Results [n, Q, Dv] and [n, Q] over pages, and the owners [n] whose queries they are of."""
         step = max(1, MOST_COPIED // (asked.shape[1] * asked.shape[2]))
         if self.compressor.block_tokens is not None:
             decoded = self.compressor.block_tokens * len(asked) // self.page_size
@@ -136,8 +146,7 @@ class Pool(StoredRows):
                 out, lse = self._attend_masked(mine, fields, self.lengths[block], scale)
             else:
                 out, lse = self.compressor.attend(mine, fields, run.group * run.tokens, scale)
-            out, lse = merge_segments(out[:, 0], lse[:, 0], owner, len(asked))
-            yield out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
+            yield out[:, 0], lse[:, 0], owner
 
     def _views(self, most: int) -> Iterator[Block]:
         """Groups of pages [n, 1, group, ...], of a run, at most `most` pages, with places and run."""
@@ -211,6 +220,13 @@ class Pool(StoredRows):
     def tensors(self) -> Iterator[Tensor]:
         yield from self._stored()
         yield from self._index.values()
+
+
+def _merged(results: list[tuple[Tensor, Tensor, Tensor]], query: Tensor) -> Partial:
+    """One result [R, H, Q, Dv] of `query` [R, H, Q, Dk] from those over some runs."""
+    out, lse, owner = (torch.cat(parts) for parts in zip(*results, strict=True))
+    out, lse = merge_segments(out, lse, owner, query.shape[0] * query.shape[1])
+    return out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
 
 def together(pools: list[Pool], rows: list[int], *, with_codes: bool, with_values: bool) -> Span:
