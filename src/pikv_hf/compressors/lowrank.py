@@ -17,7 +17,7 @@ Factors = dict[str, Tensor]
 
 # Numbers of a row that encoding copies at a time, and portions of a long prompt: copies as large as
 # the codes, freed between them, leave holes in the heap; small ones are slow to launch on a GPU.
-COPIED, MOST_PORTIONS = 2**15, 32
+COPIED, MOST_PORTIONS = 2**14, 32
 
 
 @dataclass(frozen=True)
