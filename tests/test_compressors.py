@@ -4,6 +4,7 @@ import functools
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from pikv_kernels import (
     unpack_codes_reference,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 from zoo import build, prompt
@@ -318,6 +320,29 @@ def test_many_pages_of_a_longer_tensor(name, rows) -> None:
         alone = (t[:, :, page : page + 1].contiguous() for t in (keys, values))
         for one, all_ in zip(compressor.decode(compressor.encode(*alone)), together, strict=True):
             assert distance(all_[:, :, page : page + 1].double(), one.double()) < 3e-3
+
+
+class LargestCopy(TorchDispatchMode):
+    """The bytes of the largest tensor that was made in float32."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32:
+            self.nbytes = max(self.nbytes, out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("pages", [32, 256])
+def test_copies_are_small_beside_the_codes(name, pages) -> None:
+    """Freed between codes that stay, larger ones leave holes in the heap."""
+    keys, values = (states("", 1, 4, pages, 64, 128, seed=s).bfloat16() for s in range(2))
+    compressor = fitted(name, (128, 128), heads=4)
+    with LargestCopy() as largest:
+        fields = compressor.encode(keys, values)
+    assert 0 < largest.nbytes <= fields["key_codes"].nbytes / 4
 
 
 def attention_error(compressor: Compressor, kind: str) -> float:

@@ -9,11 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
-from .base import PAGES_AT_A_TIME, Compressor, check_finite, computed_dtype, flat_tokens
+from .base import Compressor, check_finite, computed_dtype, flat_tokens
 from .calibration import check_method, read_factors
 from .moments import Moments
 
 Factors = dict[str, Tensor]
+
+# Numbers of a row that encoding copies at a time, and portions of a long prompt: copies as large as
+# the codes, freed between them, leave holes in the heap; small ones are slow to launch on a GPU.
+COPIED, MOST_PORTIONS = 2**14, 32
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,14 @@ class LowRank(Compressor):
         key, value = (self.of(part, query.device, wide) for part in ("key", name))
         keys = self._read("key", fields, tokens)
         values = keys if name == "key" else self._read("value", fields, tokens)
-        asked = query.to(wide) * scale  # scaled first: float16 holds what is left
-        projected = (asked @ key["up"].mT).to(query.dtype)
+        # Scaled before they are rounded: float16 holds what is left.
+        projected = (query.to(wide) @ key["up"].mT * scale).to(query.dtype)
         out, lse = partial_attention(projected, keys, values, None, 1.0)
         if "bias" in key:  # the same for all these keys, but not for those of other partial results
-            lse = lse + (asked @ key["bias"][..., None]).squeeze(-1)
+            shift = query.to(wide) @ key["bias"][..., None]
+            lse = lse + shift.squeeze(-1) * scale
         out = out.to(wide) @ value["up"]
-        return out + value["bias"][:, None] if "bias" in value else out, lse
+        return out.add_(value["bias"][:, None]) if "bias" in value else out, lse
 
     def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
         factors = self._bound()
@@ -161,16 +166,17 @@ class LowRank(Compressor):
         if states.shape[-1] == 0:
             return states
         wide = computed_dtype(states.dtype)
-        down = self.of(name, states.device, wide)["down"][:, None]
+        down = self.of(name, states.device, wide)["down"]
         if states.shape[1] != down.shape[0] or states.shape[-1] != down.shape[-2]:
             raise ValueError(
                 f"{self.name} was calibrated for {name}s of (heads, dim) = "
                 f"{(down.shape[0], down.shape[-2])}, not {(states.shape[1], states.shape[-1])}."
             )
         codes = states.new_empty(*states.shape[:-1], down.shape[-1])
-        step = max(PAGES_AT_A_TIME // states.shape[1], 1)
-        for portion, part in zip(codes.split(step, dim=2), states.split(step, dim=2), strict=True):
-            portion.copy_(part.to(wide) @ down)
+        flat = codes.flatten(2, 3), states.flatten(2, 3)
+        step = max(1, COPIED // down[..., 0].numel(), flat[0].shape[2] // MOST_PORTIONS)
+        for mine, part in zip(*(t.split(step, dim=2) for t in flat), strict=True):
+            mine.copy_(part.to(wide) @ down)
         check_finite(self, name, torch.stack(codes.aminmax()))
         return codes
 
