@@ -136,8 +136,7 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
     sealed = int((share - fixed) / (owners * per_token))
     # Room that pages are given for later ones, a page that is not full, and what is not yet due.
     room = min(max(sealed // 17, MIN_GROWTH * shared.page_size), MAX_GROWTH * shared.page_size)
-    slack = sealed // (INTERVALS + 1) if shared.interval is None else shared.interval - 1
-    spare = room + shared.page_size + slack
+    spare = room + shared.page_size + _interval(layer, sealed) - 1
     return max(sealed - spare, 0) + min(shared.window, tail.length)
 
 
