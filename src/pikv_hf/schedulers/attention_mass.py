@@ -63,7 +63,7 @@ def _exponentials(
     """A function of keys [R, H, t, D] and their positions, where some may be newer than a query."""
     # The query heads of a KV head stand side by side, so that its keys are read where they are.
     packed = queries.flatten(2, 3)
-    dtype = packed.dtype if _has_products(packed) else torch.float32
+    dtype = product_dtype(packed)
     packed = packed.to(dtype)
     asked_at = torch.arange(seen - queries.shape[3], seen, device=queries.device)[:, None]
     least = torch.finfo(torch.float32).min
@@ -78,13 +78,14 @@ def _exponentials(
     return exponentials
 
 
-def _has_products(tensor: Tensor) -> bool:
-    """Whether products of its own dtype are faster than those in float32, and cannot overflow."""
-    if tensor.dtype != torch.bfloat16:
-        return False
-    if tensor.device.type != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def product_dtype(queries: Tensor) -> torch.dtype:
+    """The dtype in which `queries` meet keys: bfloat16 if it is theirs and fast here, else float32."""
+    if queries.dtype != torch.bfloat16:
+        return torch.float32
+    is_fast = queries.device.type != "cpu" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return queries.dtype if is_fast else torch.float32
 
 
 def _log_sum(exponentials: Tensor, top: Tensor) -> Tensor:
