@@ -200,23 +200,19 @@ def _nearest_codes(
     highest = 2 ** (bits - 1) - 1
     lowest = -highest if offset == 0 else -highest - 1
     widest = states.abs().amax(axis, keepdim=True) / (highest + offset)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for shrink in SHRINK[bits]:
-        scale = (widest * shrink).to(dtype)
-        exact = scale.to(states.dtype)
-        codes = states / exact.clamp_min(torch.finfo(torch.float32).tiny)
-        codes = codes.sub_(offset).round_().clamp_(lowest, highest)
-        if len(SHRINK[bits]) == 1:
-            return codes.to(torch.int8), scale
-        error = torch.addcmul(states, codes + offset, exact, value=-1).square_().sum(axis, True)
-        if best is None:
-            best = codes, scale, error
-            continue
-        better = error < best[2]
-        best = (
-            torch.where(better, codes, best[0]),
-            torch.where(better, scale, best[1]),
-            error.minimum(best[2]),
-        )
-    assert best is not None, "at least one step is tried"
-    return best[0].to(torch.int8), best[1]
+
+    def codes_of(scale: Tensor) -> Tensor:
+        codes = states / scale.to(states.dtype).clamp_min(torch.finfo(torch.float32).tiny)
+        return codes.sub_(offset).round_().clamp_(lowest, highest)
+
+    scales = [(widest * shrink).to(dtype) for shrink in SHRINK[bits]]
+    best, least = scales[0], None
+    for scale in scales if len(scales) > 1 else ():
+        restored = codes_of(scale).add_(offset)
+        error = torch.addcmul(states, restored, scale.to(states.dtype), value=-1)
+        error = error.square_().sum(axis, keepdim=True)
+        if least is not None:
+            best = torch.where(error < least, scale, best)
+        least = error if least is None else error.minimum(least)
+    # Made once more: that is less than to choose among the codes of all scales.
+    return codes_of(best).to(torch.int8), best
