@@ -211,7 +211,7 @@ def decode(result: Result, quick: bool) -> None:
     """Rows of the second kind."""
     model = model_of(SHAPE)
     for compressor in (None, "int4"):
-        names = (None, "knorm", "snapkv", "adakv")
+        names = (None, "knorm", "snapkv", "h2o", "adakv")
         steps = {name or "never more": decoding(model, name, compressor) for name in names}
         times = timed(steps, 3 if quick else 9)
         plain = times.pop("never more")
