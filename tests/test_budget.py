@@ -67,6 +67,16 @@ def test_interval() -> None:
     assert streams[0] == streams[1], "nothing was over 1024 tokens"
 
 
+def test_a_long_interval_takes_no_memory_before_it_is_used() -> None:
+    model = tiny("mixtral")
+    inputs, sizes = prompt(model, (90,)), []
+    for interval in (1, 10**9):
+        cache = PiKVCache(model, scheduler="knorm", budget=64, interval=interval, **SMALL)
+        read(cache, model, inputs, 80)
+        sizes.append(cache.nbytes)
+    assert sizes[1] < 1.5 * sizes[0]
+
+
 def test_a_sixteenth_of_the_budget_is_collected() -> None:
     model = tiny("mixtral")
     inputs = prompt(model, (140,))

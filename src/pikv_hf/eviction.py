@@ -65,7 +65,7 @@ def kept(
         stays = span.gather(keep)
     if moves(scheduler):
         stays = side_by_side(layer, stays, keep, len(span))
-    return stays, _interval(layer, budget) - 1
+    return stays, min(_interval(layer, budget) - 1, budget // INTERVALS)
 
 
 def _fits(layer: "PagedLayer", row: int, new: int, budget: int, scheduler: Scheduler) -> bool:
