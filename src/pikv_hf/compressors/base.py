@@ -149,6 +149,16 @@ def decoded(
 # holes in the heap when they are freed.
 PAGES_AT_A_TIME = 16
 
+# Fewer for a short prompt, or for a chunk of one: each encoding leaves a hole or two, and many short
+# ones leave many. Too few cost more calls than they save memory.
+FEWEST_AT_A_TIME, PORTIONS = 4, 32
+
+
+def portion(lead: tuple[int, ...]) -> int:
+    """How many of S pages are encoded at a time, for states [*lead, P, D] with `lead` = (..., S)."""
+    most = min(max(math.prod(lead) // PORTIONS, FEWEST_AT_A_TIME), PAGES_AT_A_TIME)
+    return max(1, most // max(1, math.prod(lead[:-1])))
+
 
 def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -> dict[str, Tensor]:
     """`encode` of a few pages [n, P, D] after the other, for `states` [..., S, P, D].
@@ -156,7 +166,7 @@ def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -
     What is made in full is what is returned: not a dense copy of `states`, nor a list of parts.
     """
     lead, whole = states.shape[:-2], {}
-    step = max(1, PAGES_AT_A_TIME // max(1, math.prod(lead[:-1])))
+    step = portion(lead)
     for start in range(0, max(1, lead[-1]), step):
         pages = states.narrow(-3, start, min(step, lead[-1] - start))
         for name, part in encode(pages.flatten(0, -3)).items():

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from typing_extensions import Self
 
-from .base import PAGES_AT_A_TIME, Compressor, computed_dtype
+from .base import Compressor, computed_dtype, portion
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,14 @@ class ThinK(Compressor):
 
     def _pruned(self, keys: Tensor, values: Tensor, asked: Tensor) -> dict[str, Tensor]:
         """`asked` [R, H, 1, Dk] or []: the sums of squares of the queries' channels."""
-        dim = keys.shape[-1]
-        used = torch.linalg.vector_norm(keys, dim=-2, dtype=computed_dtype(keys.dtype)).square()
+        dim, step, wide = keys.shape[-1], portion(keys.shape[:3]), computed_dtype(keys.dtype)
+        norms = (torch.linalg.vector_norm(t, dim=-2, dtype=wide) for t in keys.split(step, dim=2))
+        used = torch.cat([*norms], dim=2).square()
         # `sort` puts channels that are used alike in an order that does not change.
         order = (used * asked).sort(dim=-1, descending=True, stable=True).indices
         channels = order[..., : self._kept(dim)].sort(dim=-1).values
         kept = keys.new_empty(*keys.shape[:-1], channels.shape[-1])
-        portions = (t.split(PAGES_AT_A_TIME, dim=2) for t in (kept, keys, channels))
+        portions = (t.split(step, dim=2) for t in (kept, keys, channels))
         for out, part, index in zip(*portions, strict=True):
             out.copy_(part.gather(-1, index[..., None, :].expand(*part.shape[:-1], -1)))
         return {
