@@ -145,18 +145,19 @@ def decoded(
     return {"keys": keys, "values": values}
 
 
-# Bounds the float32 copies that encoding a long prompt makes. Larger ones leave the CPU's caches, and
-# holes in the heap when they are freed.
-PAGES_AT_A_TIME = 16
-
-# Fewer for a short prompt, or for a chunk of one: each encoding leaves a hole or two, and many short
-# ones leave many. Too few cost more calls than they save memory.
-FEWEST_AT_A_TIME, PORTIONS = 4, 32
+# Bounds the float32 copies that encoding a long prompt makes. On a CPU larger ones leave its caches,
+# and holes in the heap when they are freed: a hole or two for each encoding, so that chunks of a prompt,
+# which are many, are encoded in smaller portions. Elsewhere every portion is kernels to launch.
+PAGES_AT_A_TIME, FEWEST_AT_A_TIME, PORTIONS = 16, 4, 32
+PAGES_ON_ACCELERATORS = 1024
 
 
-def portion(lead: tuple[int, ...]) -> int:
-    """How many of S pages are encoded at a time, for states [*lead, P, D] with `lead` = (..., S)."""
-    most = min(max(math.prod(lead) // PORTIONS, FEWEST_AT_A_TIME), PAGES_AT_A_TIME)
+def portion(states: Tensor) -> int:
+    """How many of S pages are encoded at a time, for `states` [..., S, P, D]."""
+    lead = states.shape[:-2]
+    most = PAGES_ON_ACCELERATORS
+    if states.device.type == "cpu":
+        most = min(max(math.prod(lead) // PORTIONS, FEWEST_AT_A_TIME), PAGES_AT_A_TIME)
     return max(1, most // max(1, math.prod(lead[:-1])))
 
 
@@ -166,7 +167,7 @@ def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -
     What is made in full is what is returned: not a dense copy of `states`, nor a list of parts.
     """
     lead, whole = states.shape[:-2], {}
-    step = portion(lead)
+    step = portion(states)
     for start in range(0, max(1, lead[-1]), step):
         pages = states.narrow(-3, start, min(step, lead[-1] - start))
         for name, part in encode(pages.flatten(0, -3)).items():

@@ -73,7 +73,7 @@ class ThinK(Compressor):
 
     def _pruned(self, keys: Tensor, values: Tensor, asked: Tensor) -> dict[str, Tensor]:
         """`asked` [R, H, 1, Dk] or []: the sums of squares of the queries' channels."""
-        dim, step, wide = keys.shape[-1], portion(keys.shape[:3]), computed_dtype(keys.dtype)
+        dim, step, wide = keys.shape[-1], portion(keys), computed_dtype(keys.dtype)
         norms = (torch.linalg.vector_norm(t, dim=-2, dtype=wide) for t in keys.split(step, dim=2))
         used = torch.cat([*norms], dim=2).square()
         # `sort` puts channels that are used alike in an order that does not change.
