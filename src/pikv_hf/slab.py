@@ -54,8 +54,11 @@ class Slab(StoredRows):
 
     def fits(self, meta: Span, batch: int) -> bool:
         """Whether tokens like `meta` of all `batch` rows can be written behind these."""
+        # What is the same in all rows or heads can be written where it differs, not the other way.
         alike = meta.tensors.keys() == self.meta.tensors.keys() and all(
-            self.meta[name].shape[:2] == meta[name].shape[:2] for name in meta.tensors
+            new in (1, held)
+            for name in meta.tensors
+            for new, held in zip(meta[name].shape[:2], self.meta[name].shape[:2], strict=True)
         )
         return (
             alike
