@@ -65,7 +65,9 @@ def kept(
         stays = span.gather(keep)
     if moves(scheduler):
         stays = side_by_side(layer, stays, keep, len(span))
-    return stays, min(_interval(layer, budget) - 1, budget // INTERVALS)
+    # Room is a copy more, which a prompt is too large for.
+    to_follow = min(_interval(layer, budget) - 1, budget // INTERVALS) if layer.generated else 0
+    return stays, to_follow
 
 
 def _fits(layer: "PagedLayer", row: int, new: int, budget: int, scheduler: Scheduler) -> bool:
