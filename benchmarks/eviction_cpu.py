@@ -226,34 +226,42 @@ def decode(result: Result, quick: bool) -> None:
             result.goal(goal, ratio, ratio <= DECODE_MOST)
 
 
-def stream(scheduler: str, compressor: str | None, tokens: int) -> tuple[list[float], list[int]]:
-    """Milliseconds per token and bytes held, chunk by chunk, of decoding `tokens` tokens."""
-    model, dtype = model_of(STREAM_SHAPE), torch.bfloat16
-    options = {"compressor": compressor, "page_size": PAGE, "window": WINDOW}
-    cache = PiKVCache(model, scheduler=scheduler, budget=BUDGET, **options)
-    layer, scale = cache.layers[0], STREAM_SHAPE[1] ** -0.5
-    write(layer, *random_states(0, PAGE, STREAM_SHAPE, dtype))
-    spent, held = [], []
-    for chunk in tqdm(range(tokens // CHUNK), desc=f"{scheduler}, {compressor}"):
-        keys, values = random_states(chunk + 1, CHUNK, STREAM_SHAPE, dtype)
-        states = list(zip(keys.split(1, 2), values.split(1, 2), strict=True))
-        query = torch.randn(1, STREAM_SHAPE[0] * GROUPS, 1, STREAM_SHAPE[1]).to(dtype)
+class Stream:
+    """Decoding without an end, at a budget of `BUDGET` tokens."""
+
+    def __init__(self, scheduler: str, compressor: str | None) -> None:
+        options = {"compressor": compressor, "page_size": PAGE, "window": WINDOW}
+        model = model_of(STREAM_SHAPE)
+        self.cache = PiKVCache(model, scheduler=scheduler, budget=BUDGET, **options)
+        self.held: list[int] = []
+        write(self.cache.layers[0], *random_states(0, PAGE, STREAM_SHAPE, torch.bfloat16))
+
+    def chunk(self) -> float:
+        """Milliseconds per token of the next `CHUNK` tokens; notes what is held behind them."""
+        states = random_states(len(self.held) + 1, CHUNK, STREAM_SHAPE, torch.bfloat16)
+        tokens = list(zip(*(t.split(1, 2) for t in states), strict=True))
+        query = torch.randn(1, STREAM_SHAPE[0] * GROUPS, 1, STREAM_SHAPE[1]).to(torch.bfloat16)
         begin = time.process_time()
-        for one in states:
-            step(layer, one, query, scale)
-        spent.append(1e3 * (time.process_time() - begin) / CHUNK)
-        held.append(cache.nbytes)
-    return spent, held
+        for one in tokens:
+            step(self.cache.layers[0], one, query, STREAM_SHAPE[1] ** -0.5)
+        spent = time.process_time() - begin
+        self.held.append(self.cache.nbytes)
+        return 1e3 * spent / CHUNK
 
 
 def streams(result: Result, quick: bool) -> None:
-    """Rows of the third kind."""
+    """Rows of the third kind: a stream near its end, interleaved with one near its beginning."""
     tokens = STREAM // 3 if quick else STREAM
+    count = tokens // CHUNK
     for scheduler, compressor in (("streaming_llm", None), ("knorm", None)):
-        spent, held = stream(scheduler, compressor, tokens)
-        tenth = len(spent) // 10
-        second, last = median(spent[tenth : 2 * tenth]), median(spent[-tenth:])
-        full = held[-(-(BUDGET + WINDOW + PAGE) // CHUNK) :]
+        young, old = Stream(scheduler, compressor), Stream(scheduler, compressor)
+        for _ in range(count // 10):
+            young.chunk()
+        for _ in tqdm(range(count - count // 10), desc=f"{scheduler}, {compressor}"):
+            old.chunk()
+        pairs = [(young.chunk(), old.chunk()) for _ in range(count // 10)]
+        second, last = (median(times) for times in zip(*pairs, strict=True))
+        full = old.held[-(-(BUDGET + WINDOW + PAGE) // CHUNK) :]
         grown, slower = max(full) / min(full), last / second
         name = f"{scheduler}, {compressor or 'identity'}"
         result.add(
@@ -277,7 +285,7 @@ def main() -> None:
         f"and attention of 32 query heads, mean over {STEPS} steps with what is dropped in them, once; a "
         "cache that holds 4k tokens on their average and drops none, against one that has dropped the "
         "others of 64k. Stream: a budget of 4096 tokens, 2 KV heads of 64, 16 query heads, per token in the "
-        "second and in the last tenth, median of chunks of 500 tokens",
+        "second tenth of one stream and in the last of another, median of interleaved chunks of 500 tokens",
         ["what", "case", "peer, or before", "ours, or after", "ratio"],
     )
     halve(result, quick)
