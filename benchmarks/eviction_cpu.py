@@ -68,8 +68,8 @@ def model_of(shape: tuple[int, int, int]) -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(config).eval()
 
 
-def timed(steps: dict[str, Prepared], rounds: int) -> dict[str, Timing]:
-    """As `interleaved`, of what each step returns: what prepares it is not timed."""
+def timed(steps: dict[str, Prepared], rounds: int) -> dict[str, list[float]]:
+    """Seconds of what each step returns, in interleaved rounds: what prepares it is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for number in range(rounds + 1):
@@ -81,7 +81,7 @@ def timed(steps: dict[str, Prepared], rounds: int) -> dict[str, Timing]:
             elapsed = time.process_time() - begin
             if number:
                 seconds[name].append(elapsed)
-    return {name: Timing.of(values) for name, values in seconds.items()}
+    return seconds
 
 
 def press(layer: Any, scores: Tensor | None) -> None:
@@ -145,7 +145,8 @@ def halve(result: Result, quick: bool) -> None:
     check_same_kept(model, scores)
     for dtype in (torch.bfloat16, torch.float32):
         for kind, given in (("given scores", scores), ("norm of keys", None)):
-            times = timed(halvings(model, dtype, given), 3 if quick else 7)
+            seconds = timed(halvings(model, dtype, given), 3 if quick else 7)
+            times = {name: Timing.of(values) for name, values in seconds.items()}
             peer = times.pop("peer")
             name = str(dtype).removeprefix("torch.")
             for what, ours in times.items():
@@ -193,15 +194,17 @@ def decoding(model: Qwen3MoeForCausalLM, scheduler: str | None, compressor: str 
         layer.finish(None)
         return layer
 
-    evicted = filled() if scheduler else None
+    layer = filled()
+
+    def run() -> None:
+        for _ in range(STEPS):
+            step(layer, one, query, SCALE)
+
+    run()
 
     def prepare() -> Callable[[], object]:
-        layer = evicted or filled()
-
-        def run() -> None:
-            for _ in range(STEPS):
-                step(layer, one, query, SCALE)
-
+        if scheduler is None:
+            layer.crop(-STEPS)
         return run
 
     return prepare
@@ -213,11 +216,12 @@ def decode(result: Result, quick: bool) -> None:
     for compressor in (None, "int4"):
         names = (None, "knorm", "snapkv", "h2o", "adakv")
         steps = {name or "never more": decoding(model, name, compressor) for name in names}
-        times = timed(steps, 3 if quick else 9)
-        plain = times.pop("never more")
-        for name, ours in times.items():
-            ratio = ours.median / plain.median
-            cells = [f"{t.median / STEPS:.3f} ({t.least / STEPS:.3f})" for t in (plain, ours)]
+        seconds = timed(steps, 3 if quick else 21)
+        plain = seconds.pop("never more")
+        for name, ours in seconds.items():
+            ratio = median(one / other for one, other in zip(ours, plain, strict=True))
+            times = map(Timing.of, (plain, ours))
+            cells = [f"{t.median / STEPS:.3f} ({t.least / STEPS:.3f})" for t in times]
             what = f"step at 4k of 64k: {name}"
             result.add(
                 what, f"bfloat16, {compressor or 'identity'}", *cells, f"{ratio:.3f}x the time"
@@ -282,7 +286,8 @@ def main() -> None:
         "one layer, batch 1, ms, median (least) of interleaved rounds, 1 thread, process CPU time. "
         f"Half of 64k: 4 KV heads of 128; the peer against ours, which keeps the newest {WINDOW} and "
         "seals the others, of a prompt or of 64k tokens that are pages already. Step at 4k: append "
-        f"and attention of 32 query heads, mean over {STEPS} steps with what is dropped in them, once; a "
+        f"and attention of 32 query heads, mean over {STEPS} steps with what is dropped in "
+        f"them, once, median ratio of a round; a "
         "cache that holds 4k tokens on their average and drops none, against one that has dropped the "
         "others of 64k. Stream: a budget of 4096 tokens, 2 KV heads of 64, 16 query heads, per token in the "
         "second tenth of one stream and in the last of another, median of interleaved chunks of 500 tokens",
