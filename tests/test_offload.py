@@ -75,7 +75,8 @@ def test_the_same_results(name, method, tmp_path) -> None:
         cache = PiKVCache(model, placement=Offload(some, some, tmp_path), **options)
         actual = generate(model, inputs, cache, **mode)
         assert torch.equal(actual.tokens, expected.tokens)
-        assert (actual.logits - expected.logits).abs().max() <= 1e-5
+        # Sums over pages in another order: rounding of logits of about 5, through a recurrent model.
+        assert (actual.logits - expected.logits).abs().max() <= 2e-5
         assert all(cache.report().tiers.values()), "a tier is not used"
         if "budget" not in options:
             assert_sealed_in_prefill_and_decode(cache, max(PADDED))
