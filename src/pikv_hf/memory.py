@@ -44,6 +44,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
+def trim_heap() -> None:
+    """Give memory that is free between blocks in use back to the system.
+
+    Encoding leaves such holes, which glibc keeps, and mostly cannot use for its next temporaries.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not every C library has it
+        if trim is not None:
+            trim(0)
+
+
 def own(tensor: Tensor) -> Tensor:
     """`tensor`, dense and alone in its storage, so that nothing larger is kept alive by it."""
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -46,6 +46,8 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
         except ValueError as error:
             raise ValueError(f"layer {layer.layer_idx}: {error}") from error
     _end_records(layer, count, groups, mask)
+    if oldest["keys"].device.type == "cpu":
+        layer.shared.sealed_bytes += oldest["keys"].nbytes + oldest["values"].nbytes
 
 
 def _end_records(layer: "PagedLayer", count: int, groups: Groups, mask: Tensor | None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .budget import Budget
 from .compressors import Compressor, Identity
+from .memory import trim_heap
 from .pages import PageTable
 from .placement import Placement
 from .rotary import Rotary
@@ -21,6 +22,8 @@ from .token_log import MOST
 
 # What of a scheduler's `needs` moves keys or queries to other positions.
 MOVING = {"rotary", "rerotate"}
+# Bytes of keys and values that are sealed until the heap is trimmed: rarely enough to cost little.
+TRIMMED = 2**26
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Shared:
     full_mask: bool = False
     memo: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     scratch: Scratch = field(default_factory=Scratch)
+    # Keys and values on the CPU that were sealed since the heap was trimmed.
+    sealed_bytes: int = 0
     # The pages of all paged layers, in order.
     tables: list[PageTable] = field(default_factory=list)
     # What else the cache holds: layers that are not paged, lists of a model's own cache class, and
@@ -102,6 +107,9 @@ class Shared:
         self.memo.clear()
         self.forget_notes()
         self.scratch.end_forward()
+        if self.sealed_bytes >= TRIMMED:
+            self.sealed_bytes = 0
+            trim_heap()
         if self.budget is not None and self.budget.is_in_bytes:
             self.scratch = Scratch()  # which would count as held
 
