@@ -11,10 +11,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from append_cpu import one_layer_model
 from common import Result, Timing, random_states, start, write
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import DynamicCache, Qwen3MoeForCausalLM
 
 from pikv_hf import PiKVCache
 from pikv_hf.attention import attend
@@ -50,22 +51,6 @@ class Halving(Scheduler):
         if self.given is None:
             return Knorm().scores(tokens)
         return self.given[:, :, : tokens.keys.shape[2]]
-
-
-def model_of(shape: tuple[int, int, int]) -> Qwen3MoeForCausalLM:
-    """A model whose cache has one layer of this shape; it is never run."""
-    config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=shape[0] * GROUPS,
-        num_key_value_heads=shape[0],
-        head_dim=shape[1],
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-    )
-    return Qwen3MoeForCausalLM(config).eval()
 
 
 def timed(steps: dict[str, Prepared], rounds: int) -> dict[str, list[float]]:
@@ -139,7 +124,7 @@ def check_same_kept(model: Qwen3MoeForCausalLM, scores: Tensor) -> None:
 
 def halve(result: Result, quick: bool) -> None:
     """Rows of the first kind."""
-    model = model_of(SHAPE)
+    model = one_layer_model(SHAPE)
     scores = torch.rand(1, SHAPE[0], TOKENS, generator=torch.Generator().manual_seed(0))
     scores[:, :, -WINDOW:] = torch.inf
     check_same_kept(model, scores)
@@ -212,7 +197,7 @@ def decoding(model: Qwen3MoeForCausalLM, scheduler: str | None, compressor: str 
 
 def decode(result: Result, quick: bool) -> None:
     """Rows of the second kind."""
-    model = model_of(SHAPE)
+    model = one_layer_model(SHAPE)
     for compressor in (None, "int4"):
         names = (None, "knorm", "snapkv", "h2o", "adakv")
         steps = {name or "never more": decoding(model, name, compressor) for name in names}
@@ -235,7 +220,7 @@ class Stream:
 
     def __init__(self, scheduler: str, compressor: str | None) -> None:
         options = {"compressor": compressor, "page_size": PAGE, "window": WINDOW}
-        model = model_of(STREAM_SHAPE)
+        model = one_layer_model(STREAM_SHAPE)
         self.cache = PiKVCache(model, scheduler=scheduler, budget=BUDGET, **options)
         self.held: list[int] = []
         write(self.cache.layers[0], *random_states(0, PAGE, STREAM_SHAPE, torch.bfloat16))

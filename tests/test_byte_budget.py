@@ -62,8 +62,7 @@ def test_whole_cache(name, pieces) -> None:
     first = [(0, 400)] if pieces == "at once" else chunks(400, 200, 50)
     sizes = used(cache, [*first, *chunks(460, 400)[1:]])
     assert max(sizes) <= limit
-    # transformers 5.17 has empty layers beside its MLPs: they are taken for states that are to come.
-    assert min(sizes[len(first) - 1 :]) >= 0.5 * limit
+    assert min(sizes[len(first) - 1 :]) >= 0.75 * limit
 
 
 @pytest.mark.parametrize("compressor", [None, "int4"])

@@ -27,6 +27,7 @@ from helpers import (
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
+from test_compressors import exact_model
 from test_pages import CacheOperations
 from zoo import prompt
 
@@ -64,7 +65,8 @@ def mapped(folder: Path) -> int:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_results(name, method, tmp_path) -> None:
     """With pages in all three tiers, in left-padded rows, by beams, of lossless ones in chunks, too."""
-    model = tiny(name)
+    # In float64: pages are read in other blocks, and what that rounds is not to be seen.
+    model = exact_model(name)
     inputs, options = prompt(model, PADDED), METHODS[method] | SMALL
     for mode in MODES if method == "lossless" else MODES[1:2]:
         near = PiKVCache(model, **options)
@@ -75,8 +77,7 @@ def test_the_same_results(name, method, tmp_path) -> None:
         cache = PiKVCache(model, placement=Offload(some, some, tmp_path), **options)
         actual = generate(model, inputs, cache, **mode)
         assert torch.equal(actual.tokens, expected.tokens)
-        # Sums over pages in another order: rounding of logits of about 5, through a recurrent model.
-        assert (actual.logits - expected.logits).abs().max() <= 2e-5
+        assert (actual.logits - expected.logits).abs().max() <= 1e-5
         assert all(cache.report().tiers.values()), "a tier is not used"
         if "budget" not in options:
             assert_sealed_in_prefill_and_decode(cache, max(PADDED))

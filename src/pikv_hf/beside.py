@@ -54,7 +54,7 @@ def _grown(other: Any, end: int) -> int:
     held = storage_bytes(tensors_in(vars(other)))
     if other.is_sliding:
         tokens = other.keys.shape[2]
-        missing = max(_window(other) - tokens, 0)
+        missing = max(other.sliding_window - tokens, 0)
         return held + missing * (other.keys.nbytes + other.values.nbytes) // tokens
     tokens = other.get_seq_length()
     return held * max(end, tokens) // tokens
@@ -66,10 +66,5 @@ def _guessed(other: Any, layer: "PagedLayer", end: int) -> int:
         return 0
     tail = layer.tail
     numbers = tail.batch * tail.keys.shape[1] * (tail.keys.shape[3] + tail.values.shape[3])
-    tokens = _window(other) if other.is_sliding else end
+    tokens = other.sliding_window if other.is_sliding else end
     return tokens * numbers * tail.keys.element_size()
-
-
-def _window(other: Any) -> int:
-    """Tokens of a full sliding layer, the newest included."""
-    return other.sliding_window
