@@ -47,9 +47,9 @@ class PiKVCache(AttachedCache):
             gives `prefill` and `decode` budgets apart: without the first a prompt is kept whole;
             without the second what is generated adds to what was kept of the prompt.
         sinks: first tokens of each row that the scheduler never drops.
-        interval: tokens that are collected over the budget, while generating, before any is
-            dropped: larger is faster, and holds up to `interval - 1` more. None = a sixteenth of the
-            budget, in whole pages; 1 = none: tokens are dropped whenever a page is sealed.
+        interval: tokens generated from one eviction to the next: each drops so many that the next
+            ones fit into the budget, at most half of it. Larger is faster, and holds less. None = a
+            sixteenth of the budget, in whole pages; 1 = whenever a page is sealed.
         hold_prompt: nothing of a prompt is dropped (or compressed) before its first generated token,
             so that one which is read in several pieces ends as one that is read at once; until then
             it is held whole. Without it, every piece is evicted from as it comes.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .layer import PagedLayer
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "linear_out")
-# The budget is this many times what is collected over it, if that is not said.
+# The budget is this many times what goes of it at once, if that is not said.
 INTERVALS = 16
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,7 +53,8 @@ def kept(
     if is_within or budget is None:
         return span.front(), 0
     tokens = _tokens(layer, rows, span, count, scheduler)
-    keep = scheduler.keep(tokens, budget)
+    to_follow = _to_follow(layer, budget, scheduler)
+    keep = scheduler.keep(tokens, budget - to_follow)
     if scheduler.controls:
         layer.observed.set_control(rows, scheduler.controlled(tokens, keep))
     if span.codes():
@@ -65,32 +66,32 @@ def kept(
         stays = span.gather(keep)
     if moves(scheduler):
         stays = side_by_side(layer, stays, keep, len(span))
-    # Room is a copy more, which a prompt is too large for.
-    to_follow = min(_interval(layer, budget) - 1, budget // INTERVALS) if layer.generated else 0
     return stays, to_follow
 
 
 def _fits(layer: "PagedLayer", row: int, new: int, budget: int, scheduler: Scheduler) -> bool:
-    """Whether `new` tokens more of each KV head are within the budget, or too few over it to act."""
+    """Whether `new` tokens more of each KV head are within the budget."""
     held = layer.pages.held(row)
     held = torch.zeros(1) if held is None else held.double()
-
-    def slack(budget: int) -> int:
-        return _interval(layer, budget) - 1 if layer.generated else 0
-
     if scheduler.has_lengths:
         most = scheduler.lengths(layer.layer_idx, layer.left[row], budget)
-        return bool((held + new <= most + slack(int(most.min()))).all())
-    return math.ceil(held.mean()) + new <= budget + slack(budget)
+        return bool((held + new <= most).all())
+    return math.ceil(held.mean()) + new <= budget
 
 
-def _interval(layer: "PagedLayer", budget: int) -> int:
-    """How many tokens over the `budget` of pages some of them have to go, while generating."""
-    shared = layer.shared
-    if shared.interval is not None:
-        return shared.interval
-    pages = (budget + shared.window) // (INTERVALS * shared.page_size)
-    return max(pages * shared.page_size, 1)
+def _to_follow(layer: "PagedLayer", budget: int, scheduler: Scheduler) -> int:
+    """How many tokens less than the `budget` of pages stay, so that others are not due at once.
+
+    None while a prompt is read, which is to keep what it may.
+    """
+    if not layer.generated:
+        return 0
+    page_size, interval = layer.shared.page_size, layer.shared.interval
+    pages = math.ceil(interval / page_size) if interval else 0
+    pages = pages or (budget + layer.shared.window) // (INTERVALS * page_size)
+    # A page is about to be sealed: the others are to follow.
+    least = max(scheduler.least, layer.shared.sinks, budget // 2)
+    return max(min((pages - 1) * page_size, budget - least), 0)
 
 
 def _sealed_budget(layer: "PagedLayer", left: int, count: int, scheduler: Scheduler) -> int | None:
@@ -136,10 +137,9 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
             "`page_size` or batch."
         )
     sealed = int((share - fixed) / (owners * per_token))
-    # Room that pages are given for later ones, a page that is not full, and what is not yet due.
+    # Room that pages are given for later ones, and a page that is not full.
     room = min(max(sealed // 17, MIN_GROWTH * shared.page_size), MAX_GROWTH * shared.page_size)
-    spare = room + shared.page_size + _interval(layer, sealed) - 1
-    return max(sealed - spare, 0) + min(shared.window, tail.length)
+    return max(sealed - room - shared.page_size, 0) + min(shared.window, tail.length)
 
 
 def _tokens(
