@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .context import take_layer
+from .counting import attend_counting, counted_slabs
 from .latent import LatentQuery
 from .layer import PagedLayer
 from .pool import Pool
@@ -92,10 +93,13 @@ def attend(
     # The queries of one KV head stand side by side, so that a key is read once for all of them.
     packed = query.reshape(batch, layer.tail.keys.shape[1], -1, query.shape[3])
     layer.shared.read_ahead(layer.place[0] + 1)
-    out, lse = _attend_tail(layer, packed, length, mask, scale)
-    for slab in layer.pages.slabs:
-        for more_out, more_lse in _attend_slab(layer, slab, packed, scale):
-            out, lse = merge_partial(out, lse, more_out, more_lse)
+    slabs = counted_slabs(layer, length)
+    if slabs is None:
+        layer.observed.counted = None
+        out, lse = _attend_all(layer, packed, length, mask, scale)
+    else:
+        additive = None if mask is None else _tail_mask(layer, packed, mask, length)
+        out, lse = attend_counting(layer, slabs, packed, additive, scale)
     out = out.reshape(batch, heads, length, -1)
     if sink is not None:
         out = add_sink(out, lse.reshape(batch, heads, length), sink.view(1, -1, 1))
@@ -103,6 +107,17 @@ def attend(
     if latent is not None:
         out = latent.expand(out)
     return out.transpose(1, 2)
+
+
+def _attend_all(
+    layer: PagedLayer, query: Tensor, length: int, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The result of `query` [B, H, G * q, D] over the tail and all that the router lets it read."""
+    out, lse = _attend_tail(layer, query, length, mask, scale)
+    for slab in layer.pages.slabs:
+        for more_out, more_lse in _attend_slab(layer, slab, query, scale):
+            out, lse = merge_partial(out, lse, more_out, more_lse)
+    return out, lse
 
 
 def _attend_slab(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .beside import bytes_beside
+from .counting import write_counted
 from .moving import moves, side_by_side, with_rest
 from .pages import MAX_GROWTH, MIN_GROWTH
 from .records import settled, with_record
@@ -43,6 +44,8 @@ def kept(
     is_within = budget is None or _fits(layer, rows[0], len(new), budget, scheduler)
     if is_within and not scheduler.records:
         return new, 0
+    if is_within and len(rows) == layer.tail.batch and write_counted(layer):
+        return with_record(layer, rows, new), 0
     sealed = layer.pages.take(rows, with_values="values" in scheduler.needs)
     if scheduler.records:
         sealed = settled(layer, rows, sealed, mask)
@@ -123,9 +126,9 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
     fixed = (shared.window + shared.page_size) * sum(dims) * size * owners
     others = [*layer.observed.tensors(), *layer.pages.compressor.tensors()]
     others += layer.scheduler_tensors()
-    fixed += sum(tensor.nbytes for tensor in others)
+    fixed += sum(tensor.nbytes for tensor in others if tensor is not layer.observed.counted)
     per_token = layer.pages.compressor.bytes_per_token(*dims, size)
-    per_token += 4 + 4 * layer.observed.numbers  # its position and its record
+    per_token += 4 + 8 * layer.observed.numbers  # its position, its record and that being counted
     if tail.labels is not None:
         labels = tail.labels.tensors.values()
         per_token += sum(t[0, 0, 0].numel() * t.element_size() for t in labels)

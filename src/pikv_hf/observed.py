@@ -32,6 +32,10 @@ class Trail:
             self._parts = [newest[:, :, :, over:].clone() if over > 0 else newest]
         return self._parts[0] if self._parts else None
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._parts
+
     def set(self, queries: Tensor | None) -> None:
         self._parts = [] if queries is None else [queries]
 
@@ -41,7 +45,9 @@ class Observed:
 
     Those of padding are zeros. Copies: nothing keeps the prompt's queries alive. For schedulers that
     keep `width` numbers of each token, `pending` are the queries that these do not contain yet, and
-    `record` [B, H, t, width] are those of the oldest t open tokens. `control` [B, controls] is what
+    `record` [B, H, t, width] are those of the oldest t open tokens; where attention has added to them
+    as it went, `counted` [B, H, T, width] are those of all tokens held, and contain the pending
+    queries, too. `control` [B, controls] is what
     schedulers keep of each row. If `is_marked` a record is one number that only a repetition changes.
     """
 
@@ -52,6 +58,7 @@ class Observed:
         self.is_drafting = False
         self._queries, self._pending = Trail(), Trail()
         self.record: Tensor | None = None
+        self.counted: Tensor | None = None
         self.control: Tensor | None = None
 
     @classmethod
@@ -70,9 +77,14 @@ class Observed:
     def pending(self) -> Tensor | None:
         return self._pending.read()
 
+    @property
+    def has_pending(self) -> bool:
+        return not self._pending.is_empty
+
     def settle(self) -> None:
         """The records contain all queries."""
         self._pending.set(None)
+        self.counted = None
 
     def anew(self) -> "Observed":
         """Nothing observed yet."""
@@ -109,10 +121,12 @@ class Observed:
         if removed:
             for trail in (self._queries, self._pending):
                 trail.set(_without_newest(trail.read(), removed))
+            self.counted = None
         if self.record is not None:
             self.record = self.record[:, :, :opened]
 
     def map_rows(self, index: Tensor) -> None:
+        self.counted = None
         for trail in (self._queries, self._pending):
             held = trail.read()
             if held is not None:
@@ -143,7 +157,7 @@ class Observed:
         self.control[rows] = control
 
     def tensors(self) -> Iterator[Tensor]:
-        held = (self.queries, self.pending, self.record, self.control)
+        held = (self.queries, self.pending, self.record, self.counted, self.control)
         yield from (tensor for tensor in held if tensor is not None)
 
 

@@ -45,7 +45,10 @@ def settled(
     positions = torch.arange(first, layer.seen, device=queries.device)[None, None]
     opened = opened.joined(Span({"positions": positions, "valid": visible}))
     every = opened if sealed is None else sealed.then(opened)
-    record = recorded(scheduler, every, queries[index], layer.seen, layer.scale)
+    if observed.counted is None:
+        record = recorded(scheduler, every, queries[index], layer.seen, layer.scale)
+    else:
+        record = observed.counted[index]
     before = record.shape[2] - tail.length
     assert observed.record is not None
     observed.record[index] = record[:, :, before:]

@@ -23,7 +23,9 @@ from .quantized_attention import (
     dequantize,
     quantized_attention,
     quantized_attention_reference,
+    quantized_weights,
 )
+from .weighted_attention import weighted_attention, weighted_attention_reference
 
 __all__ = [
     "PACKED_TOGETHER",
@@ -47,9 +49,12 @@ __all__ = [
     "partial_attention_reference",
     "quantized_attention",
     "quantized_attention_reference",
+    "quantized_weights",
     "read_float8",
     "read_float8_reference",
     "unpack_codes",
     "unpack_codes_reference",
+    "weighted_attention",
+    "weighted_attention_reference",
     "word_table",
 ]

@@ -73,16 +73,21 @@ def quantized_attention(
     Returns:
         `[B, H, R, Dv]` and `[B, H, R]`, in float32 (float64 for float64).
     """
-    key_codes = keys.read(query.dtype)
-    value_codes = key_codes if values is None else values.read(query.dtype)
-    codes = key_codes, value_codes
-    numbers = keys, keys if values is None else values
+    codes, numbers = _read(query, keys, values)
     step = max(1, MOST_SCORES // max(1, query.shape[0] * query.shape[1] * tokens))
     if query.shape[2] <= step:
-        return _attend(query, codes, numbers, tokens, scale)
-    parts = [_attend(part, codes, numbers, tokens, scale) for part in query.split(step, dim=2)]
+        return _attend(query, codes, numbers, tokens, scale)[:2]
+    parts = [_attend(part, codes, numbers, tokens, scale)[:2] for part in query.split(step, dim=2)]
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def quantized_weights(
+    query: Tensor, keys: Quantized, values: Quantized | None, tokens: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantized_attention` of a few query rows, and the weights `[B, H, R, tokens]`, of sum 1."""
+    out, lse, weights, total = _attend(query, *_read(query, keys, values), tokens, scale)
+    return out, lse, weights.div_(total)
 
 
 def quantized_attention_reference(
@@ -97,20 +102,31 @@ def quantized_attention_reference(
     return partial_attention_reference(query.to(dtype), key, value, None, scale)
 
 
+def _read(
+    query: Tensor, keys: Quantized, values: Quantized | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Quantized, Quantized]]:
+    """The codes of keys and values in the dtype of `query`, and what they are codes of."""
+    key_codes = keys.read(query.dtype)
+    if values is None:
+        return (key_codes, key_codes), (keys, keys)
+    return (key_codes, values.read(query.dtype)), (keys, values)
+
+
 def _attend(
     query: Tensor,
     codes: tuple[Tensor, Tensor],
     numbers: tuple[Quantized, Quantized],
     tokens: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`quantized_attention` with the codes of keys and values read."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantized_attention` with the codes of keys and values read; then the weights and their sums."""
     score = _scores_per_channel if numbers[0].is_per_channel else _scores
     scores = score(query, codes[0], numbers[0], scale)[..., :tokens]
     top = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(top).exp_() if not scores.requires_grad else (scores - top).exp()
     total = weights.sum(dim=-1, keepdim=True)
-    return _weighted(weights, codes[1], numbers[1], tokens) / total, (top + total.log()).squeeze(-1)
+    out = _weighted(weights, codes[1], numbers[1], tokens) / total
+    return out, (top + total.log()).squeeze(-1), weights, total
 
 
 def _accumulated(product: Tensor) -> Tensor:

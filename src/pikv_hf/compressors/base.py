@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
-from pikv_kernels import partial_attention
+from pikv_kernels import partial_attention, weighted_attention
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -21,6 +21,9 @@ class Compressor(ABC):
 
     #: Tokens of one row and KV head that attention decodes at a time; None = pages are read in place.
     block_tokens: ClassVar[int | None] = 2048
+
+    #: Whether there is `attend_weighted`.
+    gives_weights: ClassVar[bool] = False
 
     #: How many of a layer's newest tokens `encode_observed` sees the queries of; 0 = none.
     observed_queries: ClassVar[int] = 0
@@ -121,6 +124,13 @@ class Compressor(ABC):
         keys, values = (flat_tokens(pages, tokens) for pages in self.decode(fields))
         return partial_attention(query, keys, values if values.shape[-1] else keys, None, scale)
 
+    def attend_weighted(
+        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`attend` of a few queries, and the weights [R, H, Q, tokens] in float32, whose sum is 1."""
+        keys, values = (flat_tokens(pages, tokens) for pages in self.decode(fields))
+        return weighted_states(query, keys, values, None, scale)
+
     @abstractmethod
     def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
         """Bytes that a token of one KV head takes; `element_size` is that of the model's dtype."""
@@ -181,6 +191,13 @@ def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -
 def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
     """[R, H, s, P, D] as [R, H, tokens, D]: a view."""
     return pages.flatten(2, 3).narrow(2, 0, tokens)
+
+
+def weighted_states(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`weighted_attention`, where keys without values are latents: their own values."""
+    return weighted_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
 
 
 def check_states(compressor: Compressor, keys: Tensor, values: Tensor) -> None:

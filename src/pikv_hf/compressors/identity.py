@@ -12,6 +12,7 @@ class Identity(Compressor):
 
     block_tokens: ClassVar[int | None] = None
     is_lossless: ClassVar[bool] = True
+    gives_weights: ClassVar[bool] = True
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         return {"keys": keys, "values": values}

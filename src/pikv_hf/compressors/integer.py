@@ -8,6 +8,7 @@ from pikv_kernels import (
     hadamard,
     pack_codes,
     quantized_attention,
+    quantized_weights,
 )
 from torch import Tensor
 
@@ -40,6 +41,7 @@ class Integer(Compressor):
     """
 
     bits: ClassVar[int]
+    gives_weights: ClassVar[bool] = True
 
     symmetric: bool = True
     key_axis: str = "token"
@@ -92,15 +94,26 @@ class Integer(Compressor):
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
+        out, lse = quantized_attention(*self._asked(query, fields), tokens, scale)
+        return hadamard(out) if self.rotate else out, lse
+
+    def attend_weighted(
+        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse, weights = quantized_weights(*self._asked(query, fields), tokens, scale)
+        return hadamard(out) if self.rotate else out, lse, weights
+
+    def _asked(
+        self, query: Tensor, fields: dict[str, Tensor]
+    ) -> tuple[Tensor, Quantized, Quantized | None]:
+        """The query as codes of keys meet it, those keys, and values if they are not the keys."""
         is_latent = fields["value_codes"].shape[-1] == 0
         # Products with codes of 8 bits overflow float16.
         dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
         if self.rotate and not self._has_channel_keys(fields["value_codes"]):
             query = hadamard(query.to(computed_dtype(dtype)))
-        keys = self._numbers("key", fields)
         values = None if is_latent else self._numbers("value", fields)
-        out, lse = quantized_attention(query.to(dtype), keys, values, tokens, scale)
-        return hadamard(out) if self.rotate else out, lse
+        return query.to(dtype), self._numbers("key", fields), values
 
     @property
     def is_per_token(self) -> bool:

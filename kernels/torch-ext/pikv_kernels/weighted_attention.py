@@ -1,0 +1,69 @@
+"""Partial attention that returns its weights, too.
+
+Shapes: B rows, H KV heads, R query rows per KV head, T keys, D key dim, Dv value dim.
+"""
+
+import torch
+from torch import Tensor
+
+from .partial_attention import partial_attention_reference
+
+# Numbers of keys that are faster to widen than to multiply twice.
+FEW = 2**19
+
+
+def weighted_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`partial_attention` of a few query rows, and the weights `[B, H, R, T]` in float32 (float64).
+
+    As exact as a fused kernel, which keeps scores in float32: 16-bit products are rounded, so that
+    a second one makes what the first has lost.
+
+    Args:
+        query, key, value, mask, scale: as those of `partial_attention`.
+
+    Returns:
+        `[B, H, R, Dv]` in the dtype of the query, the log-sum-exp `[B, H, R]` and the weights, whose
+        sum over T is 1.
+    """
+    lead = query.shape[:2]
+    query, key, value = (t.flatten(0, 1) for t in (query, key, value))
+    scores = _scores(query, key).unflatten(0, lead).mul_(scale)
+    if mask is not None:
+        scores += mask
+    weights = scores.softmax(-1)
+    # The largest weight is exp(largest score - lse).
+    lse = scores.amax(-1) - weights.amax(-1).log_()
+    out = torch.bmm(weights.flatten(0, 1).to(value.dtype), value)
+    return out.unflatten(0, lead), lse, weights
+
+
+def weighted_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`weighted_attention` in plain torch; the products run in the dtype of the inputs."""
+    out, lse = partial_attention_reference(query, key, value, mask, scale)
+    scores = (query @ key.mT).to(lse.dtype) * scale
+    if mask is not None:
+        scores = scores + mask
+    return out, lse, torch.exp(scores - lse[..., None])
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """query key^T `[N, R, T]` in float32 or float64."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if query.dtype == wide or key.numel() <= FEW or not _is_fast(query):
+        return torch.bmm(query.to(wide), key.to(wide).mT)
+    # Keys come first: their batches need not be dense then.
+    rounded = torch.bmm(key, query.mT)
+    rest = torch.baddbmm(rounded, key, query.mT, beta=-1)
+    return rounded.mT.to(wide).add_(rest.mT).contiguous()
+
+
+def _is_fast(query: Tensor) -> bool:
+    """Whether products in the 16-bit dtype of `query` are fast where it is."""
+    if query.device.type != "cpu":
+        return True
+    is_bfloat16 = query.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return is_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
