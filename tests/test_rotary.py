@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from helpers import tiny
+from packaging.version import Version
 from test_architectures import chosen
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -65,6 +67,8 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def test_keys_of_every_architecture(name) -> None:
     """All tokens later by the same number: the same hidden states, so the same keys, turned."""
+    if name == "doge" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("doge runs since transformers 5.18: before, its MoE gives a tuple to dropout")
     model = build(name, **FIELDS.get(name, {}))
     decoder, attention = decoder_of(model)
     if decoder is None:
@@ -74,12 +78,7 @@ def test_keys_of_every_architecture(name) -> None:
             rotaries(decoder, attention)
         return
     positions = torch.arange(TOKENS)
-    try:
-        before = keys_of(decoder, attention, some_ids(TOKENS), positions)
-    except TypeError as error:
-        if name != "doge":
-            raise
-        pytest.skip(f"doge of transformers 5.17 does not run: {error}")
+    before = keys_of(decoder, attention, some_ids(TOKENS), positions)
     found = rotaries(decoder, attention)
     assert found.keys() == attention.keys()
     assert all(rotary.is_identity for rotary in found.values()) == (name in WITHOUT)
