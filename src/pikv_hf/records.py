@@ -10,16 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .schedulers import Scheduler
-from .schedulers.attention_mass import product_dtype
+from .schedulers.attention_mass import attention_weights
 from .shared import visible_columns
 from .span import Span
 
 if TYPE_CHECKING:
     from .layer import PagedLayer
-
-# Numbers of one block of attention weights, 8 MiB in float32, and the fewest queries of one: a block
-# stays in a CPU's cache while it is worked on, and its product is not one of vectors.
-BLOCK, FEWEST = 2**21, 8
 
 
 def settled(
@@ -93,25 +89,12 @@ def recorded(
 ) -> Tensor:
     """The records [R, H, T, c] of `tokens` after the newest `queries` [R, H, G, m, D].
 
-    Each query's attention is taken over the tokens that are not newer than itself; that of padding,
-    which is zero, counts for nothing. A few queries at a time: no matrix of all of them is held.
+    No matrix of all queries is held.
     """
-    dtype, record = product_dtype(queries), tokens["record"]
-    keys = tokens["keys"].to(dtype).mT
+    record = tokens["record"]
     newest = tokens["positions"].expand(record.shape[:3])
     if "valid" in tokens:
         newest = newest.masked_fill(~tokens["valid"], seen)
-    at = torch.arange(seen - queries.shape[3], seen, device=queries.device)
-    step = max(FEWEST, BLOCK // (record[..., 0].numel() * queries.shape[2]))
-    for block, asked_at in zip(queries.split(step, dim=3), at.split(step), strict=True):
-        # The query heads of a KV head stand side by side: its keys are not copied for each.
-        scores = (block.flatten(2, 3).to(dtype) @ keys).float().unflatten(2, block.shape[2:4])
-        hidden = newest[:, :, None, None] > asked_at[:, None]
-        scores = scores.mul_(scale).masked_fill_(hidden, torch.finfo(torch.float32).min)
-        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-        total = weights.sum(-1, keepdim=True)
-        # Nothing of the queries of padding, nor of those that see no token.
-        is_query = block.ne(0).any(-1, keepdim=True) & ~hidden.all(-1, keepdim=True)
-        weights.mul_(is_query / total).masked_fill_(hidden, 0.0)
+    for weights, asked_at in attention_weights(queries, tokens["keys"], newest, seen, scale):
         record = scheduler.recorded(record, weights, asked_at)
     return record
