@@ -3,6 +3,7 @@
 Shapes: B rows, H KV heads, G query heads of each, T tokens held, D key dim, c numbers of a record.
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .compressors.base import weighted_states
 from .records import tail_record
+from .rows import Partial
 from .slab import Slab
 
 if TYPE_CHECKING:
@@ -28,15 +30,17 @@ def counted_slabs(layer: "PagedLayer", length: int) -> Slabs | None:
     observed, slabs = layer.observed, layer.pages.slabs
     if not observed.width or length > 1 or layer.shared.router is not None:
         return None
+    if not layer.pages.compressor.gives_weights:
+        return None
     if observed.counted is None and observed.has_pending:
         return None  # some would be left out
-    mine = [slab for slab in slabs if isinstance(slab, Slab) and _is_readable(slab, layer)]
-    return mine if len(mine) == len(slabs) else None
-
-
-def _is_readable(slab: Slab, layer: "PagedLayer") -> bool:
-    is_whole = slab.is_read_by_all(layer.tail.batch) and slab.is_in_order()
-    return is_whole and slab.compressor.gives_weights
+    batch = layer.tail.batch
+    mine = [
+        slab
+        for slab in slabs
+        if isinstance(slab, Slab) and slab.is_read_by_all(batch) and slab.is_in_order()
+    ]
+    return mine if slabs and len(mine) == len(slabs) else None
 
 
 def attend_counting(
@@ -48,20 +52,22 @@ def attend_counting(
     """
     scheduler, observed = layer.shared.scheduler, layer.observed
     assert scheduler is not None, "records are those of a scheduler"
-    results = [
-        slab.compressor.attend_weighted(query, fields, tokens, scale)
-        for slab in slabs
-        for fields, tokens in slab.blocks()
-    ]
+    compressor = layer.pages.compressor
+    asked = compressor.rotated(query, slabs[0].fields)
+    blocks = (block for slab in slabs for block in slab.blocks())
+    results = [compressor.attend_weighted(asked, *block, scale) for block in blocks]
+    out, lse = functools.reduce(_merged, ((out, lse) for out, lse, _ in results))
     results.append(weighted_states(query, *layer.tail.view(), mask, scale))
-    out, lse, _ = results[0]
-    for more_out, more_lse, _ in results[1:]:
-        out, lse = merge_partial(out, lse, more_out, more_lse)
+    out, lse = merge_partial(*results[-1][:2], compressor.restored(out), lse)
     shares = [weights.mul_((part - lse).exp_()[..., None]) for _, part, weights in results]
     weights = torch.cat(shares, dim=-1)[:, :, :, None]
     asked_at = torch.arange(layer.seen - 1, layer.seen, device=query.device)
     observed.counted = scheduler.recorded(_records(layer, slabs), weights, asked_at)
     return out, lse
+
+
+def _merged(one: Partial, other: Partial) -> Partial:
+    return merge_partial(*one, *other)
 
 
 def _records(layer: "PagedLayer", slabs: Slabs) -> Tensor:

@@ -125,13 +125,21 @@ class Pool(StoredRows):
 
     def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
         results: list[tuple[Tensor, Tensor, Tensor]] = []
-        for result in self._attend_runs(query.flatten(0, 1), scale):
+        asked = self.compressor.rotated(query, self.fields).flatten(0, 1)
+        for result in self._attend_runs(asked, scale):
             results.append(result)
             if sum(out.numel() for out, _, _ in results) >= MOST_COPIED:
-                yield _merged(results, query)
+                yield self._merged(results, query)
                 results = []
         if results:
-            yield _merged(results, query)
+            yield self._merged(results, query)
+
+    def _merged(self, results: list[tuple[Tensor, Tensor, Tensor]], query: Tensor) -> Partial:
+        """One result [R, H, Q, Dv] of `query` [R, H, Q, Dk] from those over some runs."""
+        out, lse, owner = (torch.cat(parts) for parts in zip(*results, strict=True))
+        out, lse = merge_segments(out, lse, owner, query.shape[0] * query.shape[1])
+        out = self.compressor.restored(out)
+        return out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
     def _attend_runs(self, asked: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Results [n, Q, Dv] and [n, Q] over pages, and the owners [n] whose queries they are of."""
@@ -142,11 +150,30 @@ class Pool(StoredRows):
         for fields, (block, run) in self.tier.blocks(self._views(step)):
             owner = self.owner[block][:: run.group]
             mine = asked.index_select(0, owner)[:, None]
-            if run.tokens is None:
-                out, lse = self._attend_masked(mine, fields, self.lengths[block], scale)
-            else:
-                out, lse = self.compressor.attend(mine, fields, run.group * run.tokens, scale)
+            out, lse = self._attend_run(mine, fields, run, self.lengths[block], scale)
             yield out[:, 0], lse[:, 0], owner
+
+    def _attend_run(
+        self, query: Tensor, fields: dict[str, Tensor], run: Run, lengths: Tensor, scale: float
+    ) -> Partial:
+        """Results [n, 1, Q, Dv] and [n, 1, Q] of `query` [n, 1, Q, Dk] over pages [n, 1, group, ...]
+
+        of a run, which are `lengths` [n * group] long.
+        """
+        compressor, tokens = self.compressor, run.group * (run.tokens or self.page_size)
+        mask = None if run.tokens else self._mask(lengths, query.dtype)
+        if compressor.gives_weights:
+            return compressor.attend_weighted(query, fields, tokens, scale, mask)[:2]
+        if mask is None:
+            return compressor.attend(query, fields, tokens, scale)
+        keys, values = (flat_tokens(t, tokens) for t in compressor.decode(fields))
+        return partial_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
+
+    def _mask(self, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of pages of `lengths` [n], [n, 1, 1, P]."""
+        place = torch.arange(self.page_size, device=lengths.device)
+        mask = torch.zeros(len(lengths), 1, 1, len(place), dtype=dtype, device=lengths.device)
+        return mask.masked_fill_((place >= lengths[:, None])[:, None, None], torch.finfo(dtype).min)
 
     def _views(self, most: int) -> Iterator[Block]:
         """Groups of pages [n, 1, group, ...], of a run, at most `most` pages, with places and run."""
@@ -160,17 +187,6 @@ class Pool(StoredRows):
                 groups = {k: t.unflatten(0, (-1, 1, run.group)) for k, t in pages.items()}
                 yield groups, (places, run)
             start += run.pages
-
-    def _attend_masked(
-        self, query: Tensor, fields: dict[str, Tensor], lengths: Tensor, scale: float
-    ) -> Partial:
-        """`Compressor.attend` of `query` [n, 1, Q, Dk] over pages [n, 1, 1, ...] of any lengths."""
-        keys, values = (flat_tokens(t, self.page_size) for t in self.compressor.decode(fields))
-        place = torch.arange(self.page_size, device=lengths.device)
-        mask = torch.zeros(len(lengths), 1, 1, len(place), dtype=query.dtype, device=query.device)
-        mask.masked_fill_((place >= lengths[:, None])[:, None, None], torch.finfo(query.dtype).min)
-        values = values if values.shape[-1] else keys
-        return partial_attention(query, keys, values, mask, scale)
 
     def span(self, *, with_codes: bool, with_values: bool) -> Span:
         """All its tokens decoded, [N, 1, P, ...], with what is known of them and `order`:
@@ -220,13 +236,6 @@ class Pool(StoredRows):
     def tensors(self) -> Iterator[Tensor]:
         yield from self._stored()
         yield from self._index.values()
-
-
-def _merged(results: list[tuple[Tensor, Tensor, Tensor]], query: Tensor) -> Partial:
-    """One result [R, H, Q, Dv] of `query` [R, H, Q, Dk] from those over some runs."""
-    out, lse, owner = (torch.cat(parts) for parts in zip(*results, strict=True))
-    out, lse = merge_segments(out, lse, owner, query.shape[0] * query.shape[1])
-    return out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
 
 def together(pools: list[Pool], rows: list[int], *, with_codes: bool, with_values: bool) -> Span:

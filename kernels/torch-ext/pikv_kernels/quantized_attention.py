@@ -83,10 +83,18 @@ def quantized_attention(
 
 
 def quantized_weights(
-    query: Tensor, keys: Quantized, values: Quantized | None, tokens: int, scale: float
+    query: Tensor,
+    keys: Quantized,
+    values: Quantized | None,
+    tokens: int,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantized_attention` of a few query rows, and the weights `[B, H, R, tokens]`, of sum 1."""
-    out, lse, weights, total = _attend(query, *_read(query, keys, values), tokens, scale)
+    """`quantized_attention` of a few query rows, and the weights `[B, H, R, tokens]`, of sum 1.
+
+    `mask` is added to the scores, as in `partial_attention`.
+    """
+    out, lse, weights, total = _attend(query, *_read(query, keys, values), tokens, scale, mask)
     return out, lse, weights.div_(total)
 
 
@@ -118,10 +126,13 @@ def _attend(
     numbers: tuple[Quantized, Quantized],
     tokens: int,
     scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantized_attention` with the codes of keys and values read; then the weights and their sums."""
     score = _scores_per_channel if numbers[0].is_per_channel else _scores
     scores = score(query, codes[0], numbers[0], scale)[..., :tokens]
+    if mask is not None:
+        scores = scores + mask
     top = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(top).exp_() if not scores.requires_grad else (scores - top).exp()
     total = weights.sum(dim=-1, keepdim=True)

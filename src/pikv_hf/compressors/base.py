@@ -125,11 +125,28 @@ class Compressor(ABC):
         return partial_attention(query, keys, values if values.shape[-1] else keys, None, scale)
 
     def attend_weighted(
-        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+        self,
+        query: Tensor,
+        fields: dict[str, Tensor],
+        tokens: int,
+        scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`attend` of a few queries, and the weights [R, H, Q, tokens] in float32, whose sum is 1."""
+        """`attend` of a few `rotated` queries, not `restored`, and the weights [R, H, Q, tokens].
+
+        Those are in float32, and their sum is 1; `mask` is added to the scores, as in
+        `partial_attention`.
+        """
         keys, values = (flat_tokens(pages, tokens) for pages in self.decode(fields))
-        return weighted_states(query, keys, values, None, scale)
+        return weighted_states(query, keys, values, mask, scale)
+
+    def rotated(self, query: Tensor, fields: dict[str, Tensor]) -> Tensor:
+        """`query` in the space of the pages `fields`: once for all of them."""
+        return query
+
+    def restored(self, out: Tensor) -> Tensor:
+        """What was answered there, in the space of the model."""
+        return out
 
     @abstractmethod
     def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:

@@ -94,26 +94,34 @@ class Integer(Compressor):
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse = quantized_attention(*self._asked(query, fields), tokens, scale)
-        return hadamard(out) if self.rotate else out, lse
+        query, numbers = self.rotated(query, fields), self._both(fields)
+        out, lse = quantized_attention(query, *numbers, tokens, scale)
+        return self.restored(out), lse
 
     def attend_weighted(
-        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+        self,
+        query: Tensor,
+        fields: dict[str, Tensor],
+        tokens: int,
+        scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, lse, weights = quantized_weights(*self._asked(query, fields), tokens, scale)
-        return hadamard(out) if self.rotate else out, lse, weights
+        return quantized_weights(query, *self._both(fields), tokens, scale, mask)
 
-    def _asked(
-        self, query: Tensor, fields: dict[str, Tensor]
-    ) -> tuple[Tensor, Quantized, Quantized | None]:
-        """The query as codes of keys meet it, those keys, and values if they are not the keys."""
-        is_latent = fields["value_codes"].shape[-1] == 0
+    def rotated(self, query: Tensor, fields: dict[str, Tensor]) -> Tensor:
         # Products with codes of 8 bits overflow float16.
         dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
         if self.rotate and not self._has_channel_keys(fields["value_codes"]):
             query = hadamard(query.to(computed_dtype(dtype)))
-        values = None if is_latent else self._numbers("value", fields)
-        return query.to(dtype), self._numbers("key", fields), values
+        return query.to(dtype)
+
+    def restored(self, out: Tensor) -> Tensor:
+        return hadamard(out) if self.rotate else out
+
+    def _both(self, fields: dict[str, Tensor]) -> tuple[Quantized, Quantized | None]:
+        """Keys, and values if they are not the keys."""
+        is_latent = fields["value_codes"].shape[-1] == 0
+        return self._numbers("key", fields), None if is_latent else self._numbers("value", fields)
 
     @property
     def is_per_token(self) -> bool:
