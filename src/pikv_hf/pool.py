@@ -3,7 +3,6 @@
 Shapes: R stored rows, H KV heads, N pages, P tokens a page, D head dim.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,12 +24,11 @@ MOST_COPIED = 2**22
 
 
 class Run(NamedTuple):
-    """Pages that stand side by side: `group` after `group` of them has one owner, and each page
-    `tokens` valid tokens, None if their numbers differ (then group is 1)."""
+    """Pages that stand side by side: `group` after `group` of them has one owner, and is full; with a
+    group of 1 they may be of any length."""
 
     pages: int
     group: int
-    tokens: int | None
 
 
 @dataclass(kw_only=True)
@@ -112,15 +110,15 @@ class Pool(StoredRows):
         start, count = self.page_count, len(pages.owner)
         for mine, new in zip(self._stored(), pages.tensors(), strict=True):
             mine.narrow(0, start, count).copy_(new)
-        self._add_run(Run(count, pages.group, pages.tokens))
+        self._add_run(Run(count, pages.group))
         self.changed()
 
     def _stored(self) -> Iterator[Tensor]:
         yield from (*self.fields.values(), *self.meta.tensors.values(), self.owner, self.lengths)
 
     def _add_run(self, new: Run) -> None:
-        if self.runs and self.runs[-1][1:] == new[1:]:
-            new = new._replace(pages=new.pages + self.runs.pop().pages)
+        if self.runs and self.runs[-1].group == new.group:
+            new = Run(self.runs.pop().pages + new.pages, new.group)
         self.runs.append(new)
 
     def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
@@ -160,8 +158,8 @@ class Pool(StoredRows):
 
         of a run, which are `lengths` [n * group] long.
         """
-        compressor, tokens = self.compressor, run.group * (run.tokens or self.page_size)
-        mask = None if run.tokens else self._mask(lengths, query.dtype)
+        compressor, tokens = self.compressor, run.group * self.page_size
+        mask = self._mask(lengths, query.dtype) if run.group == 1 else None
         if compressor.gives_weights:
             return compressor.attend_weighted(query, fields, tokens, scale, mask)[:2]
         if mask is None:
@@ -230,8 +228,7 @@ class Pool(StoredRows):
         self.meta = self.meta.rows(index)
         self.owner = owner.index_select(0, index)
         self.lengths = self.lengths[: len(keep)].index_select(0, index)
-        same_lengths = itertools.groupby(self.lengths.tolist())
-        self.runs = [Run(len(list(same)), 1, size) for size, same in same_lengths]
+        self.runs = [Run(len(index), 1)]
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self._stored()

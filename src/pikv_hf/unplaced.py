@@ -20,14 +20,13 @@ GROUP = 8
 class Pages:
     """N pages for a pool: `fields` and `meta` [N, ...], `owner` and `lengths` [N] as there.
 
-    `tokens`: the length of each of them, None if they differ; `group` after `group` has one owner.
+    `group` after `group` has one owner, and is full; 1 = they may be of any length.
     """
 
     fields: dict[str, Tensor]
     meta: Span
     owner: Tensor
     lengths: Tensor
-    tokens: int | None
     group: int
 
     def tensors(self) -> Iterator[Tensor]:
@@ -62,25 +61,21 @@ class Unplaced:
     def places(self, mine: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Of the pages `mine` [R, H, S] the places [N, 3] in R, H and S of those to be read in one
 
-        way, and their group: full pages `GROUP` by `GROUP`, partial ones, the other full ones.
+        way, and their group: full pages `GROUP` by `GROUP`, then the other ones.
         """
         full = mine & (self.lengths == self.page_size)
         grouped = full & (full.cumsum(-1) <= full.sum(-1, keepdim=True) // GROUP * GROUP)
-        partial = mine & ~full & (self.lengths > 0)
-        for part, group in ((grouped, GROUP), (partial, 1), (full & ~grouped, 1)):
-            yield part.nonzero(), group
+        yield grouped.nonzero(), GROUP
+        yield (mine & ~grouped & (self.lengths > 0)).nonzero(), 1
 
     def encoded(self, compressor: Compressor, at: Tensor, group: int) -> Pages:
         """The pages `at` [N, 3], as `compressor` encodes them."""
         row, head, page = at.unbind(1)
-        lengths = self.lengths[row, head, page]
-        least, most = lengths.aminmax()
         return Pages(
             fields=self._fields(compressor, row, head, page),
             meta=Span({name: t[row, head, page][:, None] for name, t in self.known.items()}),
             owner=torch.tensor(self.rows, device=row.device)[row] * self.heads + head,
-            lengths=lengths.to(torch.int32),
-            tokens=int(least) if least == most else None,
+            lengths=self.lengths[row, head, page].to(torch.int32),
             group=group,
         )
 

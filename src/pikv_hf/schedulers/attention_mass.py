@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .base import Tokens
 
-# Numbers of one block of attention weights, 2 MiB in float32, and the fewest queries of one: a block
+# Numbers of one block of attention weights, 4 MiB in float32, and the fewest queries of one: a block
 # stays in a CPU's cache while it is worked on, and its product is not one of vectors.
-BLOCK, FEWEST = 2**19, 16
+BLOCK, FEWEST = 2**20, 16
 
 
 def attention_mass(tokens: Tokens) -> Tensor:
