@@ -53,12 +53,12 @@ def attend_counting(
     scheduler, observed = layer.shared.scheduler, layer.observed
     assert scheduler is not None, "records are those of a scheduler"
     compressor = layer.pages.compressor
-    asked = compressor.rotated(query, slabs[0].fields)
+    asked = compressor.into_pages(query, slabs[0].fields)
     blocks = (block for slab in slabs for block in slab.blocks())
     results = [compressor.attend_weighted(asked, *block, scale) for block in blocks]
     out, lse = functools.reduce(_merged, ((out, lse) for out, lse, _ in results))
     results.append(weighted_states(query, *layer.tail.view(), mask, scale))
-    out, lse = merge_partial(*results[-1][:2], compressor.restored(out), lse)
+    out, lse = merge_partial(*results[-1][:2], compressor.out_of_pages(out), lse)
     shares = [weights.mul_((part - lse).exp_()[..., None]) for _, part, weights in results]
     weights = torch.cat(shares, dim=-1)[:, :, :, None]
     asked_at = torch.arange(layer.seen - 1, layer.seen, device=query.device)

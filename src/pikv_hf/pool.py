@@ -123,7 +123,7 @@ class Pool(StoredRows):
 
     def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
         results: list[tuple[Tensor, Tensor, Tensor]] = []
-        asked = self.compressor.rotated(query, self.fields).flatten(0, 1)
+        asked = self.compressor.into_pages(query, self.fields).flatten(0, 1)
         for result in self._attend_runs(asked, scale):
             results.append(result)
             if sum(out.numel() for out, _, _ in results) >= MOST_COPIED:
@@ -136,7 +136,7 @@ class Pool(StoredRows):
         """One result [R, H, Q, Dv] of `query` [R, H, Q, Dk] from those over some runs."""
         out, lse, owner = (torch.cat(parts) for parts in zip(*results, strict=True))
         out, lse = merge_segments(out, lse, owner, query.shape[0] * query.shape[1])
-        out = self.compressor.restored(out)
+        out = self.compressor.out_of_pages(out)
         return out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
     def _attend_runs(self, asked: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -132,20 +132,20 @@ class Compressor(ABC):
         scale: float,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`attend` of a few `rotated` queries, not `restored`, and the weights [R, H, Q, tokens].
+        """`attend` of a few queries, and the weights [R, H, Q, tokens] in float32, whose sum is 1.
 
-        Those are in float32, and their sum is 1; `mask` is added to the scores, as in
-        `partial_attention`.
+        The queries have gone `into_pages`, and what is returned is not yet `out_of_pages`. `mask` is
+        added to the scores, as in `partial_attention`.
         """
         keys, values = (flat_tokens(pages, tokens) for pages in self.decode(fields))
         return weighted_states(query, keys, values, mask, scale)
 
-    def rotated(self, query: Tensor, fields: dict[str, Tensor]) -> Tensor:
-        """`query` in the space of the pages `fields`: once for all of them."""
+    def into_pages(self, query: Tensor, fields: dict[str, Tensor]) -> Tensor:
+        """`query` as it meets the pages `fields`, rotated as they are: once for all of them."""
         return query
 
-    def restored(self, out: Tensor) -> Tensor:
-        """What was answered there, in the space of the model."""
+    def out_of_pages(self, out: Tensor) -> Tensor:
+        """What was answered there, as the model has it."""
         return out
 
     @abstractmethod

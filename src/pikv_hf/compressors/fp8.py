@@ -2,16 +2,17 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from pikv_kernels import Quantized, dequantize, quantized_attention
+from pikv_kernels import Quantized, dequantize
 from torch import Tensor
 
 from .base import Compressor, computed_dtype, in_portions
+from .coded import Coded
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @dataclass(frozen=True)
-class Fp8(Compressor):
+class Fp8(Coded):
     """8-bit floating point with one scale per page and KV head, for keys and for values.
 
     scale = max|x| / (largest number of the format), in the dtype of the model. Numbers keep about
@@ -36,16 +37,6 @@ class Fp8(Compressor):
 
     def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return self._decode("key", fields), self._decode("value", fields)
-
-    def attend(
-        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        is_latent = fields["value_codes"].shape[-1] == 0
-        # Products with codes overflow float16.
-        dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
-        keys = self._numbers("key", fields)
-        values = None if is_latent else self._numbers("value", fields)
-        return quantized_attention(query.to(dtype), keys, values, tokens, scale)
 
     def bytes_per_token(
         self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64

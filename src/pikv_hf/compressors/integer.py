@@ -7,12 +7,11 @@ from pikv_kernels import (
     dequantize,
     hadamard,
     pack_codes,
-    quantized_attention,
-    quantized_weights,
 )
 from torch import Tensor
 
 from .base import Compressor, computed_dtype, in_portions
+from .coded import Coded
 
 KEY_AXES = ("token", "channel")
 
@@ -22,7 +21,7 @@ SHRINK = {8: (1.0,), 4: (1.0, 0.94, 0.85, 0.75), 2: (1.0, 0.75, 0.64, 0.52, 0.41
 
 
 @dataclass(frozen=True)
-class Integer(Compressor):
+class Integer(Coded):
     """Integer codes with a scale for each token, group of dims or channel of a page.
 
     number = scale * (code + 1/2), or scale * code with 8 symmetric bits, + zero if not symmetric.
@@ -41,7 +40,6 @@ class Integer(Compressor):
     """
 
     bits: ClassVar[int]
-    gives_weights: ClassVar[bool] = True
 
     symmetric: bool = True
     key_axis: str = "token"
@@ -91,37 +89,14 @@ class Integer(Compressor):
     def decode_keys(self, fields: dict[str, Tensor]) -> Tensor:
         return self._decode("key", fields, self._has_channel_keys(fields["value_codes"]))
 
-    def attend(
-        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        query, numbers = self.rotated(query, fields), self._both(fields)
-        out, lse = quantized_attention(query, *numbers, tokens, scale)
-        return self.restored(out), lse
+    def into_pages(self, query: Tensor, fields: dict[str, Tensor]) -> Tensor:
+        query = super().into_pages(query, fields)
+        if not self.rotate or self._has_channel_keys(fields["value_codes"]):
+            return query
+        return hadamard(query.to(computed_dtype(query.dtype))).to(query.dtype)
 
-    def attend_weighted(
-        self,
-        query: Tensor,
-        fields: dict[str, Tensor],
-        tokens: int,
-        scale: float,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return quantized_weights(query, *self._both(fields), tokens, scale, mask)
-
-    def rotated(self, query: Tensor, fields: dict[str, Tensor]) -> Tensor:
-        # Products with codes of 8 bits overflow float16.
-        dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
-        if self.rotate and not self._has_channel_keys(fields["value_codes"]):
-            query = hadamard(query.to(computed_dtype(dtype)))
-        return query.to(dtype)
-
-    def restored(self, out: Tensor) -> Tensor:
+    def out_of_pages(self, out: Tensor) -> Tensor:
         return hadamard(out) if self.rotate else out
-
-    def _both(self, fields: dict[str, Tensor]) -> tuple[Quantized, Quantized | None]:
-        """Keys, and values if they are not the keys."""
-        is_latent = fields["value_codes"].shape[-1] == 0
-        return self._numbers("key", fields), None if is_latent else self._numbers("value", fields)
 
     @property
     def is_per_token(self) -> bool:

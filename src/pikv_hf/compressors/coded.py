@@ -1,0 +1,44 @@
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from pikv_kernels import Quantized, quantized_attention, quantized_weights
+from torch import Tensor
+
+from .base import Compressor
+
+
+class Coded(Compressor):
+    """Keys and values as codes with scales, which attention reads as they are."""
+
+    gives_weights: ClassVar[bool] = True
+
+    @abstractmethod
+    def _numbers(self, name: str, fields: dict[str, Tensor]) -> Quantized:
+        """The "key" or "value" codes of pages with their scales."""
+
+    def attend(
+        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        query, numbers = self.into_pages(query, fields), self._both(fields)
+        out, lse = quantized_attention(query, *numbers, tokens, scale)
+        return self.out_of_pages(out), lse
+
+    def attend_weighted(
+        self,
+        query: Tensor,
+        fields: dict[str, Tensor],
+        tokens: int,
+        scale: float,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return quantized_weights(query, *self._both(fields), tokens, scale, mask)
+
+    def into_pages(self, query: Tensor, fields: dict[str, Tensor]) -> Tensor:
+        # Products with codes of 8 bits overflow float16.
+        return query.float() if query.dtype == torch.float16 else query
+
+    def _both(self, fields: dict[str, Tensor]) -> tuple[Quantized, Quantized | None]:
+        """Keys, and values if they are not the keys."""
+        is_latent = fields["value_codes"].shape[-1] == 0
+        return self._numbers("key", fields), None if is_latent else self._numbers("value", fields)
