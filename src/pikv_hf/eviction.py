@@ -128,7 +128,8 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
     others += layer.scheduler_tensors()
     fixed += sum(tensor.nbytes for tensor in others if tensor is not layer.observed.counted)
     per_token = layer.pages.compressor.bytes_per_token(*dims, size)
-    per_token += 4 + 8 * layer.observed.numbers  # its position, its record and that being counted
+    # Its position, its record, and the one that attention adds to.
+    per_token += 4 + 4 * (layer.observed.numbers + layer.observed.width)
     if tail.labels is not None:
         labels = tail.labels.tensors.values()
         per_token += sum(t[0, 0, 0].numel() * t.element_size() for t in labels)

@@ -228,7 +228,7 @@ class Pool(StoredRows):
         self.meta = self.meta.rows(index)
         self.owner = owner.index_select(0, index)
         self.lengths = self.lengths[: len(keep)].index_select(0, index)
-        self.runs = [Run(len(index), 1)]
+        self.runs = [Run(len(index), 1)] if len(index) else []
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self._stored()
