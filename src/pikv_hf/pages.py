@@ -22,7 +22,8 @@ from .unplaced import Pages, Unplaced
 # Room is made for 1/16 of the pages held: few slabs, little unused room.
 GROWTH = 16
 MIN_GROWTH, MAX_GROWTH = 4, 32
-PAGES_AT_A_TIME = 16  # of a pool
+# Pages of a pool that are encoded at a time, or whose codes are copied.
+PAGES_ENCODED, PAGES_MOVED = 16, 256
 
 
 class PageTable:
@@ -163,8 +164,9 @@ class PageTable:
             mine = (choice == number) & (new.lengths > 0)
             to_come = int(mine.sum()) + to_follow * batch * new.heads // len(members)
             for chosen, group in new.places(mine):
-                # What is copied and encoded at a time stays small.
-                for at in chosen.split(PAGES_AT_A_TIME) if len(chosen) else ():
+                # What is encoded or copied at a time stays small.
+                size = PAGES_MOVED if new.codes else PAGES_ENCODED
+                for at in chosen.split(size) if len(chosen) else ():
                     pages = new.encoded(member, at, group)
                     self._open_pool(member, pages, batch, new.heads, to_come).write(pages)
                     to_come -= len(at)

@@ -4,7 +4,7 @@ Shapes: R stored rows, H KV heads, N pages, P tokens a page, D head dim.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ class Pool(StoredRows):
     runs: list[Run]
     stored_rows: int
     heads: int
+    _in_place: tuple[int, list[Block]] | None = field(default=None, repr=False)
 
     @property
     def rows(self) -> int:
@@ -145,21 +146,26 @@ class Pool(StoredRows):
         if self.compressor.block_tokens is not None:
             decoded = self.compressor.block_tokens * len(asked) // self.page_size
             step = min(step, max(1, decoded))
-        for fields, (block, run) in self.tier.blocks(self._views(step)):
+        for fields, (block, run) in self.tier.blocks(self._blocks(step)):
             owner = self.owner[block][:: run.group]
             mine = asked.index_select(0, owner)[:, None]
-            out, lse = self._attend_run(mine, fields, run, self.lengths[block], scale)
+            mask = self._mask(asked.dtype)[block] if run.group == 1 else None
+            out, lse = self._attend_run(mine, fields, run.group * self.page_size, mask, scale)
             yield out[:, 0], lse[:, 0], owner
 
     def _attend_run(
-        self, query: Tensor, fields: dict[str, Tensor], run: Run, lengths: Tensor, scale: float
+        self,
+        query: Tensor,
+        fields: dict[str, Tensor],
+        tokens: int,
+        mask: Tensor | None,
+        scale: float,
     ) -> Partial:
         """Results [n, 1, Q, Dv] and [n, 1, Q] of `query` [n, 1, Q, Dk] over pages [n, 1, group, ...]
 
-        of a run, which are `lengths` [n * group] long.
+        of together `tokens` tokens, to whose scores the `mask` [n, 1, 1, tokens] is added.
         """
-        compressor, tokens = self.compressor, run.group * self.page_size
-        mask = self._mask(lengths, query.dtype) if run.group == 1 else None
+        compressor = self.compressor
         if compressor.gives_weights:
             return compressor.attend_weighted(query, fields, tokens, scale, mask)[:2]
         if mask is None:
@@ -167,11 +173,27 @@ class Pool(StoredRows):
         keys, values = (flat_tokens(t, tokens) for t in compressor.decode(fields))
         return partial_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
 
-    def _mask(self, lengths: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of pages of `lengths` [n], [n, 1, 1, P]."""
-        place = torch.arange(self.page_size, device=lengths.device)
-        mask = torch.zeros(len(lengths), 1, 1, len(place), dtype=dtype, device=lengths.device)
-        return mask.masked_fill_((place >= lengths[:, None])[:, None, None], torch.finfo(dtype).min)
+    def _mask(self, dtype: torch.dtype) -> Tensor:
+        """What hides the places of pages that hold no token, [capacity, 1, 1, P]; made once."""
+        name = f"mask in {dtype}"
+        if name not in self._index:
+            place = torch.arange(self.page_size, device=self.lengths.device)
+            mask = torch.zeros(len(self.lengths), len(place), dtype=dtype, device=place.device)
+            mask.masked_fill_(place >= self.lengths[:, None], torch.finfo(dtype).min)
+            self._index[name] = mask[:, None, None]
+        return self._index[name]
+
+    def changed(self) -> None:
+        super().changed()
+        self._in_place = None
+
+    def _blocks(self, most: int) -> Iterator[Block]:
+        """`_views`, made once where they are read in place, and not at every step."""
+        if not self.tier.in_place:
+            return self._views(most)
+        if self._in_place is None or self._in_place[0] != most:
+            self._in_place = most, list(self._views(most))
+        return iter(self._in_place[1])
 
     def _views(self, most: int) -> Iterator[Block]:
         """Groups of pages [n, 1, group, ...], of a run, at most `most` pages, with places and run."""
