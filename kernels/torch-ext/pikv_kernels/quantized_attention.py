@@ -20,7 +20,7 @@ MOST_SCORES = 2**21
 
 
 class Quantized(NamedTuple):
-    """Numbers `code * scale + zero`, in pages.
+    """Numbers `(code + offset) * scale + zero`, in pages.
 
     codes: `[..., P, D * bits / 8]`, int8 (packed by `pack_codes`) or a float8 dtype.
     scale, zero: `[..., P or 1, g]`, for each token (or page) and group of dims; `[..., 1, D]`, for
@@ -31,6 +31,7 @@ class Quantized(NamedTuple):
     scale: Tensor
     zero: Tensor | None = None
     bits: int = 8
+    offset: float = 0.0
 
     @property
     def dim(self) -> int:
@@ -50,6 +51,8 @@ class Quantized(NamedTuple):
 def dequantize(numbers: Quantized, dtype: torch.dtype) -> Tensor:
     """The numbers `[..., P, D]`, computed in `dtype`."""
     codes, groups = numbers.read(dtype), max(numbers.scale.shape[-1], 1)
+    if numbers.offset:
+        codes = codes + numbers.offset
     grouped = codes.unflatten(-1, (groups, -1))
     grouped = grouped * numbers.scale.to(dtype)[..., None]
     if numbers.zero is not None:
@@ -160,10 +163,13 @@ def _scores(query: Tensor, codes: Tensor, keys: Quantized, scale: float) -> Tens
         zeros = _per_token(keys.zero.to(dtype) * scale, page_size)
 
     def of_group(group: int, part: Tensor, code: Tensor) -> Tensor:
-        scores = _accumulated(part @ code.mT) * factors[group]
-        if zeros is None:
-            return scores
-        return scores.addcmul(_accumulated(part).sum(-1, keepdim=True), zeros[group])
+        scores = _accumulated(part @ code.mT)
+        if keys.offset or zeros is not None:
+            whole = _accumulated(part).sum(-1, keepdim=True)
+        if keys.offset:
+            scores = scores.add_(whole, alpha=keys.offset)
+        scores = scores * factors[group]
+        return scores if zeros is None else scores.addcmul(whole, zeros[group])
 
     parts = zip(query.chunk(groups, -1), codes.flatten(2, 3).chunk(groups, -1), strict=True)
     return functools.reduce(torch.add, (of_group(g, *part) for g, part in enumerate(parts)))
@@ -172,7 +178,10 @@ def _scores(query: Tensor, codes: Tensor, keys: Quantized, scale: float) -> Tens
 def _scores_per_channel(query: Tensor, codes: Tensor, keys: Quantized, scale: float) -> Tensor:
     """[B, H, R, T]: the scales of a page's channels meet the query."""
     wide = _accumulated(query)[:, :, None] * scale
-    scores = _accumulated((wide * keys.scale).to(query.dtype) @ codes.mT)
+    scaled = wide * keys.scale
+    scores = _accumulated(scaled.to(query.dtype) @ codes.mT)
+    if keys.offset:
+        scores = scores + keys.offset * scaled.sum(-1, keepdim=True)
     if keys.zero is not None:
         scores = scores + wide @ keys.zero.to(wide.dtype).mT
     return scores.transpose(2, 3).flatten(3)
@@ -187,7 +196,10 @@ def _weighted(weights: Tensor, codes: Tensor, values: Quantized, tokens: int) ->
         zeros = _per_token(values.zero.to(weights.dtype), page_size)[..., :tokens]
     parts = []
     for group, code in enumerate(codes.flatten(2, 3)[:, :, :tokens].chunk(groups, -1)):
-        part = _accumulated((weights * factors[group]).to(codes.dtype) @ code)
+        scaled = weights * factors[group]
+        part = _accumulated(scaled.to(codes.dtype) @ code)
+        if values.offset:
+            part = part.add_(scaled.sum(-1, keepdim=True), alpha=values.offset)
         if zeros is not None:
             part = part + weights @ zeros[group].mT
         parts.append(part)

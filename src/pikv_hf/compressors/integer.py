@@ -149,10 +149,10 @@ class Integer(Coded):
 
     def _numbers(self, name: str, fields: dict[str, Tensor]) -> Quantized:
         scale, zero = fields[f"{name}_scale"], fields.get(f"{name}_zero")
-        scale = scale.to(computed_dtype(scale.dtype))
-        if self._offset:
-            zero = scale * self._offset if zero is None else zero + scale * self._offset
-        return Quantized(fields[f"{name}_codes"], scale, zero, self.bits)
+        dtype = computed_dtype(scale.dtype)
+        zero = None if zero is None else zero.to(dtype)
+        codes = fields[f"{name}_codes"]
+        return Quantized(codes, scale.to(dtype), zero, self.bits, self._offset)
 
     def _decode(self, name: str, fields: dict[str, Tensor], by_channel: bool) -> Tensor:
         codes, dtype = fields[f"{name}_codes"], fields[f"{name}_scale"].dtype
