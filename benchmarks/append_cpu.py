@@ -19,18 +19,17 @@ GOALS = {16384: 25.0, 65536: 300.0}
 FLAT_GOAL = 1.5
 
 
-def one_layer_model(shape: tuple[int, int, int] = SHAPE) -> Qwen3MoeForCausalLM:
-    """A model whose cache has one layer of `shape`, that of Qwen3-30B-A3B; it is never run."""
+def one_layer_model(shape: tuple[int, int, int] = SHAPE, **fields: int) -> Qwen3MoeForCausalLM:
+    """A model whose cache has one layer of `shape`, that of Qwen3-30B-A3B; small in all else, unless
+    `fields` of its config say so."""
+    small = {"hidden_size": 64, "num_experts": 2, "num_experts_per_tok": 1}
     config = Qwen3MoeConfig(
         vocab_size=64,
-        hidden_size=64,
         num_hidden_layers=1,
         num_attention_heads=8 * shape[0],
         num_key_value_heads=shape[0],
         head_dim=shape[1],
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
+        **{**small, "moe_intermediate_size": 16, **fields},
     )
     return Qwen3MoeForCausalLM(config).eval()
 
