@@ -85,7 +85,7 @@ def _fits(layer: "PagedLayer", row: int, new: int, budget: int, scheduler: Sched
 def _to_follow(layer: "PagedLayer", budget: int, scheduler: Scheduler) -> int:
     """How many tokens less than the `budget` of pages stay, so that others are not due at once.
 
-    None while a prompt is read, which is to keep what it may.
+    0 while a prompt is read, which is to keep what it may.
     """
     if not layer.generated:
         return 0

@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 
 from .layer import PagedLayer
 from .observed import EVERY, Observed
+from .schedulers.attention_mass import attention_weights
 from .shared import visible_columns
 from .token_log import TokenLog
 
 if TYPE_CHECKING:
     from .attached import AttachedCache
 
-# Numbers of one block of attention weights: 16 MiB in float32.
-BLOCK = 2**22
 # The mark of a token that is not repeated is 0.
 LEAST = torch.finfo(torch.float32).tiny
 
@@ -111,18 +110,13 @@ class Listener(Observed):
 def largest(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """The largest attention [H, S] that any of `queries` [H, G, q, D] pays each of `keys` [H, S, D].
 
-    The newest q keys are those of the queries, causal. A block of queries at a time.
+    The newest q keys are those of the queries, causal.
     """
-    asked, held = queries.shape[2], keys.shape[1]
-    keys = keys.float().transpose(-1, -2)
-    at = torch.arange(asked, device=queries.device)
-    most = torch.zeros(queries.shape[0], held, device=queries.device)
-    step = max(1, BLOCK // (queries[:, :, 0, 0].numel() * held))
-    for block, asked_at in zip(queries.split(step, dim=2), at.split(step), strict=True):
-        # Query heads side by side: the keys are not copied for each.
-        scores = ((block.flatten(1, 2).float() * scale) @ keys).unflatten(1, block.shape[1:3])
-        scores[..., held - asked :].masked_fill_(at > asked_at[:, None], -torch.inf)
-        most = torch.maximum(most, scores.softmax(-1).amax((1, 2)))
+    asked = queries.shape[2]
+    newest = torch.arange(asked, device=queries.device)[None, None]
+    most = torch.zeros(keys.shape[:2], device=queries.device)
+    for weights, _ in attention_weights(queries[None], keys[None], newest, asked, scale):
+        most = torch.maximum(most, weights[0].amax((1, 2)))
     return most
 
 

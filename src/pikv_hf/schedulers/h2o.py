@@ -12,8 +12,9 @@ class H2O(Scheduler):
     """Heavy hitters and recent tokens stay (Zhang et al., arXiv 2306.14048, algorithm 1).
 
     The score is the attention that a token has ever got, from every query while it was held, summed
-    over the query heads of its KV head. The attention of a prompt is computed a second time for it,
-    a few queries at a time.
+    over the query heads of its KV head. A generated token adds its own as it attends, where pages are
+    stored as they are or as codes with scales; that of a prompt, and of tokens that may be taken back,
+    is computed a second time, a few queries at a time.
 
     Args:
         recent_ratio: share of the budget, in [0, 1], for the newest tokens, the open ones included;

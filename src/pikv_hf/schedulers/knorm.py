@@ -18,5 +18,9 @@ class Knorm(Scheduler):
     """
 
     def scores(self, tokens: Tokens) -> Tensor:
-        norms = [block.float().norm(dim=-1) for block in tokens.keys.split(BLOCK, dim=2)]
+        norms, wide = [], None
+        for block in tokens.keys.split(BLOCK, dim=2):
+            if wide is None or wide.shape != block.shape:  # one for all: new memory costs more
+                wide = torch.empty_like(block, dtype=torch.float32)
+            norms.append(wide.copy_(block).norm(dim=-1))
         return -torch.cat(norms, dim=-1)
