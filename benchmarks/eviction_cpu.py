@@ -226,7 +226,7 @@ def decode(result: Result, quick: bool) -> None:
     for compressor in (None, "int4"):
         for model, what, steps, names, rounds in (
             (small, "step", attending, schedulers, 21),
-            (whole, "decoder layer", running, schedulers[-1:], 9),
+            (whole, "decoder layer", running, schedulers[-1:], 21),
         ):
             runs = {name or "never more": steps(model, name, compressor) for name in (None, *names)}
             seconds = timed(runs, 3 if quick else rounds)
