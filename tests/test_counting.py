@@ -12,11 +12,12 @@ from pikv_kernels import (
     weighted_attention_reference,
 )
 from pikv_kernels.weighted_attention import FEW
-from zoo import prompt
+from zoo import build, prompt
 
 from pikv_hf import PiKVCache, attention
 from pikv_hf.records import recorded, tail_record
 from pikv_hf.schedulers import H2O, LRU
+from pikv_hf.schedulers.attention_mass import attention_weights
 from pikv_hf.span import Span
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -207,3 +208,58 @@ def test_forks_count_apart() -> None:
         for mine, other in zip(before, after, strict=True)
         for a, b in zip(mine, other, strict=True)
     )
+
+
+@pytest.mark.parametrize("compressor", [None, "int4"])
+@pytest.mark.parametrize("scheduler", ["h2o", "adakv"])
+def test_gradients_go_through_attention_and_not_into_records(scheduler, compressor) -> None:
+    model = tiny("mixtral")
+    ids = prompt(model, (40,))["input_ids"]
+    options = {"scheduler": scheduler, "budget": 24, "compressor": compressor}
+    with torch.enable_grad():
+        cache = PiKVCache(model, page_size=4, window=6, **options)
+        for start, end in chunks(40, 30):
+            logits = model(ids[:, start:end], past_key_values=cache).logits
+        (gradient,) = torch.autograd.grad(logits.sum(), [model.lm_head.weight])
+    assert gradient.isfinite().all()
+    for layer in paged(cache):
+        kept = [layer.observed.counted, layer.observed.record]
+        kept += [slab.meta.tensors.get("record") for slab in layer.pages.slabs]
+        assert not any(tensor.requires_grad for tensor in kept if tensor is not None)
+
+
+def test_cannot_write_what_inference_mode_made() -> None:
+    """Records of pages that inference mode made are replaced outside of it."""
+    model = tiny("mixtral")
+    inputs = prompt(model, (59,))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    logits = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = PiKVCache(model, scheduler="h2o", budget=200, page_size=4, window=6)
+        with mode():
+            forward(model, ids[:, :40], mask[:, :40], cache)
+        for at in range(40, 59):
+            last = forward(model, ids[:, at : at + 1], mask[:, : at + 1], cache)
+        logits.append(last)
+    assert torch.allclose(*logits, atol=1e-5)
+
+
+def test_float64() -> None:
+    model = build("mixtral", dtype=torch.float64)
+    model.set_experts_implementation("eager")
+    cache, logits = read(model, (59,), {"scheduler": "h2o", "budget": 30})
+    assert logits.dtype == torch.float64
+    assert paged(cache)[0].observed.counted.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_default_dtype(dtype) -> None:
+    """Queries that see no token attend to none, whatever torch's default dtype."""
+    queries, keys = torch.randn(1, 2, 3, 4, 8), torch.randn(1, 2, 9, 8)
+    newest = torch.full((1, 1, 9), 100)
+    torch.set_default_dtype(dtype)
+    try:
+        found = [w.clone() for w, _ in attention_weights(queries, keys, newest, 50, 0.3)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(weights.dtype == torch.float32 and not weights.any() for weights in found)

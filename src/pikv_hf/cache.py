@@ -49,7 +49,7 @@ class PiKVCache(AttachedCache):
         sinks: first tokens of each row that the scheduler never drops.
         interval: tokens generated from one eviction to the next: each drops so many that the next
             ones fit into the budget, at most half of it. Larger is faster, and holds less. None = a
-            sixteenth of the budget, in whole pages; 1 = whenever a page is sealed.
+            sixteenth of the budget; 1 = whenever a page is sealed. In whole pages.
         hold_prompt: nothing of a prompt is dropped (or compressed) before its first generated token,
             so that one which is read in several pieces ends as one that is read at once; until then
             it is held whole. Without it, every piece is evicted from as it comes.

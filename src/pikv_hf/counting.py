@@ -12,6 +12,7 @@ from pikv_kernels import merge_partial
 from torch import Tensor
 
 from .compressors.base import weighted_states
+from .memory import is_writable
 from .records import tail_record
 from .rows import Partial
 from .slab import Slab
@@ -59,8 +60,11 @@ def attend_counting(
     out, lse = functools.reduce(_merged, ((out, lse) for out, lse, _ in results))
     results.append(weighted_states(query, *layer.tail.view(), mask, scale))
     out, lse = merge_partial(*results[-1][:2], compressor.out_of_pages(out), lse)
-    shares = [weights.mul_((part - lse).exp_()[..., None]) for _, part, weights in results]
-    weights = torch.cat(shares, dim=-1)[:, :, :, None]
+    # Records are statistics: nothing of them reaches a gradient.
+    shares = [
+        weights.detach() * (part - lse).detach().exp()[..., None] for _, part, weights in results
+    ]
+    weights = torch.cat(shares, dim=-1).float()[:, :, :, None]
     asked_at = torch.arange(layer.seen - 1, layer.seen, device=query.device)
     observed.counted = scheduler.recorded(_records(layer, slabs), weights, asked_at)
     return out, lse
@@ -82,11 +86,13 @@ def _records(layer: "PagedLayer", slabs: Slabs) -> Tensor:
 
 
 def write_counted(layer: "PagedLayer") -> bool:
-    """Write what was counted to where records are kept, in place; False if there is nothing, or others
-    have the same pages."""
+    """Write what was counted to where records are kept, in place; False if there is nothing, or if
+    others have the same pages, or inference mode made them."""
     observed, slabs = layer.observed, layer.pages.slabs
     counted = observed.counted
-    if counted is None or any(slab.is_forked for slab in slabs):
+    if counted is None:
+        return False
+    if any(slab.is_forked or not is_writable(slab.meta["record"]) for slab in slabs):
         return False
     start = 0
     for slab in slabs:

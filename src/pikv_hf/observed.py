@@ -43,12 +43,13 @@ class Trail:
 class Observed:
     """Queries [B, H, G, n, D] of the newest n tokens, at most `most`, of each KV head's G heads.
 
-    Those of padding are zeros. Copies: nothing keeps the prompt's queries alive. For schedulers that
-    keep `width` numbers of each token, `pending` are the queries that these do not contain yet, and
-    `record` [B, H, t, width] are those of the oldest t open tokens; where attention has added to them
-    as it went, `counted` [B, H, T, width] are those of all tokens held, and contain the pending
-    queries, too. `control` [B, controls] is what
-    schedulers keep of each row. If `is_marked` a record is one number that only a repetition changes.
+    Those of padding are zeros. Copies: nothing keeps the prompt's queries alive. `control`
+    [B, controls] is what schedulers keep of each row.
+
+    For schedulers that keep a record of `width` numbers of each token, `pending` are the queries that
+    records do not contain yet, and `record` [B, H, t, width] those of the oldest t open tokens. If
+    attention itself has added the pending queries, `counted` [B, H, T, width] are the records of all
+    tokens held with them. If `is_marked` a record is one number that only a repetition changes.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from .unplaced import Pages, Unplaced
 # Room is made for 1/16 of the pages held: few slabs, little unused room.
 GROWTH = 16
 MIN_GROWTH, MAX_GROWTH = 4, 32
-# Pages of a pool that are encoded at a time, or whose codes are copied.
+# Pages of a pool that are encoded at a time, or whose codes are copied where no tier is limited.
 PAGES_ENCODED, PAGES_MOVED = 16, 256
 
 
@@ -165,7 +165,8 @@ class PageTable:
             to_come = int(mine.sum()) + to_follow * batch * new.heads // len(members)
             for chosen, group in new.places(mine):
                 # What is encoded or copied at a time stays small.
-                size = PAGES_MOVED if new.codes else PAGES_ENCODED
+                is_limited = any(tier.limit is not None for tier in self.tiers)
+                size = PAGES_MOVED if new.codes and not is_limited else PAGES_ENCODED
                 for at in chosen.split(size) if len(chosen) else ():
                     pages = new.encoded(member, at, group)
                     self._open_pool(member, pages, batch, new.heads, to_come).write(pages)

@@ -21,6 +21,8 @@ from .unplaced import Pages
 
 # Numbers of queries and head dims that one product over pages may copy.
 MOST_COPIED = 2**22
+# Queries of a KV head whose weights are made.
+MOST_WEIGHTED = 64
 
 
 class Run(NamedTuple):
@@ -123,24 +125,31 @@ class Pool(StoredRows):
         self.runs.append(new)
 
     def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
+        # The weights of many queries would be larger than the pages.
+        is_weighted = self.compressor.gives_weights and query.shape[2] <= MOST_WEIGHTED
+        asked = self.compressor.into_pages(query, self.fields) if is_weighted else query
         results: list[tuple[Tensor, Tensor, Tensor]] = []
-        asked = self.compressor.into_pages(query, self.fields).flatten(0, 1)
-        for result in self._attend_runs(asked, scale):
+        for result in self._attend_runs(asked.flatten(0, 1), is_weighted, scale):
             results.append(result)
             if sum(out.numel() for out, _, _ in results) >= MOST_COPIED:
-                yield self._merged(results, query)
+                yield self._merged(results, query, is_weighted)
                 results = []
         if results:
-            yield self._merged(results, query)
+            yield self._merged(results, query, is_weighted)
 
-    def _merged(self, results: list[tuple[Tensor, Tensor, Tensor]], query: Tensor) -> Partial:
+    def _merged(
+        self, results: list[tuple[Tensor, Tensor, Tensor]], query: Tensor, is_weighted: bool
+    ) -> Partial:
         """One result [R, H, Q, Dv] of `query` [R, H, Q, Dk] from those over some runs."""
         out, lse, owner = (torch.cat(parts) for parts in zip(*results, strict=True))
         out, lse = merge_segments(out, lse, owner, query.shape[0] * query.shape[1])
-        out = self.compressor.out_of_pages(out)
+        if is_weighted:
+            out = self.compressor.out_of_pages(out)
         return out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
-    def _attend_runs(self, asked: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _attend_runs(
+        self, asked: Tensor, is_weighted: bool, scale: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Results [n, Q, Dv] and [n, Q] over pages, and the owners [n] whose queries they are of."""
         step = max(1, MOST_COPIED // (asked.shape[1] * asked.shape[2]))
         if self.compressor.block_tokens is not None:
@@ -149,39 +158,29 @@ class Pool(StoredRows):
         for fields, (block, run) in self.tier.blocks(self._blocks(step)):
             owner = self.owner[block][:: run.group]
             mine = asked.index_select(0, owner)[:, None]
-            mask = self._mask(asked.dtype)[block] if run.group == 1 else None
-            out, lse = self._attend_run(mine, fields, run.group * self.page_size, mask, scale)
+            mask = self._mask(block, asked.dtype) if run.group == 1 else None
+            tokens = run.group * self.page_size
+            if is_weighted:
+                out, lse, _ = self.compressor.attend_weighted(mine, fields, tokens, scale, mask)
+            elif mask is None:
+                out, lse = self.compressor.attend(mine, fields, tokens, scale)
+            else:
+                out, lse = self._attend_masked(mine, fields, mask, scale)
             yield out[:, 0], lse[:, 0], owner
 
-    def _attend_run(
-        self,
-        query: Tensor,
-        fields: dict[str, Tensor],
-        tokens: int,
-        mask: Tensor | None,
-        scale: float,
+    def _attend_masked(
+        self, query: Tensor, fields: dict[str, Tensor], mask: Tensor, scale: float
     ) -> Partial:
-        """Results [n, 1, Q, Dv] and [n, 1, Q] of `query` [n, 1, Q, Dk] over pages [n, 1, group, ...]
-
-        of together `tokens` tokens, to whose scores the `mask` [n, 1, 1, tokens] is added.
-        """
-        compressor = self.compressor
-        if compressor.gives_weights:
-            return compressor.attend_weighted(query, fields, tokens, scale, mask)[:2]
-        if mask is None:
-            return compressor.attend(query, fields, tokens, scale)
-        keys, values = (flat_tokens(t, tokens) for t in compressor.decode(fields))
+        """`Compressor.attend` of `query` [n, 1, Q, Dk] over pages [n, 1, 1, ...] of any lengths."""
+        keys, values = (flat_tokens(t, self.page_size) for t in self.compressor.decode(fields))
         return partial_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
 
-    def _mask(self, dtype: torch.dtype) -> Tensor:
-        """What hides the places of pages that hold no token, [capacity, 1, 1, P]; made once."""
-        name = f"mask in {dtype}"
-        if name not in self._index:
-            place = torch.arange(self.page_size, device=self.lengths.device)
-            mask = torch.zeros(len(self.lengths), len(place), dtype=dtype, device=place.device)
-            mask.masked_fill_(place >= self.lengths[:, None], torch.finfo(dtype).min)
-            self._index[name] = mask[:, None, None]
-        return self._index[name]
+    def _mask(self, block: slice, dtype: torch.dtype) -> Tensor:
+        """What hides the places of the pages `block` that hold no token, [n, 1, 1, P]."""
+        lengths = self.lengths[block, None]
+        place = torch.arange(self.page_size, device=lengths.device)
+        mask = torch.zeros(len(lengths), len(place), dtype=dtype, device=lengths.device)
+        return mask.masked_fill_(place >= lengths, torch.finfo(dtype).min)[:, None, None]
 
     def changed(self) -> None:
         super().changed()

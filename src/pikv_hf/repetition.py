@@ -110,11 +110,11 @@ class Listener(Observed):
 def largest(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """The largest attention [H, S] that any of `queries` [H, G, q, D] pays each of `keys` [H, S, D].
 
-    The newest q keys are those of the queries, causal.
+    The newest q keys are those of the queries, causal. Products are as those of `attention_weights`.
     """
     asked = queries.shape[2]
     newest = torch.arange(asked, device=queries.device)[None, None]
-    most = torch.zeros(keys.shape[:2], device=queries.device)
+    most = torch.zeros(keys.shape[:2], dtype=torch.float32, device=queries.device)
     for weights, _ in attention_weights(queries[None], keys[None], newest, asked, scale):
         most = torch.maximum(most, weights[0].amax((1, 2)))
     return most

@@ -38,7 +38,7 @@ class Shared:
     window: int
     budget: Budget | None = None
     sinks: int = 0
-    # Tokens over the budget that are collected, while generating, before any is dropped.
+    # Tokens that are generated from one eviction to the next; each drops so many that they fit.
     interval: int | None = None
     # Nothing is sealed: for the time being, or in each prompt until its first generated token.
     holding: bool = False

@@ -98,7 +98,7 @@ def quantized_weights(
     `mask` is added to the scores, as in `partial_attention`.
     """
     out, lse, weights, total = _attend(query, *_read(query, keys, values), tokens, scale, mask)
-    return out, lse, weights.div_(total)
+    return out, lse, weights / total
 
 
 def quantized_attention_reference(

@@ -17,8 +17,8 @@ def weighted_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`partial_attention` of a few query rows, and the weights `[B, H, R, T]` in float32 (float64).
 
-    As exact as a fused kernel, which keeps scores in float32: 16-bit products are rounded, so that
-    a second one makes what the first has lost.
+    As exact as a fused kernel, which keeps scores in float32: products in bfloat16 are rounded, so
+    that a second one makes what the first has lost. Those in float16 could overflow, and are widened.
 
     Args:
         query, key, value, mask, scale: as those of `partial_attention`.
@@ -34,7 +34,7 @@ def weighted_attention(
         scores += mask
     weights = scores.softmax(-1)
     # The largest weight is exp(largest score - lse).
-    lse = scores.amax(-1) - weights.amax(-1).log_()
+    lse = scores.amax(-1) - weights.amax(-1).log()
     out = torch.bmm(weights.flatten(0, 1).to(value.dtype), value)
     return out.unflatten(0, lead), lse, weights
 
@@ -62,8 +62,7 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _is_fast(query: Tensor) -> bool:
-    """Whether products in the 16-bit dtype of `query` are fast where it is."""
-    if query.device.type != "cpu":
-        return True
-    is_bfloat16 = query.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    return is_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether `query` is of bfloat16, and its products are fast where it is."""
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
+        return query.dtype == torch.bfloat16
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

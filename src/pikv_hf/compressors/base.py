@@ -22,7 +22,7 @@ class Compressor(ABC):
     #: Tokens of one row and KV head that attention decodes at a time; None = pages are read in place.
     block_tokens: ClassVar[int | None] = 2048
 
-    #: Whether there is `attend_weighted`.
+    #: Whether attention may use `attend_weighted`; else `into_pages` is never asked.
     gives_weights: ClassVar[bool] = False
 
     #: How many of a layer's newest tokens `encode_observed` sees the queries of; 0 = none.

@@ -10,6 +10,8 @@ from .base import Tokens
 # Numbers of one block of attention weights, 4 MiB in float32, and the fewest queries of one: a block
 # stays in a CPU's cache while it is worked on, and its product is not one of vectors.
 BLOCK, FEWEST = 2**20, 16
+# Elsewhere each block is kernels to launch.
+BLOCK_ON_ACCELERATORS = 2**24
 
 
 def attention_mass(tokens: Tokens) -> Tensor:
@@ -29,7 +31,7 @@ def attention_mass(tokens: Tokens) -> Tensor:
             candidates = candidates.masked_fill(~tokens.valid, tokens.seen)
         newest = torch.cat([candidates, newest.expand(*candidates.shape[:2], -1)], dim=2)
     keys = torch.cat([tokens.keys, tokens.open_keys], dim=2)
-    mass = torch.zeros(*queries.shape[:3], count, device=queries.device)
+    mass = torch.zeros(*queries.shape[:3], count, dtype=torch.float32, device=queries.device)
     for weights, _ in attention_weights(queries, keys, newest, tokens.seen, tokens.scale):
         mass += weights[..., :count].sum(3)
     return mass.div_(queries.shape[3])
@@ -43,15 +45,18 @@ def attention_weights(
     weights [R, H, G, n, T] in float32 of n queries, and their positions [n]. A query attends to tokens
     that are not newer than itself; `newest` [R or 1, H or 1, t] are the positions of the last t keys,
     the others being older than every query. Those of padding, which are zero, attend to nothing, like
-    those that see no token.
+    those that see no token. What is yielded is overwritten by the next.
     """
     dtype = product_dtype(queries)
     # A dense copy costs less than products with keys that are not.
     keys = keys.detach().to(dtype).contiguous().mT
-    rows = max(FEWEST, BLOCK // max(keys[:, :, 0].numel(), 1))
+    most = BLOCK if keys.device.type == "cpu" else BLOCK_ON_ACCELERATORS
+    rows = max(FEWEST, most // max(keys[:, :, 0].numel(), 1))
     size = -(-rows // queries.shape[2])
     at = torch.arange(seen - queries.shape[3], seen, device=queries.device)
-    least = torch.finfo(torch.float32).min
+    least = torch.full(
+        (), torch.finfo(torch.float32).min, dtype=torch.float32, device=queries.device
+    )
     products = scores = keys.new_empty(0)
     for first in range(0, queries.shape[3], size):
         block, asked_at = queries[:, :, :, first : first + size], at[first : first + size]
@@ -63,7 +68,7 @@ def attention_weights(
         scores.copy_(torch.matmul(packed, keys, out=products)).mul_(scale)
         weights = scores.unflatten(2, block.shape[2:4])
         hidden = newest[:, :, None, None] > asked_at[:, None]
-        weights[..., -hidden.shape[-1] :] += torch.where(hidden, least, 0.0)
+        weights[..., -hidden.shape[-1] :] += torch.where(hidden, least, torch.zeros_like(least))
         torch._softmax(scores, -1, False, out=scores)  # `softmax` would make a copy
         attends = block.ne(0).any(-1, keepdim=True)
         if hidden.shape[-1] == keys.shape[-1]:
