@@ -224,12 +224,12 @@ def decode(result: Result, quick: bool) -> None:
     whole = one_layer_model(SHAPE, **DECODER_LAYER).bfloat16()
     schedulers = ("knorm", "snapkv", "h2o", "adakv")
     for compressor in (None, "int4"):
-        for model, what, steps, names, rounds in (
-            (small, "step", attending, schedulers, 21),
-            (whole, "decoder layer", running, schedulers[-1:], 21),
+        for model, what, steps, names in (
+            (small, "step", attending, schedulers),
+            (whole, "decoder layer", running, schedulers[-1:]),
         ):
             runs = {name or "never more": steps(model, name, compressor) for name in (None, *names)}
-            seconds = timed(runs, 3 if quick else rounds)
+            seconds = timed(runs, 3 if quick else 21)
             plain = seconds.pop("never more")
             for name, ours in seconds.items():
                 ratio = median(one / other for one, other in zip(ours, plain, strict=True))

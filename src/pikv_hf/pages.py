@@ -160,13 +160,13 @@ class PageTable:
         if isinstance(self.compressor, MixedCompressor):
             members = self.compressor.members
             choice = self.compressor.choose(**new.states, queries=new.queries)
+        is_limited = any(tier.limit is not None for tier in self.tiers)
+        size = PAGES_MOVED if new.codes and not is_limited else PAGES_ENCODED
         for number, member in enumerate(members):
             mine = (choice == number) & (new.lengths > 0)
             to_come = int(mine.sum()) + to_follow * batch * new.heads // len(members)
             for chosen, group in new.places(mine):
                 # What is encoded or copied at a time stays small.
-                is_limited = any(tier.limit is not None for tier in self.tiers)
-                size = PAGES_MOVED if new.codes and not is_limited else PAGES_ENCODED
                 for at in chosen.split(size) if len(chosen) else ():
                     pages = new.encoded(member, at, group)
                     self._open_pool(member, pages, batch, new.heads, to_come).write(pages)

@@ -25,7 +25,11 @@ from .quantized_attention import (
     quantized_attention_reference,
     quantized_weights,
 )
-from .weighted_attention import weighted_attention, weighted_attention_reference
+from .weighted_attention import (
+    is_fast_bfloat16,
+    weighted_attention,
+    weighted_attention_reference,
+)
 
 __all__ = [
     "PACKED_TOGETHER",
@@ -36,6 +40,7 @@ __all__ = [
     "hadamard",
     "hadamard_block",
     "hadamard_reference",
+    "is_fast_bfloat16",
     "look_up",
     "look_up_reference",
     "lowrank_attention",

@@ -53,7 +53,7 @@ def weighted_attention_reference(
 def _scores(query: Tensor, key: Tensor) -> Tensor:
     """query key^T `[N, R, T]` in float32 or float64."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    if query.dtype == wide or key.numel() <= FEW or not _is_fast(query):
+    if query.dtype == wide or key.numel() <= FEW or not is_fast_bfloat16(query):
         return torch.bmm(query.to(wide), key.to(wide).mT)
     # Keys come first: their batches need not be dense then.
     rounded = torch.bmm(key, query.mT)
@@ -61,7 +61,7 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     return rounded.mT.to(wide).add_(rest.mT).contiguous()
 
 
-def _is_fast(query: Tensor) -> bool:
+def is_fast_bfloat16(query: Tensor) -> bool:
     """Whether `query` is of bfloat16, and its products are fast where it is."""
     if query.dtype != torch.bfloat16 or query.device.type != "cpu":
         return query.dtype == torch.bfloat16

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from pikv_kernels import is_fast_bfloat16
 from torch import Tensor
 
 from .base import Tokens
@@ -47,7 +48,7 @@ def attention_weights(
     the others being older than every query. Those of padding, which are zero, attend to nothing, like
     those that see no token. What is yielded is overwritten by the next.
     """
-    dtype = product_dtype(queries)
+    dtype = queries.dtype if is_fast_bfloat16(queries) else torch.float32
     # A dense copy costs less than products with keys that are not.
     keys = keys.detach().to(dtype).contiguous().mT
     most = BLOCK if keys.device.type == "cpu" else BLOCK_ON_ACCELERATORS
@@ -74,13 +75,3 @@ def attention_weights(
         if hidden.shape[-1] == keys.shape[-1]:
             attends = attends & ~hidden.all(-1, keepdim=True)
         yield weights.mul_(attends), asked_at
-
-
-def product_dtype(queries: Tensor) -> torch.dtype:
-    """The dtype in which `queries` meet keys: bfloat16 if it is theirs and fast here, else float32."""
-    if queries.dtype != torch.bfloat16:
-        return torch.float32
-    is_fast = queries.device.type != "cpu" or (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return queries.dtype if is_fast else torch.float32
