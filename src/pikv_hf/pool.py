@@ -160,7 +160,9 @@ class Pool(StoredRows):
             mine = asked.index_select(0, owner)[:, None]
             mask = self._mask(block, asked.dtype) if run.group == 1 else None
             tokens = run.group * self.page_size
-            if is_weighted:
+            # Nothing to decode: over short runs, one fused kernel is faster than several operations.
+            is_fused = not is_weighted or (run.group == 1 and self.compressor.block_tokens is None)
+            if not is_fused:
                 out, lse, _ = self.compressor.attend_weighted(mine, fields, tokens, scale, mask)
             elif mask is None:
                 out, lse = self.compressor.attend(mine, fields, tokens, scale)
