@@ -1,5 +1,6 @@
 """What stays within the budget, of the tokens that leave the tail and of the sealed ones."""
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +47,7 @@ def kept(
         return new, 0
     if is_within and len(rows) == layer.tail.batch and write_counted(layer):
         return with_record(layer, rows, new), 0
-    sealed = layer.pages.take(rows, with_values="values" in scheduler.needs)
-    if scheduler.records:
-        sealed = settled(layer, rows, sealed, mask)
-        new = with_record(layer, rows, new)
-    if sealed is not None and not moves(scheduler):
-        new = layer.pages.encoded(new)
-    span = new if sealed is None else sealed.then(new)
+    span = _candidates(layer, rows, new, scheduler, mask)
     if is_within or budget is None:
         return span.front(), 0
     tokens = _tokens(layer, rows, span, count, scheduler)
@@ -70,6 +65,28 @@ def kept(
     if moves(scheduler):
         stays = side_by_side(layer, stays, keep, len(span))
     return stays, to_follow
+
+
+def _candidates(
+    layer: "PagedLayer", rows: list[int], new: Span, scheduler: Scheduler, mask: Tensor | None
+) -> Span:
+    """The sealed tokens of `rows`, which leave their pages, and `new` behind them."""
+    pages = layer.pages
+    take = functools.partial(pages.take, rows, with_values="values" in scheduler.needs)
+    is_small = len(new) <= pages.page_size and pages.held(rows[0]) is not None
+    if is_small and pages.compressor.is_lossless and not scheduler.records:
+        # Pages mostly have room: then nothing is copied to stand in one piece.
+        pages.append(new, rows, layer.tail.batch)
+        span = take()
+        assert span is not None
+        return span
+    sealed = take()
+    if scheduler.records:
+        sealed = settled(layer, rows, sealed, mask)
+        new = with_record(layer, rows, new)
+    if sealed is not None and not moves(scheduler):
+        new = pages.encoded(new)
+    return new if sealed is None else sealed.then(new)
 
 
 def _fits(layer: "PagedLayer", row: int, new: int, budget: int, scheduler: Scheduler) -> bool:

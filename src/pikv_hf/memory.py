@@ -55,10 +55,14 @@ def trim_heap() -> None:
             trim(0)
 
 
+def is_own(tensor: Tensor) -> bool:
+    """Whether it is dense and alone in its storage."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+
+
 def own(tensor: Tensor) -> Tensor:
     """`tensor`, dense and alone in its storage, so that nothing larger is kept alive by it."""
-    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone and tensor.is_contiguous() else empty_like(tensor).copy_(tensor)
+    return tensor if is_own(tensor) else empty_like(tensor).copy_(tensor)
 
 
 def empty_like(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:

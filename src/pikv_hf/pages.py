@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .compressors import Compressor, MixedCompressor, encoded, flat_tokens
 from .compressors.base import check_states
+from .memory import is_own
 from .placement import Local, Placement
 from .pool import Pool, together
 from .slab import Slab
@@ -22,6 +23,8 @@ from .unplaced import Pages, Unplaced
 # Room is made for 1/16 of the pages held: few slabs, little unused room.
 GROWTH = 16
 MIN_GROWTH, MAX_GROWTH = 4, 32
+# Where so many pages are copied, one more has room: eviction then finds old and new tokens in one piece.
+SPARE = 256
 # Pages of a pool that are encoded at a time, or whose codes are copied where no tier is limited.
 PAGES_ENCODED, PAGES_MOVED = 16, 256
 
@@ -128,7 +131,8 @@ class PageTable:
                 continue
             room = count
             if grows and start + count == pages:
-                room = min(max(count + to_follow, growth), free)
+                spare = 0 if all(map(is_own, fields.values())) else count // SPARE
+                room = min(max(count + max(to_follow, spare), growth), free)
             tokens = min(count * self.page_size, len(known) - start * self.page_size)
             slab = Slab(
                 compressor=self.compressor,

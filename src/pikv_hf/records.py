@@ -32,25 +32,29 @@ def settled(
     if queries is None:
         return sealed
     index = torch.tensor(rows, device=queries.device)
-    first = layer.seen - tail.length
-    opened = Span({"keys": tail.view()[0], "record": tail_record(layer)}).rows(index)
-    visible = visible_columns(mask, tail.length)
-    if visible is None:
-        visible = torch.ones(1, tail.length, dtype=torch.bool, device=queries.device)
-    visible = visible.expand(tail.batch, -1)[index][:, None]
-    positions = torch.arange(first, layer.seen, device=queries.device)[None, None]
-    opened = opened.joined(Span({"positions": positions, "valid": visible}))
-    every = opened if sealed is None else sealed.then(opened)
     if observed.counted is None:
+        opened = _opened(layer, mask).rows(index)
+        every = opened if sealed is None else sealed.then(opened)
         record = recorded(scheduler, every, queries[index], layer.seen, layer.scale)
     else:
         record = observed.counted[index]
     before = record.shape[2] - tail.length
-    assert observed.record is not None
-    observed.record[index] = record[:, :, before:]
+    tail_record(layer)[index] = record[:, :, before:]
     if sealed is None:
         return None
     return sealed.joined(Span({"record": record[:, :, :before]}))
+
+
+def _opened(layer: "PagedLayer", mask: Tensor | None) -> Span:
+    """The open tokens of all rows: keys, records, positions, and which of them are seen."""
+    tail = layer.tail
+    device = tail.keys.device
+    visible = visible_columns(mask, tail.length)
+    if visible is None:
+        visible = torch.ones(1, tail.length, dtype=torch.bool, device=device)
+    positions = torch.arange(layer.seen - tail.length, layer.seen, device=device)[None, None]
+    opened = Span({"keys": tail.view()[0], "record": tail_record(layer), "positions": positions})
+    return opened.joined(Span({"valid": visible.expand(tail.batch, -1)[:, None]}))
 
 
 def with_record(layer: "PagedLayer", rows: list[int], new: Span) -> Span:
