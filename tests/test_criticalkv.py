@@ -1,5 +1,8 @@
 """CriticalKV: two stages of choice, against the published algorithm token by token."""
 
+from dataclasses import replace
+from typing import ClassVar
+
 import pytest
 import torch
 from helpers import forward, paged, tiny
@@ -133,10 +136,49 @@ def test_sinks_and_places_without_a_token() -> None:
         positions, keys, values, keys[:, :, :0], 12, queries=queries, valid=valid, sinks=3,
         output=torch.randn(16, 16),
     )  # fmt: skip
+    tokens = replace(tokens, constant=CRITICAL.constant(tokens))
     for scheduler in (CRITICAL, AdaKV(CRITICAL)):
         keep = scheduler.keep(tokens, 6)[0].tolist()
         assert set(range(3)) <= set(keep[0]) and {5, 6, 7} <= set(keep[1])
         assert all(at == -1 or valid[0, head, at] for head in (0, 1) for at in keep[head])
+
+
+class Spy(CriticalKV):
+    """Compares, whenever it decides, the norms that were kept with those of the values."""
+
+    read: ClassVar[list[list[int]]] = []
+    decided: ClassVar[list[int]] = []
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | self.constant_needs
+
+    def constant(self, tokens: Tokens) -> torch.Tensor:
+        self.read.append([tokens.layer_idx, *tokens.positions[0, 0].tolist()])
+        return super().constant(tokens)
+
+    def keep(self, tokens: Tokens, budget: int) -> torch.Tensor:
+        expected = criticalkv.projected_norms(tokens)
+        assert tokens.constant is not None
+        assert torch.allclose(tokens.constant[..., 0], expected, rtol=1e-5)
+        self.decided.append(tokens.layer_idx)
+        return super().keep(tokens, budget)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_each_norm_is_made_once(name, monkeypatch) -> None:
+    """However often it is decided; also while everything is within the budget."""
+    monkeypatch.setattr(Spy, "read", [])
+    monkeypatch.setattr(Spy, "decided", [])
+    model = tiny(name, num_hidden_layers=2)
+    ids = prompt(model, (20,))["input_ids"]
+    cache = PiKVCache(model, scheduler=Spy(SNAP), budget=32, page_size=4, window=4, interval=4)
+    model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    for layer in range(2):
+        found = [at for idx, *places in Spy.read if idx == layer for at in places]
+        assert found == list(range(cache.layers[layer].left[0]))
+        assert Spy.decided.count(layer) >= 5
+    assert "values" not in CriticalKV().needs
 
 
 def test_composition_and_refusals() -> None:

@@ -152,6 +152,8 @@ def test_networks_count_as_bytes_once_for_all_copies(tmp_path) -> None:
         caches.append(PiKVCache(model, scheduler=method, budget=24, **SMALL))
         forward(model, inputs["input_ids"], inputs["attention_mask"], caches[-1])
         held.append(caches[-1].nbytes)
+    slabs = [slab for layer in paged(caches[0]) for slab in layer.pages.slabs]
+    size += sum(slab.meta["constant"].nbytes for slab in slabs)
     assert held[0] - held[2] == size and held[1] >= held[2] + size
     for other in (caches[0].fork(2), copy.deepcopy(caches[0])):
         mine, theirs = ([*c.shared.scheduler.tensors(0)] for c in (caches[0], other))
@@ -240,6 +242,8 @@ def kept_mass(observer: Observer, scheduler: Scheduler) -> float:
                 scale=layer.scale,
                 rotary=rotary,
             )
+            if scheduler.constants:
+                tokens = replace(tokens, constant=scheduler.constant(tokens))
             found = attention.gather(1, scheduler.keep(tokens, old // 4)[0])
             shares.append((found.sum(1) / attention.sum(1)).mean())
     return torch.stack(shares).mean().item()

@@ -95,10 +95,11 @@ class AttachedCache(Cache):
                 f"`{name}` is {getattr(shared, name)}, which needs the gates of an MoE model; none "
                 f"is found in {type(model).__name__}."
             )
-        if self.shared.scheduler is not None:
-            self.shared.scheduler.check(model, len(binding.attention))
-            check_repetition(self.shared.scheduler.repetition, model, self.native_class)
-            if "output" in self.shared.scheduler.needs:
+        scheduler = self.shared.scheduler
+        if scheduler is not None:
+            scheduler.check(model, len(binding.attention))
+            check_repetition(scheduler.repetition, model, self.native_class)
+            if "output" in scheduler.needs | scheduler.constant_needs:
                 for modules in binding.attention.values():
                     output_weight(modules[0])
         if not hasattr(self, "layers"):

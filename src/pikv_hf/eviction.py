@@ -41,6 +41,10 @@ def kept(
         new = with_rest(layer, new)
     if layer.observed.is_marked:
         new = with_record(layer, rows, new)
+    if scheduler.constants:
+        once = _tokens(layer, rows, new, count, scheduler, scheduler.constant_needs)
+        with torch.no_grad():
+            new = new.joined(Span({"constant": scheduler.constant(once)}))
     budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
     is_within = budget is None or _fits(layer, rows[0], len(new), budget, scheduler)
     if is_within and not scheduler.records:
@@ -50,18 +54,19 @@ def kept(
     span = _candidates(layer, rows, new, scheduler, mask)
     if is_within or budget is None:
         return span.front(), 0
-    tokens = _tokens(layer, rows, span, count, scheduler)
+    tokens = _tokens(layer, rows, span, count, scheduler, scheduler.needs)
     to_follow = _to_follow(layer, budget, scheduler)
     keep = scheduler.keep(tokens, budget - to_follow)
     if scheduler.controls:
         layer.observed.set_control(rows, scheduler.controlled(tokens, keep))
     if span.codes():
         span = span.without("keys", "values")  # the codes stay what they are
+    is_ragged = scheduler.is_ragged and bool((keep < 0).any())
     if scheduler.is_ragged:
-        stays = span.without("valid").gather(keep.clamp_min(0))
+        span = span.without("valid")
+    stays = span.gather(keep.clamp_min(0) if is_ragged else keep)
+    if is_ragged:
         stays = stays.joined(Span({"valid": keep >= 0}))
-    else:
-        stays = span.gather(keep)
     if moves(scheduler):
         stays = side_by_side(layer, stays, keep, len(span))
     return stays, to_follow
@@ -145,8 +150,9 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
     others += layer.scheduler_tensors()
     fixed += sum(tensor.nbytes for tensor in others if tensor is not layer.observed.counted)
     per_token = layer.pages.compressor.bytes_per_token(*dims, size)
-    # Its position, its record, and the one that attention adds to.
+    # Its position, its record, and the one that attention adds to; what never changes.
     per_token += 4 + 4 * (layer.observed.numbers + layer.observed.width)
+    per_token += 4 * shared.scheduler.constants if shared.scheduler else 0
     if tail.labels is not None:
         labels = tail.labels.tensors.values()
         per_token += sum(t[0, 0, 0].numel() * t.element_size() for t in labels)
@@ -164,10 +170,15 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
 
 
 def _tokens(
-    layer: "PagedLayer", rows: list[int], span: Span, count: int, scheduler: Scheduler
+    layer: "PagedLayer",
+    rows: list[int],
+    span: Span,
+    count: int,
+    scheduler: Scheduler,
+    needs: frozenset[str],
 ) -> Tokens:
-    """`span` and what else of the layer the scheduler asks for."""
-    index, needs = torch.tensor(rows), scheduler.needs
+    """`span` and what else of the layer the scheduler asks for, `needs` among it."""
+    index = torch.tensor(rows)
     keys, values = layer.tail.view()
     opened = Span({"keys": keys, "values": values})
     if layer.tail.labels is not None:
@@ -190,7 +201,8 @@ def _tokens(
         layer_idx=layer.layer_idx,
         queries=layer.observed.of_rows(rows, scheduler.observed_queries),
         scale=layer.scale,
-        record=span["record"] if layer.observed.numbers else None,
+        record=span.tensors.get("record"),
+        constant=span.tensors.get("constant"),
         control=layer.observed.control_of(rows, layer.tail.keys) if scheduler.controls else None,
         valid=span["valid"].expand(shape) if "valid" in span else None,
         sinks=layer.shared.sinks,

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..selection import best_of_each_head, mask_of_best
-from .base import Scheduler, Tokens, Wrapper
+from .base import Scheduler, Tokens
 from .snapkv import SnapKV
+from .wrapper import Wrapper
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ class Tokens:
     zeros stand for padding. None if it asks for none.
 
     `record` [R, H, T, c]: the c numbers that the scheduler keeps of each token (`records`), after all
-    queries so far; `control` [R, c] those of each row (`controls`), as its last decision left them;
-    None if it keeps none.
+    queries so far; `constant` [R, H, T, c] those that never change (`constants`); `control` [R, c] those
+    of each row (`controls`), as its last decision left them; None if it keeps none.
 
     What a scheduler `needs`, else None: `values` [R, H, T, Dv] and `open_values`, beside latents with
     Dv = 0; `experts` [R, 1 or H, T, k] and `weights`, the choice of the
@@ -50,6 +50,7 @@ class Tokens:
     queries: Tensor | None = None
     scale: float = 1.0
     record: Tensor | None = None
+    constant: Tensor | None = None
     control: Tensor | None = None
     valid: Tensor | None = None
     sinks: int = 0
@@ -153,6 +154,20 @@ class Scheduler(ABC):
         raise NotImplementedError(f"{type(self).__name__} keeps no records.")
 
     @property
+    def constants(self) -> int:
+        """How many numbers are kept of each token that never change; 0 = none."""
+        return 0
+
+    @property
+    def constant_needs(self) -> frozenset[str]:
+        """What of `values`, `output` and `module` `constant` wants to find in `Tokens`."""
+        return frozenset()
+
+    def constant(self, tokens: Tokens) -> Tensor:
+        """Those numbers [R, H, T, constants] of tokens that leave the tail. Changes nothing."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no constants.")
+
+    @property
     def controls(self) -> int:
         """How many numbers are kept of each row in each layer, for the next decision; 0 = none."""
         return 0
@@ -209,80 +224,3 @@ class Scheduler(ABC):
         stands behind its own (ragged schedulers only).
         """
         return best_places(self.ranked(tokens), budget)
-
-
-@dataclass(frozen=True)
-class Wrapper(Scheduler):
-    """A scheduler that changes what another one's scores lead to.
-
-    Args:
-        scorer: whose scores decide.
-    """
-
-    scorer: Scheduler
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.scorer, Scheduler):
-            raise TypeError(f"`scorer` is {self.scorer!r}; it must be a Scheduler.")
-        if self.scorer.has_lengths:
-            raise ValueError(
-                f"`scorer` is {self.scorer!r}, whose heads have lengths of their own, whatever the "
-                "scores."
-            )
-
-    @property
-    def is_per_head(self) -> bool:
-        return self.scorer.is_per_head
-
-    @property
-    def exceeds_budget(self) -> bool:
-        return self.scorer.exceeds_budget
-
-    @property
-    def decides_by_scores(self) -> bool:
-        return self.scorer.decides_by_scores
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.scorer.needs
-
-    @property
-    def observed_queries(self) -> int:
-        return self.scorer.observed_queries
-
-    @property
-    def records(self) -> int:
-        return self.scorer.records
-
-    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
-        return self.scorer.recorded(record, weights, asked_at)
-
-    @property
-    def controls(self) -> int:
-        return self.scorer.controls
-
-    def controlled(self, tokens: Tokens, keep: Tensor) -> Tensor:
-        return self.scorer.controlled(tokens, keep)
-
-    @property
-    def least(self) -> int:
-        return self.scorer.least
-
-    @property
-    def repetition(self) -> Any:
-        return self.scorer.repetition
-
-    def check(self, model: PreTrainedModel, layers: int) -> None:
-        self.scorer.check(model, layers)
-
-    def tensors(self, layer_idx: int) -> Iterable[Tensor]:
-        return self.scorer.tensors(layer_idx)
-
-    def budget(self, seen: int) -> int | None:
-        return self.scorer.budget(seen)
-
-    def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
-        return self.scorer.layer_budget(budget, available, layer, layers)
-
-    def scores(self, tokens: Tokens) -> Tensor:
-        return self.scorer.scores(tokens)

@@ -3,8 +3,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens, Wrapper
+from .base import Scheduler, Tokens
 from .snapkv import SnapKV
+from .wrapper import Wrapper
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
 from dataclasses import dataclass, field
 
 import torch
+from pikv_kernels import is_fast_bfloat16
 from torch import Tensor
 
 from ..latent import LatentQuery
 from ..selection import best_places, mask_of_best
-from .base import Scheduler, Tokens, Wrapper
+from .base import Scheduler, Tokens
 from .snapkv import SnapKV
+from .wrapper import Wrapper
 
-# Numbers of one block of projected values: 64 MiB in float32.
-BLOCK = 2**24
+# Numbers of one block of projected values, which stays in a CPU's cache.
+BLOCK = 2**19
+# Elsewhere each block is kernels to launch.
+BLOCK_ON_ACCELERATORS = 2**24
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class CriticalKV(Wrapper):
     Of the tokens that a KV head keeps, `first_stage_ratio` are those of the highest scores; the
     others those whose score, plus `epsilon`, times the L1 norm of the value as the layer's output
     projection leaves it is highest. The norm is the mean over the query heads of the KV head. The
-    paper's bound of the error that dropping makes needs both stages.
+    paper's bound of the error that dropping makes needs both stages. Norms are made once, when a token
+    leaves the tail, and kept with it: 4 bytes for each KV head.
 
     The budget is that of the tokens that may go: open ones have no part in it. In
     `AdaKV(CriticalKV(...))` the scores alone share the budget among heads, each of which then
@@ -50,8 +55,15 @@ class CriticalKV(Wrapper):
             raise ValueError(f"`epsilon` is {self.epsilon!r}; it must be a number, 0 or more.")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.scorer.needs | {"values", "output", "module"}
+    def constants(self) -> int:
+        return 1
+
+    @property
+    def constant_needs(self) -> frozenset[str]:
+        return frozenset({"values", "output", "module"})
+
+    def constant(self, tokens: Tokens) -> Tensor:
+        return projected_norms(tokens)[..., None]
 
     @property
     def decides_by_scores(self) -> bool:
@@ -59,7 +71,8 @@ class CriticalKV(Wrapper):
 
     def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
         first = (counts.double() * self.first_stage_ratio).long()
-        second = (ranked + self.epsilon) * projected_norms(tokens)
+        assert tokens.constant is not None, "the cache keeps what `constants` counts"
+        second = (ranked + self.epsilon) * tokens.constant[..., 0]
         # Sinks and what is no token stay above and below all others.
         second = torch.where(ranked.isfinite(), second, ranked)
         return second.masked_fill(mask_of_best(ranked, first), torch.inf)
@@ -73,28 +86,29 @@ class CriticalKV(Wrapper):
 def projected_norms(tokens: Tokens) -> Tensor:
     """How long the output projection leaves each value: its L1 norm [R, H, T], in float32.
 
-    The mean over the query heads of each KV head. One head and a block of tokens at a time. Of
-    latents (MLA) the values are those that each query head expands from them.
+    The mean over the query heads of each KV head. One head and a block of tokens at a time. Of latents (MLA) the
+    values are those that each query head expands from them.
     """
     assert tokens.output is not None and tokens.values is not None, (
-        "the cache gives what `needs` names"
+        "the cache gives what `constant_needs` names"
     )
     output, values, up = tokens.output, tokens.values, None
+    dtype = torch.bfloat16 if is_fast_bfloat16(values) else torch.float32
     dim = values.shape[3]
     if dim == 0:
         dim, rank = tokens.module.v_head_dim, tokens.module.kv_lora_rank
         each = tokens.keys.expand(-1, output.shape[1] // dim, -1, -1)
         latent = LatentQuery(tokens.module, each, rank)
-        values, up = tokens.keys[..., :rank], latent.weight[:, latent.nope_dim :]
+        values, up = tokens.keys[..., :rank], latent.weight[:, latent.nope_dim :].to(dtype).mT
     rows, heads, count = values.shape[:3]
     groups = output.shape[1] // dim // heads
-    step = max(1, BLOCK // (rows * output.shape[0]))
-    norms = torch.zeros(rows, heads, count, device=values.device)
-    for head in range(heads * groups):
-        weight = output[:, head * dim : (head + 1) * dim].float().T
-        for start in range(0, count, step):
-            block = values[:, head // groups, start : start + step].float()
-            if up is not None:
-                block = block @ up[head].float().T
-            norms[:, head // groups, start : start + step] += (block @ weight).abs().sum(-1)
-    return norms / groups
+    most = BLOCK if values.device.type == "cpu" else BLOCK_ON_ACCELERATORS
+    norms = torch.zeros(heads, rows * count, dtype=torch.float32, device=values.device)
+    flat = values.transpose(0, 1).flatten(1, 2)
+    for head, weight in enumerate(output.split(dim, dim=1)):
+        mine = norms[head // groups]
+        size = max(1, most // len(output))
+        for block, sums in zip(flat[head // groups].split(size), mine.split(size), strict=True):
+            states = block.to(dtype) if up is None else block.to(dtype) @ up[head]
+            sums += (states @ weight.to(dtype).T).float().abs_().sum(-1)
+    return (norms / groups).unflatten(1, (rows, count)).transpose(0, 1)

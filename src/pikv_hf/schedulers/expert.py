@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens, Wrapper
+from .base import Scheduler, Tokens
 from .keydiff import KeyDiff
+from .wrapper import Wrapper
 
 TERMS = ("spread", "confidence", "popularity", "agreement")
 

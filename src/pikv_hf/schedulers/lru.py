@@ -30,8 +30,7 @@ class LRU(Scheduler):
         return 1
 
     def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
-        used_at = (self._is_used(weights) * asked_at[:, None].float()).amax(dim=2)
-        return torch.maximum(record, used_at[..., None])
+        return last_use(record[..., 0], self._is_used(weights), asked_at)[..., None]
 
     def scores(self, tokens: Tokens) -> Tensor:
         assert tokens.record is not None, "the cache keeps what `records` asks for"
@@ -39,4 +38,9 @@ class LRU(Scheduler):
 
     def _is_used(self, weights: Tensor) -> Tensor:
         """Whether each of m queries uses a token: [R, H, m, T]."""
-        return (weights >= self.threshold).any(dim=2)
+        return weights.amax(dim=2) >= self.threshold
+
+
+def last_use(before: Tensor, is_used: Tensor, asked_at: Tensor) -> Tensor:
+    """When tokens were last used [R, H, T], by queries of positions `asked_at` [m] or `before`."""
+    return torch.maximum(before, (is_used * asked_at[:, None].float()).amax(dim=2))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import Tokens
-from .lru import LRU
+from .lru import LRU, last_use
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class LRUPlus(LRU):
         return 2
 
     def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
-        last, uses = record.split(1, dim=-1)
-        new_uses = self._is_used(weights).sum(dim=2)[..., None]
-        return torch.cat([super().recorded(last, weights, asked_at), uses + new_uses], dim=-1)
+        last, uses = record.unbind(-1)
+        is_used = self._is_used(weights)
+        return torch.stack([last_use(last, is_used, asked_at), uses + is_used.sum(dim=2)], dim=-1)
 
     def scores(self, tokens: Tokens) -> Tensor:
         assert tokens.record is not None, "the cache keeps what `records` asks for"

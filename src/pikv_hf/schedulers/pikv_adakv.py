@@ -4,8 +4,9 @@ from torch import Tensor
 
 from ..selection import best_of_each_head
 from .attention_mass import attention_mass
-from .base import Scheduler, Tokens, Wrapper
+from .base import Scheduler, Tokens
 from .snapkv import SnapKV
+from .wrapper import Wrapper
 
 
 @dataclass(frozen=True)

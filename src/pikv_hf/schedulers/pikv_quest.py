@@ -62,12 +62,20 @@ class PiKVQuest(Scheduler):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"rotary", "values"})
+        return frozenset({"rotary"})
+
+    @property
+    def constants(self) -> int:
+        return 1
+
+    @property
+    def constant_needs(self) -> frozenset[str]:
+        return frozenset({"values"})
 
     def tensors(self, layer_idx: int) -> Iterator[Tensor]:
         yield from self._networks.get(layer_idx, {}).values()
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def constant(self, tokens: Tokens) -> Tensor:
         network, rotary = self._network(tokens.layer_idx, tokens.keys), tokens.rotary
         assert rotary is not None and tokens.values is not None, "both are among the needs"
         places = tokens.positions - tokens.padding
@@ -76,9 +84,13 @@ class PiKVQuest(Scheduler):
             utility(position_free(keys, values, at, rotary), network)
             for keys, values, at in zip(*blocks, strict=True)
         ]
-        out = torch.cat(utilities, dim=2)
-        lowest = torch.finfo(out.dtype).min
-        return out.masked_fill(tokens.number() < 0, lowest).softmax(-1)
+        return torch.cat(utilities, dim=2)[..., None]
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        assert tokens.constant is not None, "the cache keeps what `constants` counts"
+        utilities = tokens.constant[..., 0]
+        lowest = torch.finfo(utilities.dtype).min
+        return utilities.masked_fill(tokens.number() < 0, lowest).softmax(-1)
 
     def _network(self, layer_idx: int, keys: Tensor) -> Network:
         """That of a layer, on the device of `keys` [R, H, T, D] from now on."""

@@ -2,8 +2,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .base import Scheduler, Tokens, Wrapper
+from .base import Scheduler, Tokens
 from .snapkv import SnapKV
+from .wrapper import Wrapper
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ class PyramidKV(Wrapper):
         return self.scorer.is_ragged
 
     def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
+        if layers == 1:
+            return budget
         first = min(2 * budget - budget / self.beta, available)
         last = max(2 * budget - first, 0)
-        return round(first + (last - first) * layer / max(layers - 1, 1))
+        return round(first + (last - first) * layer / (layers - 1))
 
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
         return self.scorer.keep(tokens, budget)
