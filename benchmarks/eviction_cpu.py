@@ -79,6 +79,25 @@ def timed(steps: dict[str, Prepared], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
+def timed_in_turn(caches: dict[str, Prepared], rounds: int) -> dict[str, list[float]]:
+    """Seconds of `STEPS` steps of each cache, which take their steps in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
+    names = list(caches)
+    for number in range(rounds + 1):
+        steps = {name: prepare() for name, prepare in caches.items()}
+        spent = dict.fromkeys(names, 0.0)
+        for at in range(STEPS):
+            turn = at % len(names)
+            for name in names[turn:] + names[:turn]:
+                begin = time.process_time()
+                steps[name]()
+                spent[name] += time.process_time() - begin
+        if number:
+            for name in names:
+                seconds[name].append(spent[name])
+    return seconds
+
+
 def press(layer: Any, scores: Tensor | None) -> None:
     """Half of a DynamicLayer's tokens, as kvpress chooses and moves them."""
     if scores is None:
@@ -188,18 +207,14 @@ def filled(model: Qwen3MoeForCausalLM, scheduler: str | None, compressor: str | 
 
 
 def decoding(cache: Any, one_step: Callable[[], object]) -> Prepared:
-    """`STEPS` steps. That is the interval, too: what is dropped goes once in them."""
-
-    def run() -> None:
-        for _ in range(STEPS):
-            one_step()
-
-    run()
+    """A step. In `STEPS` of them, the interval, what is dropped goes once."""
+    for _ in range(STEPS):
+        one_step()
 
     def prepare() -> Callable[[], object]:
         if cache.shared.scheduler is None:
             cache.crop(-STEPS)
-        return run
+        return one_step
 
     return prepare
 
@@ -231,12 +246,12 @@ def decode(result: Result, quick: bool) -> None:
     schedulers = ("knorm", "snapkv", "h2o", "adakv")
     every = tuple(sorted(SCHEDULERS.keys() - LEFT_OUT))
     for compressor, in_layer in ((None, every), ("int4", schedulers[-1:])):
-        for model, what, steps, names, rounds in (
-            (small, "step", attending, schedulers, 21),
-            (whole, "decoder layer", running, in_layer, 9 if in_layer is every else 21),
+        for model, what, steps, names in (
+            (small, "step", attending, schedulers),
+            (whole, "decoder layer", running, in_layer),
         ):
             runs = {name or "never more": steps(model, name, compressor) for name in (None, *names)}
-            seconds = timed(runs, 3 if quick else rounds)
+            seconds = timed_in_turn(runs, 2 if quick else 5)
             plain = seconds.pop("never more")
             for name, ours in seconds.items():
                 ratio = median(one / other for one, other in zip(ours, plain, strict=True))
@@ -306,7 +321,7 @@ def main() -> None:
         f"Half of 64k: 4 KV heads of 128; the peer against ours, which keeps the newest {WINDOW} and "
         "seals the others, of a prompt or of 64k tokens that are pages already. Step at 4k: append "
         f"and attention of 32 query heads, mean over {STEPS} steps with what is dropped in "
-        f"them, once, median ratio of a round; a "
+        "them, once; caches take their steps in turn; median ratio of a round; a "
         "cache that holds 4k tokens on their average and drops none, against one that has dropped the "
         "others of 64k. Stream: a budget of 4096 tokens, 2 KV heads of 64, 16 query heads, per token in the "
         "second tenth of one stream and in the last of another, median of interleaved chunks of 500 tokens",

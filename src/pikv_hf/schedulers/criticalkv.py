@@ -86,8 +86,8 @@ class CriticalKV(Wrapper):
 def projected_norms(tokens: Tokens) -> Tensor:
     """How long the output projection leaves each value: its L1 norm [R, H, T], in float32.
 
-    The mean over the query heads of each KV head. One head and a block of tokens at a time. Of latents (MLA) the
-    values are those that each query head expands from them.
+    The mean over the query heads of each KV head; one of them and a block of tokens at a time. Of
+    latents (MLA) the values are those that each query head expands from them.
     """
     assert tokens.output is not None and tokens.values is not None, (
         "the cache gives what `constant_needs` names"
