@@ -12,6 +12,8 @@ from transformers.cache_utils import DynamicLayer
 from pikv_hf import PiKVCache
 from pikv_hf.context import take_layer
 from pikv_hf.layer import PagedLayer
+from pikv_hf.pages import SPARE
+from pikv_hf.span import Span
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 3, 2
 
@@ -284,3 +286,27 @@ def test_attention_over_any_partition(parts, page_size) -> None:
         cache = PiKVCache(model, page_size=page_size, window=2)
         logits = [model(part, past_key_values=cache).logits for part in ids.split(parts, dim=1)]
     assert_close(torch.cat(logits, dim=1), expected)
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_eviction_from_a_long_prompt_copies_only_what_stays(is_long, monkeypatch) -> None:
+    """There is room for the page that is one too many; what stays is what a short one leaves, too."""
+    joined = []
+    then = Span.then
+    monkeypatch.setattr(Span, "then", lambda *spans: joined.append(1) or then(*spans))
+    tokens = 4 * (SPARE if is_long else SPARE // 2)
+    model = tiny("mixtral", num_hidden_layers=1)
+    cache = PiKVCache(model, scheduler="knorm", budget=tokens + 6, page_size=4, window=6)
+    layer = cache.layers[0]
+    states = [torch.randn(1, 2, tokens + 10, 8) for _ in range(2)]
+    for start, end in ((0, tokens + 6), (tokens + 6, tokens + 10)):
+        layer.update(*(t[:, :, start:end] for t in states))
+        assert take_layer() is layer
+        layer.finish(None)
+    norms = states[0][:, :, : tokens + 4].norm(dim=-1)
+    expected = norms.topk(tokens, largest=False).indices.sort().values
+    (span,) = layer.pages.spans([0])
+    assert torch.equal(span["positions"].long(), expected)
+    for name, all_of in zip(("keys", "values"), states, strict=True):
+        assert torch.equal(span[name], all_of.gather(2, expected[..., None].expand(-1, -1, -1, 8)))
+    assert bool(joined) != is_long

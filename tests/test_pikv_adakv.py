@@ -9,7 +9,9 @@ from test_schedulers import softmax_of_newest
 from zoo import prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.pool import Pool
 from pikv_hf.schedulers import AdaKV, Knorm, PiKVAdaKV, SnapKV, Tokens
+from pikv_hf.slab import Slab
 
 BUDGET, SEEN, OPEN = 60, 90, 10
 
@@ -95,6 +97,16 @@ def test_each_row_of_a_cache_has_its_own() -> None:
             )
             counts.append(int(layer.pages.held(row)[0]))
     assert max(counts) <= 26 and min(counts) < 20
+
+
+def test_heads_of_one_length_need_no_pool() -> None:
+    """Rows keep different numbers of tokens, but the heads of each equally many."""
+    model = tiny("mixtral")
+    inputs = prompt(model, (120, 60))
+    for scheduler, kind in ((PiKVAdaKV(Knorm()), Slab), (AdaKV(Knorm()), Pool)):
+        cache = PiKVCache(model, scheduler=scheduler, budget=40, page_size=4, window=6, interval=8)
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        assert {type(slab) for layer in paged(cache) for slab in layer.pages.slabs} == {kind}
 
 
 def test_bad_arguments() -> None:
