@@ -9,7 +9,7 @@ from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PiKVCache
 from pikv_hf.compressors import Identity, Int2, Int4, Int8, TurboQuant
-from pikv_hf.geometry import head_dims
+from pikv_hf.model.geometry import head_dims
 from pikv_hf.schedulers import StreamingLLM
 
 

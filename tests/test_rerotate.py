@@ -14,7 +14,7 @@ from zoo import build, prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.moving import side_by_side
-from pikv_hf.rotary import Rotary
+from pikv_hf.model.rotary import Rotary
 from pikv_hf.schedulers import AdaKV, Random, StreamingLLM
 from pikv_hf.span import Span
 

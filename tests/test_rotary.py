@@ -14,8 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import build
 
 from pikv_hf.attach import _innermost, attention_modules
-from pikv_hf.latent import LatentQuery
-from pikv_hf.rotary import Rotary, rotaries
+from pikv_hf.model.latent import LatentQuery
+from pikv_hf.model.rotary import Rotary, rotaries
 
 TOKENS, SHIFT = 24, 77
 # A head of Mistral 4 is longer than its rotary part, on which the zoo's tiny heads are modelled.

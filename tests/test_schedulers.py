@@ -137,7 +137,7 @@ def in_cached_space(model, layer, queries):
     keys, values = layer.states()
     if layer.latent_rank is None:
         return queries[0], keys[0]
-    from pikv_hf.latent import LatentQuery
+    from pikv_hf.model.latent import LatentQuery
 
     module = model.model.layers[layer.layer_idx].self_attn
     flat = queries.flatten(1, 2)

@@ -1,6 +1,5 @@
 """Binding caches to a model: shadow configs, gate hooks, checks; and taking it all back."""
 
-import copy
 import functools
 import re
 import threading
@@ -12,26 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    eager_mask,
-    flash_attention_mask,
-    sdpa_mask,
-)
 
 from .attached import AttachedCache
 from .attention import NAME
 from .checks import check_forward, check_generate
 from .context import CONTEXT
-from .gates import Gate, gates_of_layers
+from .model.gates import Gate, gates_of_layers
+from .model.rotary import Rotary, check_axes, rotaries
+from .model.versions import (
+    DynamicLayer,
+    attention_implementation,
+    forward_inputs,
+    given_cache,
+    has_readable_masks,
+    unread_argument,
+    warn_if_untested,
+    with_attention_implementation,
+)
 from .repetition import check_held
-from .rotary import Rotary, check_axes, rotaries
 
 _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
 # Held from looking a binding up to counting a cache in, and while one is counted out.
 LOCK = threading.RLock()
-_READABLE_MASKS = (eager_mask, sdpa_mask, flash_attention_mask)
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -103,6 +104,7 @@ class Binding:
             _BINDINGS.pop(model, None)
 
     def _attach(self) -> None:
+        warn_if_untested()
         model: Any = self.model()
         _BINDINGS[model] = self
         for modules in self.attention.values():
@@ -132,15 +134,17 @@ class Binding:
         if module is not self.decoder():
             return  # a copy of the model, with a copy of this hook
         CONTEXT.cache = CONTEXT.layer = None  # of a forward that failed half-way
-        cache = _cache_of(kwargs.get("past_key_values"))
+        CONTEXT.binding = self
+        inputs = forward_inputs(module, args, kwargs)
+        cache = _given(inputs)
         if cache is None:
             return
-        check_forward(cache, self.model(), kwargs)
+        check_forward(cache, self.model(), inputs)
         if cache.shared.needs_rotary:
-            check_axes(kwargs.get("position_ids"))
-        check_held(cache, kwargs, _length(args, kwargs))
-        cache.begin_forward(_length(args, kwargs))
-        CONTEXT.cache, CONTEXT.ids = cache, kwargs.get("input_ids")
+            check_axes(inputs.get("position_ids"))
+        check_held(cache, inputs, _length(inputs))
+        cache.begin_forward(_length(inputs))
+        CONTEXT.cache, CONTEXT.ids = cache, inputs.get("input_ids")
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -150,13 +154,13 @@ class Binding:
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After a forward pass, a failed one too."""
-        CONTEXT.cache = CONTEXT.ids = None
+        CONTEXT.cache = CONTEXT.ids = CONTEXT.binding = None
 
 
-def _length(args: Any, kwargs: dict[str, Any]) -> int:
+def _length(inputs: dict[str, Any]) -> int:
     """How many tokens a forward pass is given."""
-    embeds = kwargs.get("inputs_embeds")
-    ids = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+    embeds = inputs.get("inputs_embeds")
+    ids = embeds if embeds is not None else inputs.get("input_ids")
     return 0 if ids is None else ids.shape[1]
 
 
@@ -183,7 +187,7 @@ class CheckedGenerate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model()
-        cache = _cache_of(kwargs.get("past_key_values"))
+        cache = _given(kwargs)
         if cache is not None:
             check_generate(cache, model, args, kwargs)
         return type(model).generate(model, *args, **kwargs)
@@ -193,23 +197,36 @@ class CheckedGenerate:
         return MethodType(type(copied).generate, copied)
 
 
-def _cache_of(past_key_values: Any) -> AttachedCache | None:
-    if isinstance(past_key_values, EncoderDecoderCache):
-        past_key_values = past_key_values.self_attention_cache
-    return past_key_values if isinstance(past_key_values, AttachedCache) else None
+def _given(inputs: dict[str, Any]) -> AttachedCache | None:
+    """The cache of ours among the arguments `inputs` of a model or of `generate`.
+
+    Raises:
+        ValueError: it is in an argument that the model does not read.
+    """
+    cache = given_cache(inputs)
+    for name, value in inputs.items():
+        if value is not cache and _ours(value) is not None:
+            raise ValueError(unread_argument(name))
+    return _ours(cache)
+
+
+def _ours(cache: Any) -> AttachedCache | None:
+    """`cache`, or the part of it that a decoder writes to, if it is one that attaches."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    return cache if isinstance(cache, AttachedCache) else None
 
 
 def _shadow(module: Any) -> Callable[[], None]:
     """Give one attention module a config of its own that names our function; returns the undo."""
     original = getattr(module.config, "_pikv_original", module.config)  # of a copied model
-    name = original._attn_implementation
-    if ALL_MASK_ATTENTION_FUNCTIONS.get(name) not in _READABLE_MASKS:
+    name = attention_implementation(original)
+    if not has_readable_masks(name):
         raise ValueError(
             f"`model` uses attn_implementation={name!r}, whose masks PiKVCache cannot read; load it "
             "with 'sdpa', 'eager' or a flash-attention implementation."
         )
-    shadow = copy.copy(original)
-    shadow._attn_implementation_internal = NAME
+    shadow: Any = with_attention_implementation(original, NAME)
     shadow._pikv_original = original
     module.config = shadow
     ref = weakref.ref(module)

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from typing_extensions import Self
 
 from .compressors import Identity
 from .context import CONTEXT
 from .eviction import output_weight
-from .geometry import head_dims
 from .layer import PagedLayer
+from .model.geometry import head_dims
+from .model.versions import is_tested, unsupported
 from .native import model_cache_class, reads_full_mask, release_prompt, with_native
 from .repetition import check_repetition, repeat
 from .shared import Shared
@@ -226,6 +226,10 @@ class AttachedCache(Cache):
                 "this PiKVCache is not attached to a model: call `cache.attach(model)` first."
             )
         if CONTEXT.cache is not self:
+            if not is_tested() or CONTEXT.binding is self.binding:
+                raise RuntimeError(
+                    f"{unsupported()}: no argument of the model's forward pass is this PiKVCache."
+                )
             raise ValueError(
                 "this PiKVCache was given to a model that it is not attached to: make one for "
                 "this model with `PiKVCache(model)`."
@@ -259,6 +263,10 @@ class AttachedCache(Cache):
         self.shared.end_forward()
         for layer in self.layers:
             if isinstance(layer, PagedLayer) and layer.awaits is not None:
+                if not is_tested():
+                    raise RuntimeError(
+                        f"{unsupported()}: layer {layer.layer_idx} was not heard in a forward pass."
+                    )
                 raise RuntimeError(
                     f"layer {layer.layer_idx}: PiKVCache did not see the {layer.awaits} of this "
                     "forward pass. If a kernel or quantized module replaced the model's own "

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from pikv_kernels import add_sink, merge_partial, partial_attention
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .context import take_layer
 from .counting import attend_counting, counted_slabs
-from .latent import LatentQuery
 from .layer import PagedLayer
+from .model.latent import LatentQuery
+from .model.versions import ALL_ATTENTION_FUNCTIONS, attention_implementation
 from .pool import Pool
 from .rows import StoredRows
 from .slab import Slab
@@ -257,7 +257,7 @@ def _original(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | 
     """What the module would have called without us, with these arguments."""
     shadow = module.config
     config = getattr(shadow, "_pikv_original", shadow)
-    name = config._attn_implementation
+    name = attention_implementation(config)
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     if name in ("eager", "sdpa"):

@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from transformers.cache_utils import DynamicLayer
-
 from .memory import storage_bytes, tensors_in
+from .model.versions import DynamicLayer
 from .tail import roomy
 from .token_log import log_bytes
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .model.versions import CACHE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -31,11 +33,11 @@ def check_generate(
     if implementation is not None:
         raise ValueError(
             f"`cache_implementation` is {implementation!r}, with which `generate` would not use the "
-            "PiKVCache in `past_key_values`: pass only one of the two."
+            f"PiKVCache in `{CACHE}`: pass only one of the two."
         )
     if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
         raise ValueError(
-            "`use_cache` is False, but `past_key_values` holds a PiKVCache: pass use_cache=True, or "
+            f"`use_cache` is False, but `{CACHE}` holds a PiKVCache: pass use_cache=True, or "
             "no cache."
         )
     ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
@@ -72,7 +74,7 @@ def check_forward(
     check_owner(cache, model)
     if kwargs.get("use_cache") is False:
         raise ValueError(
-            "`use_cache` is False, but `past_key_values` holds a PiKVCache, which would be filled "
+            f"`use_cache` is False, but `{CACHE}` holds a PiKVCache, which would be filled "
             "all the same: pass use_cache=True, or no cache."
         )
     if kwargs.get("output_attentions"):
@@ -85,7 +87,7 @@ def check_forward(
     )
     if inputs is not None and cache.rows not in (None, inputs.shape[0]):
         raise ValueError(
-            f"the batch has {inputs.shape[0]} rows, but `past_key_values` holds {cache.rows}: call "
+            f"the batch has {inputs.shape[0]} rows, but `{CACHE}` holds {cache.rows}: call "
             "`cache.batch_repeat_interleave(n)` before generating n sequences or beams from each "
             "row of a filled cache, or `cache.reset()` for another batch."
         )
@@ -109,7 +111,7 @@ def _check_positions(positions: Tensor, mask: Any, seen: int) -> None:
         at = expected if isinstance(expected, int) else expected.tolist()
         raise ValueError(
             f"the new tokens start at position {first.tolist()}, but the cache ends at {at}: "
-            f"`past_key_values` holds {seen} tokens; {_CONTINUE}."
+            f"`{CACHE}` holds {seen} tokens; {_CONTINUE}."
         )
 
 
@@ -138,6 +140,6 @@ def check_owner(cache: "AttachedCache", model: "PreTrainedModel | None") -> None
     if cache.binding is not None and owner is not model:
         name = "a model that is gone" if owner is None else f"another {type(owner).__name__}"
         raise ValueError(
-            f"`past_key_values` is a PiKVCache attached to {name}: make one for this model with "
+            f"`{CACHE}` is a PiKVCache attached to {name}: make one for this model with "
             "`PiKVCache(model)`."
         )

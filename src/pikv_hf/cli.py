@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextSt
 from . import PiKVCache, __version__, demo
 from .calibrate.command import calibrate_command
 from .guard import LossWarning
+from .model.versions import cache_in, with_cache
 from .needles import Haystack
 from .options import DYNAMIC, LOSSLESS, METHODS, CacheOption, parse_cache
 from .plot import accuracy_against_memory
@@ -166,7 +167,7 @@ def generate_command(
     try:
         result = loaded.generate(
             **inputs,
-            past_key_values=made,
+            **with_cache(made),
             max_new_tokens=max_new_tokens,
             streamer=streamer,
             return_dict_in_generate=True,
@@ -175,7 +176,7 @@ def generate_command(
         err.print("\nInterrupted.")
         _report(made)
         raise typer.Exit(130) from None
-    _report(result.past_key_values if made is None else made)
+    _report(cache_in(result) if made is None else made)
 
 
 def _check_length(model: PreTrainedModel, length: int) -> None:

@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .attach import Binding
     from .attached import AttachedCache
     from .layer import PagedLayer
 
 
 class _Context(threading.local):
+    binding: "Binding | None" = None
     cache: "AttachedCache | None" = None
     ids: Tensor | None = None
     layer: "PagedLayer | None" = None
 
 
-#: `cache` and token `ids` of the forward pass; `layer` whose `update` ran last, until its attention
+#: `binding` of the model that runs; `cache` and token `ids` of its forward pass; `layer` whose `update` ran last, until its attention
 #: function, which the model calls next, takes it.
 CONTEXT = _Context()
 

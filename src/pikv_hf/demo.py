@@ -17,10 +17,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicLayer
-from transformers.generation.streamers import BaseStreamer
 
 from .cache import PiKVCache
+from .model.versions import BaseStreamer, DynamicLayer, cache_in, with_cache
 from .needles import Haystack, make_haystack
 from .options import CacheOption
 
@@ -154,7 +153,7 @@ def answer(
     clock, cache = Clock(), option.make(model)
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **with_cache(cache),
         max_new_tokens=spare,
         streamer=clock,
         return_dict_in_generate=True,
@@ -168,7 +167,7 @@ def answer(
         answer=stack.answers[0],
         reply=reply,
         exact=stack.is_exact(reply),
-        **holdings(out.past_key_values),
+        **holdings(cache_in(out)),
         first_token_s=steps[0],
         step_s=tuple(steps[1:]),
     )

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
 
 from .checks import check_crop
 from .context import CONTEXT
-from .geometry import alike
 from .guard import Guard
 from .listing import listed_states
+from .model.geometry import alike
+from .model.versions import DynamicLayer
 from .observed import Observed
 from .pages import PageTable
 from .probe import Probe
@@ -97,7 +97,7 @@ class PagedLayer(DynamicLayer):
         return key_states, value_states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, self.shared.placement.pool_of(key_states)
+        self.device = self.shared.placement.pool_of(key_states)
         is_latent = key_states.shape[1] == 1 and key_states.shape[3] == self.expected_rank
         self.latent_rank = self.expected_rank if is_latent else None
         self._tail = Tail(*self._stored(key_states[:, :, :0], value_states[:, :, :0]))

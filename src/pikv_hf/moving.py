@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .rotary import Rotary
+from .model.rotary import Rotary
 from .schedulers import Scheduler
 from .span import Span
 

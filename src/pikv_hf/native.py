@@ -4,10 +4,10 @@ import sys
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from .layer import PagedLayer
 from .memory import own
+from .model.versions import CacheLayerMixin
 
 
 def reads_full_mask(layer: Any) -> bool:

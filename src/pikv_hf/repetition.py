@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .layer import PagedLayer
+from .model.versions import with_cache
 from .observed import EVERY, Observed
 from .schedulers.attention_mass import attention_weights
 from .shared import visible_columns
@@ -232,6 +233,6 @@ class Text:
             input_ids=ids.to(device),
             attention_mask=torch.cat([self.mask, torch.ones_like(ids)], dim=1).to(device),
             position_ids=positions.to(device),
-            past_key_values=self.cache,
             use_cache=True,
+            **with_cache(self.cache),
         )

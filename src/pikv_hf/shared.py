@@ -11,9 +11,9 @@ from torch import Tensor
 from .budget import Budget
 from .compressors import Compressor, Identity
 from .memory import trim_heap
+from .model.rotary import Rotary
 from .pages import PageTable
 from .placement import Placement
-from .rotary import Rotary
 from .routers import Router
 from .schedulers import Scheduler
 from .scratch import Scratch

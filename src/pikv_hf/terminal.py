@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from . import demo
+from .model.versions import logging
 from .needles import NEEDLE_MODEL
 from .options import CacheOption, parse_cache
 

@@ -6,7 +6,8 @@ Shapes: B rows, H KV heads, R query rows per KV head, T keys, D key dim, Dv valu
 import torch
 from torch import Tensor
 
-_flash_cpu = torch._scaled_dot_product_flash_attention_for_cpu
+# Torch's fused kernel that also gives the log-sum-exp; None in a torch that has none.
+_flash_cpu = getattr(torch, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def partial_attention(
@@ -29,7 +30,8 @@ def partial_attention(
         (natural logarithm).
     """
     assert key.shape[2] > 0, "torch's CPU kernel ends the process without a key"
-    if query.device.type == "cpu" and key.shape[-1] == value.shape[-1] and _is_flash_dtype(query):
+    fits = key.shape[-1] == value.shape[-1] and _is_flash_dtype(query)
+    if _flash_cpu is not None and fits and query.device.type == "cpu":
         out, lse = _flash_cpu(query, key, value, attn_mask=mask, scale=scale)
         return out, lse
     return partial_attention_reference(query, key, value, mask, scale)

@@ -65,4 +65,5 @@ def is_fast_bfloat16(query: Tensor) -> bool:
     """Whether `query` is of bfloat16, and its products are fast where it is."""
     if query.dtype != torch.bfloat16 or query.device.type != "cpu":
         return query.dtype == torch.bfloat16
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and supported()

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..cache import PiKVCache
 from ..compressors import Identity
 from ..compressors.moments import Moments
+from ..model.versions import with_cache
 
 QUERIES = 64  # tokens that ask for the ones before them, in each piece of text
 KEPT_QUERIES = 256  # of all query heads of a KV head, in each window
@@ -135,7 +136,7 @@ class Observer:
         self._recorder.asked.clear()
         decoder: Any = self.model.get_decoder()
         for part in ids.to(self.model.device).tensor_split([self.length + 1], dim=1):
-            decoder(input_ids=part, past_key_values=self._cache, use_cache=True)
+            decoder(input_ids=part, use_cache=True, **with_cache(self._cache))
         number, layers = self.captured.pieces, dict(self.captured.layers)
         for idx, (query, scale) in self._recorder.asked.items():
             window = Window(_some(query, number), *self._recorder.page[idx])

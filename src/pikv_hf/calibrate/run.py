@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attach import LOCK, binding_of, unwrap
-from ..rotary import Rotary
+from ..model.rotary import Rotary
 from .capture import Observer
 from .fit import Fit, fit
 from .job import METHODS, PIKV_QUEST, Job

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..rotary import Rotary
+from ..model.rotary import Rotary
 from ..schedulers.pikv_quest import Network, position_free, utility
 from .capture import Capture, Window
 from .descent import descent

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..cache import PiKVCache
 from ..calibrate.progress import SAVE_EVERY_S, write
 from ..compressors.calibration import ModelIdentity, read_metadata
+from ..model.versions import with_cache
 from ..schedulers.duo import PROFILE, SCORES
 from .effect import Effect, HeadEffect
 from .job import Job
@@ -63,7 +64,7 @@ def profile(
             for ids in pieces(done):
                 cache.reset()
                 with torch.no_grad():
-                    decoder(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+                    decoder(input_ids=ids.to(model.device), use_cache=True, **with_cache(cache))
                 done, whole = done + 1, dict(sums)
                 if time.monotonic() - saved_at > SAVE_EVERY_S:
                     _save(partial, whole, metadata | {"done": done})

@@ -70,7 +70,7 @@ def attention_weights(
         weights = scores.unflatten(2, block.shape[2:4])
         hidden = newest[:, :, None, None] > asked_at[:, None]
         weights[..., -hidden.shape[-1] :] += torch.where(hidden, least, torch.zeros_like(least))
-        torch._softmax(scores, -1, False, out=scores)  # `softmax` would make a copy
+        torch.softmax(scores, -1, out=scores)
         attends = block.ne(0).any(-1, keepdim=True)
         if hidden.shape[-1] == keys.shape[-1]:
             attends = attends & ~hidden.all(-1, keepdim=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..rotary import Rotary
+from ..model.rotary import Rotary
 from ..selection import best_places
 
 

@@ -4,7 +4,7 @@ import torch
 from pikv_kernels import is_fast_bfloat16
 from torch import Tensor
 
-from ..latent import LatentQuery
+from ..model.latent import LatentQuery
 from ..selection import best_places, mask_of_best
 from .base import Scheduler, Tokens
 from .snapkv import SnapKV

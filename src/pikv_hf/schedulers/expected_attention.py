@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rotary import Rotary
+from ..model.rotary import Rotary
 from .base import Scheduler, Tokens
 
 # Tokens whose keys are copied to float32 at a time.

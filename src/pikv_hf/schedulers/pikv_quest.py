@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..compressors.calibration import check_method, read_factors, read_metadata
-from ..rotary import Rotary
+from ..model.rotary import Rotary
 from .base import Scheduler, Tokens
 
 NAME = "pikv_quest"

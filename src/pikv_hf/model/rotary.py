@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .versions import cache_in
+
 # Positions of the tokens that a model is asked for: low frequencies show at large ones only.
 PROBED = (0, 1, 1023, 1_000_003)
 # What of the change of a key with its position may remain unexplained: float32, shorter types.
@@ -182,7 +184,7 @@ def _keys_by_position(
     finally:
         for hook in hooks:
             hook.remove()
-    layers = out.past_key_values.layers
+    layers = cache_in(out).layers
     return {idx: _cached(layers[idx], found[0])[:, :, 0] for idx, found in attention.items()}
 
 

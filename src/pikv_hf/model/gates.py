@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from .versions import declared_gates
+
 # Called with the experts and their weights, [B * q, k] each, of the tokens of a forward pass.
 Listener = Callable[[Tensor, Tensor], None]
 
@@ -104,8 +106,7 @@ def _declared_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, GateOutput]
     declared: list[Any] = []
     for module in decoder.modules():
         if isinstance(module, PreTrainedModel):
-            entry = (getattr(type(module), "_can_record_outputs", None) or {}).get("router_logits")
-            declared += entry if isinstance(entry, list) else [entry] if entry is not None else []
+            declared += declared_gates(type(module))
     for name, module in decoder.named_modules():
         for entry in declared:
             target = getattr(entry, "target_class", entry)

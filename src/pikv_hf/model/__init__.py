@@ -1,0 +1,1 @@
+"""The model and the transformers that are installed: the only folder that names their internals."""

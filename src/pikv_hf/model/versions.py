@@ -1,0 +1,150 @@
+"""Names of transformers that change from version to version, and its internals that we use.
+
+`tests/test_transformers_names.py` lists each internal with the reason for it.
+"""
+
+import copy
+import dataclasses
+import functools
+import inspect
+import warnings
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.generation.streamers import BaseStreamer
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    eager_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from ..requirements import NEWEST_TRANSFORMERS, TESTED, minor
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "CACHE",
+    "BaseStreamer",
+    "CacheLayerMixin",
+    "DynamicLayer",
+    "attention_implementation",
+    "cache_in",
+    "declared_gates",
+    "forward_inputs",
+    "given_cache",
+    "has_readable_masks",
+    "is_tested",
+    "logging",
+    "unread_argument",
+    "unsupported",
+    "warn_if_untested",
+    "with_attention_implementation",
+    "with_cache",
+]
+
+# What models and `generate` call the argument, and the output, that is a cache: the newest first.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def unsupported() -> str:
+    """A sentence: the installed transformers is not one that pikv_hf knows."""
+    from .. import __version__
+
+    return f"transformers {transformers.__version__} is not supported by pikv_hf {__version__} ({TESTED})"
+
+
+def is_tested() -> bool:
+    """Whether the installed transformers is one that the whole suite has passed on."""
+    return minor(transformers.__version__) <= NEWEST_TRANSFORMERS
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Warn, once, of a transformers that is newer than all that were tested."""
+    if not is_tested():
+        warnings.warn(f"{unsupported()}: it may not work.", UserWarning, stacklevel=4)
+
+
+def current_cache_name(fields: set[str]) -> str:
+    """The name for a cache among `fields` of a model's output; raises ImportError without one."""
+    for name in CACHE_NAMES:
+        if name in fields:
+            return name
+    raise ImportError(f"{unsupported()}: none of the arguments {CACHE_NAMES} is known to it.")
+
+
+#: "cache" since transformers 5.24, "past_key_values" before.
+CACHE = current_cache_name({f.name for f in dataclasses.fields(BaseModelOutputWithPast)})
+
+
+def with_cache(cache: Cache | None) -> dict[str, Cache | None]:
+    """`cache` as a keyword argument of a model or of `generate`."""
+    return {CACHE: cache}
+
+
+def cache_in(output: Any) -> Any:
+    """The cache in the output of a model or of `generate`."""
+    return getattr(output, CACHE)
+
+
+def given_cache(inputs: dict[str, Any]) -> Any:
+    """What a model, or `generate`, takes for its cache among its arguments `inputs`.
+
+    The newest name wins where both are given.
+    """
+    read = CACHE_NAMES[CACHE_NAMES.index(CACHE) :]
+    return next((inputs[name] for name in read if name in inputs), None)
+
+
+def unread_argument(name: str) -> str:
+    """A sentence: a cache was passed as the argument `name`, which nothing reads."""
+    if is_tested():
+        return (
+            f"`{name}` is a PiKVCache, but the argument that transformers {transformers.__version__} "
+            f"reads is `{CACHE}`: pass it as `{CACHE}`."
+        )
+    return f"{unsupported()}: it passes the cache as `{name}`."
+
+
+def forward_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a forward pass of `module` by name, also those given by position."""
+    if not args:
+        return kwargs
+    return dict(zip(_parameters(type(module)), args, strict=False)) | kwargs
+
+
+@functools.cache
+def _parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """The name of the attention function that a module with `config` calls."""
+    return config._attn_implementation
+
+
+def with_attention_implementation(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """A copy of `config` whose module calls the attention function `name`."""
+    changed = copy.copy(config)
+    changed._attn_implementation_internal = name
+    return changed
+
+
+def has_readable_masks(implementation: str) -> bool:
+    """Whether the masks made for an attention function are ones that we can read."""
+    readable = (eager_mask, sdpa_mask, flash_attention_mask)
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) in readable
+
+
+def declared_gates(model_class: type) -> list[Any]:
+    """What a model class declares as the sources of `output_router_logits`: classes or recorders."""
+    entry = (getattr(model_class, "_can_record_outputs", None) or {}).get("router_logits")
+    return entry if isinstance(entry, list) else [] if entry is None else [entry]
