@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 
 BEAMS = 4
 LOGITS_GOAL = 1e-5
@@ -31,7 +32,7 @@ def reorder(cache: Any) -> Callable[[], None]:
 
 def decode(model: Any, cache: Any) -> Callable[[], Tensor]:
     token = torch.arange(BEAMS)[:, None]
-    return lambda: model(input_ids=token, past_key_values=cache).logits
+    return lambda: model(input_ids=token, **with_cache(cache)).logits
 
 
 def logits_difference(tokens: int, reorders: int = 3) -> float:

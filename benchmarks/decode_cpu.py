@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 
 LAYERS, KV_HEADS, DIM = 4, 4, 128
 WIDTHS = {
@@ -43,7 +44,7 @@ def decode_step(model: Any, cache: Any, tokens: int, dtype: torch.dtype) -> Call
     """A decode step of `model` on `cache`, which then holds `tokens` random tokens."""
     fill(cache, tokens, (KV_HEADS, DIM, DIM), dtype)
     token = torch.tensor([[7]])
-    return lambda: model(input_ids=token, past_key_values=cache).logits
+    return lambda: model(input_ids=token, **with_cache(cache)).logits
 
 
 def packed_step(model: Any, cache: Any, tokens: int, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -53,7 +54,7 @@ def packed_step(model: Any, cache: Any, tokens: int, dtype: torch.dtype) -> Call
 
     def step() -> Tensor:
         mask = torch.zeros(1, 1, 1, cache.get_seq_length() + 1, dtype=dtype)
-        return model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+        return model(input_ids=token, attention_mask=mask, **with_cache(cache)).logits
 
     return step
 

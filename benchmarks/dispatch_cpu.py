@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 
 LAYERS = 48
 SHAPE = (2, 16, 16)
@@ -56,11 +57,11 @@ def tiny_model() -> Qwen3MoeForCausalLM:
 def filled(model: Qwen3MoeForCausalLM, cache: Any, tokens: int) -> Callable[[], torch.Tensor]:
     """A decode step of `model` on `cache` with `tokens` tokens in it."""
     if isinstance(cache, PiKVCache) and cache.shared.router is not None:
-        model(input_ids=torch.randint(256, (1, tokens)), past_key_values=cache)
+        model(input_ids=torch.randint(256, (1, tokens)), **with_cache(cache))
     else:
         fill(cache, tokens, SHAPE, torch.float32)
     token = torch.tensor([[7]])
-    return lambda: model(input_ids=token, past_key_values=cache).logits
+    return lambda: model(input_ids=token, **with_cache(cache)).logits
 
 
 def operators(step: Callable[[], object]) -> float:

@@ -20,6 +20,7 @@ from transformers import DynamicCache, Qwen3MoeForCausalLM
 from pikv_hf import SCHEDULERS, PiKVCache
 from pikv_hf.attention import attend
 from pikv_hf.context import take_layer
+from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import Knorm, Scheduler, Tokens
 
 SHAPE, GROUPS, SCALE = (4, 128, 128), 8, 128**-0.5
@@ -234,7 +235,7 @@ def running(model: Qwen3MoeForCausalLM, *methods: str | None) -> Prepared:
 
     @torch.no_grad()
     def forward() -> object:
-        return model(input_ids=ids, past_key_values=cache)
+        return model(input_ids=ids, **with_cache(cache))
 
     return decoding(cache, forward)
 

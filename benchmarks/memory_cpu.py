@@ -29,6 +29,7 @@ from pikv_hf.compressors import Compressor
 from pikv_hf.context import take_layer
 from pikv_hf.guard import LossWarning
 from pikv_hf.layer import PagedLayer
+from pikv_hf.model.versions import with_cache
 
 LAYERS, SHAPE, DTYPE = 12, (4, 128, 128), torch.bfloat16
 QUERY_HEADS, SCALE = 32, 128**-0.5
@@ -127,7 +128,7 @@ def append(cache: Any, keys: Tensor, values: Tensor, query: Tensor, attends: boo
 
 
 def forward(model: Qwen3MoeForCausalLM, cache: Any, tokens: int) -> None:
-    model(torch.zeros(1, tokens, dtype=torch.int64), past_key_values=cache, logits_to_keep=1)
+    model(torch.zeros(1, tokens, dtype=torch.int64), **with_cache(cache), logits_to_keep=1)
 
 
 def compressor_of(name: str, calibration: Path) -> Compressor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 
 LAYERS, RANK, ROPE = 2, 512, 64
 GOALS = {2048: 3.0, 8192: 3.0}
@@ -49,7 +50,7 @@ def decode_step(model: Any, cache: Any, tokens: int) -> Callable[[], Tensor]:
     """A decode step of `model` on `cache`, which then holds `tokens` random latents."""
     fill(cache, tokens, (1, RANK, ROPE), model.dtype)
     token = torch.tensor([[7]])
-    return lambda: model(input_ids=token, past_key_values=cache).logits
+    return lambda: model(input_ids=token, **with_cache(cache)).logits
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from pikv_hf import PiKVCache
 from pikv_hf.compressors import Compressor, Fp8, Identity, Int2, Int4, Int8, TurboQuant
 from pikv_hf.demo import load
 from pikv_hf.guard import LossWarning
+from pikv_hf.model.versions import with_cache
 from pikv_hf.needles import NEEDLE_MODEL, Haystack, make_haystack
 
 PAGE, WINDOW = 64, 16
@@ -92,7 +93,7 @@ class Cell(NamedTuple):
 
 def ask(model: PreTrainedModel, cache: Cache, batch: Questions) -> Tensor:
     """Log-probabilities [n, A, V] of the tokens of the answers, the right one before each given."""
-    read = functools.partial(model, past_key_values=cache, logits_to_keep=1)
+    read = functools.partial(model, **with_cache(cache), logits_to_keep=1)
     read(batch.texts)
     pieces = [batch.questions, *batch.answers[:, :-1].split(1, dim=1)]
     logits = torch.cat([read(piece).logits for piece in pieces], dim=1)
@@ -132,7 +133,7 @@ def held_bytes(cache: Cache) -> int:
 def code_bytes(model: PreTrainedModel, method: Compressor | Peer, texts: Tensor) -> float:
     """Bytes of an encoded element, with its share of scales and zeros, of the texts [n, T]."""
     cache, config = maker(model, method)(), model.config
-    model(texts, past_key_values=cache, logits_to_keep=1)
+    model(texts, **with_cache(cache), logits_to_keep=1)
     if isinstance(cache, PiKVCache):
         pages = [encoded_bytes(layer.pages) for layer in cache.layers]
         cache.detach()

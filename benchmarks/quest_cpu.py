@@ -26,8 +26,8 @@ from pikv_hf.calibrate.progress import write
 from pikv_hf.calibrate.utility import fit_utility
 from pikv_hf.compressors.calibration import ModelIdentity
 from pikv_hf.demo import load
-from pikv_hf.needles import NEEDLE_MODEL, Haystack, make_haystack
 from pikv_hf.model.rotary import Rotary
+from pikv_hf.needles import NEEDLE_MODEL, Haystack, make_haystack
 from pikv_hf.schedulers import AdaKV, PiKVQuest, Scheduler, Tokens
 
 CONTEXT, STEPS, WINDOWS, NEEDLES = 447, 500, 64, 8

@@ -27,6 +27,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from pikv_hf import SCHEDULERS, PiKVCache
 from pikv_hf.compressors import Compressor, TurboQuant
 from pikv_hf.demo import load
+from pikv_hf.model.versions import with_cache
 from pikv_hf.needles import NEEDLE_MODEL
 from pikv_hf.schedulers import Scheduler
 
@@ -101,7 +102,7 @@ def cases(names: list[str]) -> list[Case]:
 
 def ask(model: PreTrainedModel, cache: Cache, batch: Questions, mode: str) -> Tensor:
     """The tokens [n, A] that the model answers, the right one before each given."""
-    read = functools.partial(model, past_key_values=cache, logits_to_keep=1)
+    read = functools.partial(model, **with_cache(cache), logits_to_keep=1)
     asked, text = batch.questions, batch.texts
     if mode == AWARE:
         text, asked = torch.cat([text, asked[:, :-1]], dim=1), asked[:, -1:]

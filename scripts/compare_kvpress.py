@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pikv_hf import SCHEDULERS, PiKVCache
+from pikv_hf.model.versions import cache_in, with_cache
 from pikv_hf.options import parse_cache
 from pikv_hf.schedulers import PyramidKV
 from pikv_hf.span import Span
@@ -81,7 +82,7 @@ def ours(model: PreTrainedModel, case: Case, row: Row, theirs: Tensor) -> Tensor
         options |= {"sinks": 4, "hold_prompt": True}
     with torch.no_grad(), PiKVCache(model, scheduler=scheduler, budget=budget, **options) as cache:
         cache.shared.window = row.window  # a cache keeps one token open at least; a press need not
-        model(case.prompt(), past_key_values=cache)
+        model(case.prompt(), **with_cache(cache))
         if row.repeats:
             cache.compress()
         for kept, layer in zip(found, cache.layers, strict=True):
@@ -144,7 +145,7 @@ def compare(folder: Path, rows: list[Row]) -> tuple[list[Agreement], str]:
 def difference(model: PreTrainedModel, case: Case, recorded: dict[str, Tensor]) -> float:
     """How far keys and values of `model` are from those that the presses were given."""
     with torch.no_grad():
-        cache = model(case.prompt()).past_key_values
+        cache = cache_in(model(case.prompt()))
     pairs = [
         (recorded[name][at], getattr(layer, name)[0])
         for name in ("keys", "values")

@@ -14,7 +14,7 @@ How a test uses it::
 
     fakegpu.reset()
     model = AutoModelForCausalLM.from_pretrained(path, device_map=device_map, experts_implementation="eager")
-    out = model.generate(ids.to("fakegpu:0"), past_key_values=cache)
+    out = model.generate(ids.to("fakegpu:0"), cache=cache)
     assert torch.equal(out.cpu(), expected)          # same tokens as on one device
     assert fakegpu.bytes_moved("fakegpu:0", "fakegpu:1") <= bound
     with pytest.raises(fakegpu.DeviceMismatch):      # and a misplaced layer is caught

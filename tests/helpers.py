@@ -13,6 +13,7 @@ from zoo import build, prompt
 from pikv_hf import SCHEDULERS, PiKVCache
 from pikv_hf.compressors import Identity, MixedCompressor
 from pikv_hf.layer import PagedLayer
+from pikv_hf.model.versions import cache_in, with_cache
 
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_next")  # GQA, MLA, sinks + sliding, hybrid
 ONE_ROW, PADDED = (29,), (30, 27, 23)
@@ -67,12 +68,12 @@ def generate(
     options = {"max_new_tokens": NEW_TOKENS, **options}
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **with_cache(cache),
         return_dict_in_generate=True,
         output_logits=True,
         **options,
     )
-    assert out.past_key_values is cache
+    assert cache_in(out) is cache
     return Generated(out.sequences, torch.stack(out.logits).float())
 
 
@@ -130,7 +131,7 @@ def forward(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     options = {"attention_mask": mask, **options}
     with torch.no_grad():
-        return model(input_ids=ids, position_ids=positions, past_key_values=cache, **options).logits
+        return model(input_ids=ids, position_ids=positions, **with_cache(cache), **options).logits
 
 
 def chunks(length: int, first: int, step: int = 1) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from helpers import PADDED, SMALL, Scattered, paged
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache, staging
+from pikv_hf.model.versions import with_cache
 from pikv_hf.placement import Offload
 
 DEVICE = torch.device("fakegpu:0")
@@ -117,7 +118,7 @@ def with_streams() -> Streams:
 
 def generate(model, inputs, cache, beams):
     options = {"max_new_tokens": 14, "num_beams": beams}
-    return model.generate(**inputs, past_key_values=cache, **options).cpu()
+    return model.generate(**inputs, **with_cache(cache), **options).cpu()
 
 
 def main(name: str, method: str, way: str) -> None:

@@ -9,6 +9,7 @@ from helpers import PADDED, SMALL, assert_sealed_in_prefill_and_decode, dynamic,
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 
 
 def device_map(model, first, second):
@@ -20,7 +21,7 @@ def device_map(model, first, second):
 
 
 def tokens(model, inputs, cache, **options):
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=14, **options)
+    out = model.generate(**inputs, **with_cache(cache), max_new_tokens=14, **options)
     return out.cpu()
 
 
@@ -62,9 +63,9 @@ def check_traffic(model, options) -> None:
     cache = PiKVCache(model, **options)
     ids = prompt(model, (60,))["input_ids"].to("fakegpu:0")
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(cache))
         fakegpu.reset()
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **with_cache(cache))
     moved = fakegpu.bytes_moved("fakegpu:0", "fakegpu:1")
     assert 0 < moved < 4096, f"{moved} bytes moved to the second device in one step"
 

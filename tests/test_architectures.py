@@ -19,6 +19,7 @@ from zoo import build, discover, prompt
 
 import pikv_hf
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import cache_in, with_cache
 
 MAIN_FAMILIES = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"),
@@ -117,12 +118,12 @@ def generate(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache | None
         patch.setattr(model, "forward", recording)  # a hook would not see a direct call
         output = model.generate(
             **inputs,
-            past_key_values=cache,
+            **with_cache(cache),
             max_new_tokens=NEW_TOKENS,
             return_dict_in_generate=True,
         )
-    assert isinstance(output.past_key_values, Cache if cache is None else type(cache))
-    return Generated(output.sequences, torch.stack(logits), output.past_key_values)
+    assert isinstance(cache_in(output), Cache if cache is None else type(cache))
+    return Generated(output.sequences, torch.stack(logits), cache_in(output))
 
 
 def generate_without_us(

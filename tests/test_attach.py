@@ -12,6 +12,7 @@ from helpers import FAMILIES, PADDED, SMALL, assert_close, assert_same, dynamic,
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 
 families = pytest.mark.parametrize("name", FAMILIES)
 
@@ -204,7 +205,7 @@ def test_routing_is_bit_identical(name) -> None:
 
     def routed(cache):
         with torch.no_grad():
-            return model(**inputs, past_key_values=cache, output_router_logits=True).router_logits
+            return model(**inputs, **with_cache(cache), output_router_logits=True).router_logits
 
     expected = routed(dynamic(model))
     actual = routed(PiKVCache(model, router="all", **SMALL))
@@ -256,7 +257,7 @@ def greedy(model, inputs, cache, steps=12):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.no_grad():
             logits = model(
-                ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+                ids, attention_mask=mask, position_ids=positions, **with_cache(cache)
             ).logits[:, -1]
         out.append(logits)
         ids = logits.argmax(-1, keepdim=True)

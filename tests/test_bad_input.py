@@ -19,6 +19,7 @@ from transformers import AutoConfig, BertConfig, DynamicCache, GenerationConfig
 from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PLACEMENTS, ROUTERS, SCHEDULERS, PiKVCache
+from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import ChunkKV, PyramidKV, Random, SnapKV, StreamingLLM
 
 families = pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_next"])
@@ -128,9 +129,9 @@ def test_by_position_or_through_the_class(filled) -> None:
     model, inputs, tokens, _, cache = filled
     prompt_again = inputs["input_ids"]
     calls = [
-        lambda m: m.generate(prompt_again, past_key_values=cache, max_new_tokens=3),
-        lambda m: m.generate(inputs=prompt_again, past_key_values=cache, max_new_tokens=3),
-        lambda m: type(m).generate(m, tokens, past_key_values=cache, use_cache=False),
+        lambda m: m.generate(prompt_again, **with_cache(cache), max_new_tokens=3),
+        lambda m: m.generate(inputs=prompt_again, **with_cache(cache), max_new_tokens=3),
+        lambda m: type(m).generate(m, tokens, **with_cache(cache), use_cache=False),
     ]
     for call in calls:
         assert_refused(filled, ValueError, "cache", call)
@@ -146,7 +147,7 @@ def test_forward_without_using_the_cache(filled) -> None:
     _, _, tokens, mask, cache = filled
 
     def call(model):
-        model(tokens[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=False)
+        model(tokens[:, -1:], attention_mask=mask, **with_cache(cache), use_cache=False)
 
     assert_refused(filled, ValueError, r"`use_cache` is False", call)
 
@@ -157,7 +158,7 @@ def test_forward_at_wrong_positions(filled) -> None:
 
     def call(model):
         positions = torch.zeros(len(tokens), 1, dtype=torch.int64)
-        model(tokens[:, -1:], attention_mask=mask, position_ids=positions, past_key_values=cache)
+        model(tokens[:, -1:], attention_mask=mask, position_ids=positions, **with_cache(cache))
 
     assert_refused(filled, ValueError, r"start at position .* but the cache ends at", call)
 
@@ -204,7 +205,7 @@ def test_attention_weights_are_refused(filled) -> None:
     _, _, tokens, mask, cache = filled
 
     def call(model):
-        model(tokens[:, -1:], attention_mask=mask, past_key_values=cache, output_attentions=True)
+        model(tokens[:, -1:], attention_mask=mask, **with_cache(cache), output_attentions=True)
 
     assert_refused(filled, ValueError, r"`output_attentions`", call)
 
@@ -218,7 +219,7 @@ def test_a_cache_of_another_model(name, entry, fresh) -> None:
     cache = PiKVCache(owner, **SMALL)
     if not fresh:
         with torch.no_grad():
-            owner(**inputs, past_key_values=cache)
+            owner(**inputs, **with_cache(cache))
     attached = PiKVCache(other, **SMALL)
     for bystander in (attached, None):  # the other model has a cache of its own, or none
         if bystander is None:
@@ -227,7 +228,7 @@ def test_a_cache_of_another_model(name, entry, fresh) -> None:
             if entry == "generate":
                 generate(other, inputs, cache)
             else:
-                (other if entry == "forward" else other.model)(**inputs, past_key_values=cache)
+                (other if entry == "forward" else other.model)(**inputs, **with_cache(cache))
     cache.reset()
     assert_same(generate(owner, inputs, cache), generate(owner, inputs, dynamic(owner)))
     attached.attach(other)
@@ -293,7 +294,7 @@ def test_crop_into_what_a_scheduler_dropped() -> None:
     model = tiny("mixtral")
     cache = PiKVCache(model, scheduler=StreamingLLM(2, 8), **SMALL)
     with torch.no_grad():
-        model(prompt(model, (40,))["input_ids"], past_key_values=cache)
+        model(prompt(model, (40,))["input_ids"], **with_cache(cache))
     with pytest.raises(ValueError, match="only the newest 4 tokens"):
         cache.crop(-5)
     cache.crop(-4)
@@ -477,5 +478,5 @@ def test_a_router_on_a_dense_model() -> None:
     assert_untouched(model)
     ids = torch.randint(3, 60, (1, 30))
     with torch.no_grad():
-        ours = model(ids, past_key_values=PiKVCache(model, **SMALL)).logits
-        assert_close(ours, model(ids, past_key_values=dynamic(model)).logits)
+        ours = model(ids, **with_cache(PiKVCache(model, **SMALL))).logits
+        assert_close(ours, model(ids, **with_cache(dynamic(model))).logits)

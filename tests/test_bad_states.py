@@ -10,6 +10,7 @@ from zoo import build, prompt
 from pikv_hf import COMPRESSORS, PiKVCache
 from pikv_hf.compressors import Identity, Int2, Int4, Int8, TurboQuant
 from pikv_hf.model.geometry import head_dims
+from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import StreamingLLM
 
 
@@ -122,8 +123,8 @@ def test_autocast_mixes_the_dtypes_of_keys_and_values(name) -> None:
     logits, caches = [], [dynamic(model), PiKVCache(model, **SMALL)]
     for cache in caches:
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            model(ids[:, :-1], past_key_values=cache)
-            logits.append(model(ids[:, -1:], past_key_values=cache).logits.float())
+            model(ids[:, :-1], **with_cache(cache))
+            logits.append(model(ids[:, -1:], **with_cache(cache)).logits.float())
     assert (logits[1] - logits[0]).norm() < 0.03 * logits[0].norm()
     assert {layer.tail.values.dtype for layer in paged(caches[1])} == {torch.float32}
     assert all(layer.pages.slabs for layer in paged(caches[1]))

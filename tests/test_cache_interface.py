@@ -24,6 +24,7 @@ from zoo import prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.layer import PagedLayer
+from pikv_hf.model.versions import with_cache
 
 PREFILL = 22  # of prompts of 30: the other tokens come one by one
 ATTENTION_ONLY = ["mixtral", "deepseek_v3", "olmoe"]  # layers that can always be cropped
@@ -231,7 +232,7 @@ def test_nbytes_counts_storages(pair) -> None:
     reference = dynamic(model)
     for cached in (cache, reference):
         with torch.no_grad():
-            model(long, past_key_values=cached)
+            model(long, **with_cache(cached))
     exact = sum(t.numel() * t.element_size() for t in tensors([vars(x) for x in reference.layers]))
     assert exact <= cache.nbytes <= 1.25 * exact
 
@@ -250,7 +251,7 @@ def test_the_prompt_is_freed(name) -> None:
     model = tiny(name)
     cache = PiKVCache(model, page_size=16, window=16)
     with torch.no_grad():
-        model(prompt(model, (320,))["input_ids"], past_key_values=cache)
+        model(prompt(model, (320,))["input_ids"], **with_cache(cache))
     for layer in cache.layers:
         held = vars(layer) if not isinstance(layer, PagedLayer) else list(layer.tensors())
         for tensor in tensors(held):

@@ -19,6 +19,7 @@ from pikv_hf.calibrate.capture import HELD_OUT, QUERIES, Observer, Window
 from pikv_hf.cli import app
 from pikv_hf.compressors import Distill, LowRank, LowRankAffine
 from pikv_hf.compressors.calibration import read_metadata
+from pikv_hf.model.versions import with_cache
 from pikv_hf.needles import NEEDLE_MODEL, make_haystack
 from pikv_hf.schedulers import AdaKV, SnapKV, StreamingLLM
 
@@ -44,7 +45,7 @@ def cached_states(
     """What pages hold of the first `length` tokens, by layer, [H, T, D], from transformers' cache."""
     cache = dynamic(model)
     with torch.no_grad():
-        model(piece, past_key_values=cache)
+        model(piece, **with_cache(cache))
     states = [(layer.keys[0, :, :length], layer.values[0, :, :length]) for layer in cache.layers]
     if getattr(model.config, "kv_lora_rank", None):
         return [(torch.cat(pair, dim=-1), pair[0][..., :0]) for pair in states]

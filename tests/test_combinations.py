@@ -9,6 +9,7 @@ from zoo import prompt
 
 from pikv_hf import COMPRESSORS, SCHEDULERS, PiKVCache
 from pikv_hf.compressors import Compressor, Svd
+from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import Scheduler
 
 # All but the one that works across layers only.
@@ -64,7 +65,7 @@ def assert_reads_what_was_kept(
             ids[:, end - 1 : end],
             attention_mask=torch.zeros(hidden.shape).masked_fill(hidden, least),
             position_ids=mask[:, :end].sum(-1, keepdim=True) - 1,
-            past_key_values=full,
+            **with_cache(full),
         ).logits
         actual = forward(model, ids[:, end - 1 : end], mask[:, :end], cache)
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max(), end

@@ -53,6 +53,7 @@ from pikv_hf.compressors import (
 from pikv_hf.compressors.integer import Integer
 from pikv_hf.compressors.moments import Moments
 from pikv_hf.context import take_layer
+from pikv_hf.model.versions import with_cache
 from pikv_hf.pages import PageTable
 from pikv_hf.schedulers import StreamingLLM
 
@@ -426,7 +427,7 @@ def test_bytes_in_a_cache(name, dtype) -> None:
     model = build("mixtral", dtype=dtype, num_hidden_layers=1, head_dim=128)
     cache = PiKVCache(model, compressor=calibrated(name, model), window=64)
     with torch.no_grad():
-        model(prompt(model, (512 + 64,))["input_ids"], past_key_values=cache)
+        model(prompt(model, (512 + 64,))["input_ids"], **with_cache(cache))
     nbytes, tokens = sealed_bytes(cache)
     assert tokens == 512
     heads = model.config.num_key_value_heads
@@ -628,10 +629,10 @@ def test_pages_are_encoded_once(name) -> None:
     ids = prompt(model, (90,))["input_ids"]
     cache = PiKVCache(model, compressor=name, **SMALL)
     with torch.no_grad():
-        model(ids[:, :24], past_key_values=cache)
+        model(ids[:, :24], **with_cache(cache))
         codes = paged(cache)[1].pages.slabs[0].fields["key_codes"][:, :, :5].clone()
         for token in ids[:, 24:].split(1, dim=1):
-            model(token, past_key_values=cache)
+            model(token, **with_cache(cache))
     assert torch.equal(paged(cache)[1].pages.slabs[0].fields["key_codes"][:, :, :5], codes)
 
 

@@ -15,6 +15,7 @@ from pikv_kernels.weighted_attention import FEW
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache, attention
+from pikv_hf.model.versions import with_cache
 from pikv_hf.records import recorded, tail_record
 from pikv_hf.schedulers import H2O, LRU
 from pikv_hf.schedulers.attention_mass import attention_weights
@@ -219,7 +220,7 @@ def test_gradients_go_through_attention_and_not_into_records(scheduler, compress
     with torch.enable_grad():
         cache = PiKVCache(model, page_size=4, window=6, **options)
         for start, end in chunks(40, 30):
-            logits = model(ids[:, start:end], past_key_values=cache).logits
+            logits = model(ids[:, start:end], **with_cache(cache)).logits
         (gradient,) = torch.autograd.grad(logits.sum(), [model.lm_head.weight])
     assert gradient.isfinite().all()
     for layer in paged(cache):

@@ -10,6 +10,7 @@ from test_schedulers import OPEN, in_cached_space, kept, read_alone, snapkv
 from zoo import prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import (
     AdaKV,
     ChunkKV,
@@ -179,7 +180,7 @@ def test_each_norm_is_made_once(name, monkeypatch) -> None:
     model = tiny(name, num_hidden_layers=2)
     ids = prompt(model, (20,))["input_ids"]
     cache = PiKVCache(model, scheduler=Spy(SNAP), budget=32, page_size=4, window=4, interval=4)
-    model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    model.generate(ids, **with_cache(cache), max_new_tokens=40, do_sample=False)
     for layer in range(2):
         found = [at for idx, *places in Spy.read if idx == layer for at in places]
         assert found == list(range(cache.layers[layer].left[0]))

@@ -17,6 +17,7 @@ from test_schedulers import kept
 from zoo import prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 
 SMALL = {"page_size": 2, "window": 4}
 OPTIONS = {"budget": 16, **SMALL}
@@ -120,12 +121,12 @@ def test_forks_share_sealed_pages() -> None:
     assert slabs and all(t.data_ptr() in held for t in slabs)
     out = model.generate(
         torch.cat([inputs["input_ids"], torch.tensor([[5, 6]])], dim=1).repeat(4, 1),
-        past_key_values=fork,
+        **with_cache(fork),
         max_new_tokens=12,
     )
     expected = model.generate(
         torch.cat([inputs["input_ids"], torch.tensor([[5, 6]])], dim=1),
-        past_key_values=dynamic(model),
+        **with_cache(dynamic(model)),
         max_new_tokens=12,
     )
     assert (out == expected).all()

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 
 STATELESS = [name for name in FAMILIES if name != "qwen3_next"]  # those that may draft
 NO_SDPA = ("gpt_oss", "sdpa")
@@ -151,7 +152,7 @@ def test_one_document_for_several_questions(name) -> None:
     results = []
     for held in (cache, reference):
         with torch.no_grad():
-            model(**document, past_key_values=held)
+            model(**document, **with_cache(held))
         held.batch_repeat_interleave(3)
         tokens = document["input_ids"].repeat(3, 1)
         questions = prompt(model, (5, 5, 5), seed=3)["input_ids"]
@@ -252,7 +253,7 @@ def test_bf16(name, attn) -> None:
             ("pikv", model, PiKVCache(model, **SMALL)),
         ]:
             steps = [ids[:, :24], *ids[:, 24:].split(1, dim=1)]
-            out = [m(step, past_key_values=cache).logits[:, -1].float() for step in steps]
+            out = [m(step, **with_cache(cache)).logits[:, -1].float() for step in steps]
             logits[key] = torch.stack(out)
     default = (logits["default"] - logits["exact"]).abs().median()
     ours = (logits["pikv"] - logits["exact"]).abs().median()
@@ -293,8 +294,8 @@ def test_compiled(name) -> None:
     cache.reset()
     mask = inputs["attention_mask"]
     with torch.no_grad():
-        ours = compiled(**inputs, past_key_values=cache).logits
-        theirs = model(**inputs, past_key_values=dynamic(model)).logits
+        ours = compiled(**inputs, **with_cache(cache)).logits
+        theirs = model(**inputs, **with_cache(dynamic(model))).logits
     assert_close(ours[mask.bool()], theirs[mask.bool()])
     torch.compiler.reset()
 
@@ -320,7 +321,7 @@ def step_by_step(model, inputs, cache, steps=12):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.no_grad():
             logits = model(
-                ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+                ids, attention_mask=mask, position_ids=positions, **with_cache(cache)
             ).logits[:, -1]
         yield logits
         ids = logits.argmax(-1, keepdim=True)
@@ -343,4 +344,4 @@ def test_contexts(context) -> None:
 def prefixes(model, ids, cache, context):
     for chunk in (ids[:, :9], *ids[:, 9:].split(3, dim=1)):
         with context():
-            yield model(chunk, past_key_values=cache).logits
+            yield model(chunk, **with_cache(cache)).logits

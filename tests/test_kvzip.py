@@ -9,6 +9,7 @@ from torch import Tensor
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache, repetition
+from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import AdaKV, ChunkKV, KVzip
 
 OPEN, BUDGET, LAYERS = 7, 25, 2
@@ -146,7 +147,7 @@ def test_texts_read_with_gradients(name) -> None:
     for grad in (True, False):
         cache = PiKVCache(model, scheduler=CHUNKED, **OPTIONS)
         with cache.holding(), torch.set_grad_enabled(grad):
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **with_cache(cache))
         caches.append(cache)
     assert kept(caches[0], 0) == kept(caches[1], 0)
     step = torch.tensor([[3]]), torch.ones(1, 46, dtype=torch.long)
@@ -306,7 +307,7 @@ def test_refusals() -> None:
             pytest.raises(ValueError, match="the model was given embeddings"),
             cache.holding(),
         ):
-            model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
+            model(inputs_embeds=model.get_input_embeddings()(ids), **with_cache(cache))
     with pytest.raises(
         ValueError, match="`prompt_ids` of KVzip.* exceeds the 128 tokens of Mixtral"
     ):

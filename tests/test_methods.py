@@ -18,6 +18,7 @@ from helpers import (
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 from pikv_hf.pages import Slab
 from pikv_hf.schedulers import StreamingLLM
 
@@ -85,7 +86,7 @@ def test_streaming_llm(name, lengths, step, case) -> None:
                 ids[:, start:end],
                 attention_mask=bias,
                 position_ids=positions,
-                past_key_values=reference,
+                **with_cache(reference),
             ).logits
         actual = forward(model, ids[:, start:end], mask[:, :end], cache)
         real = mask[:, start:end].bool()
@@ -118,7 +119,7 @@ def test_constant_bytes(name, router) -> None:
     layer_bytes, totals = [], []
     with torch.no_grad():
         for token in ids:
-            model(token, past_key_values=cache)
+            model(token, **with_cache(cache))
             layer_bytes.append(sum(row.nbytes for row in cache.report().layers))
             totals.append(cache.nbytes)
     assert cache.get_seq_length() == 2000
@@ -271,12 +272,12 @@ def test_a_gate_that_never_fires_is_an_error(name) -> None:
     ids = prompt(model, (20,))["input_ids"]
     match = r"layer \d.*did not see the experts.*router=None"
     with pytest.raises(RuntimeError, match=match), torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(cache))
     with torch.no_grad():  # without labels the same model works
         plain = PiKVCache(model, **SMALL)
         assert_close(
-            model(ids, past_key_values=plain).logits,
-            model(ids, past_key_values=dynamic(model)).logits,
+            model(ids, **with_cache(plain)).logits,
+            model(ids, **with_cache(dynamic(model))).logits,
         )
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from pikv_hf import PiKVCache
 from pikv_hf.context import take_layer
 from pikv_hf.layer import PagedLayer
+from pikv_hf.model.versions import with_cache
 from pikv_hf.pages import SPARE
 from pikv_hf.span import Span
 
@@ -284,7 +285,7 @@ def test_attention_over_any_partition(parts, page_size) -> None:
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         cache = PiKVCache(model, page_size=page_size, window=2)
-        logits = [model(part, past_key_values=cache).logits for part in ids.split(parts, dim=1)]
+        logits = [model(part, **with_cache(cache)).logits for part in ids.split(parts, dim=1)]
     assert_close(torch.cat(logits, dim=1), expected)
 
 

@@ -28,6 +28,7 @@ from pikv_hf.compressors import (
 )
 from pikv_hf.compressors.observed_attention import output_errors
 from pikv_hf.compressors.pikv import SHRINK, best_of_equal, cheapest
+from pikv_hf.model.versions import with_cache
 from pikv_hf.needles import KINDS, NEEDLE_MODEL, make_haystack
 from pikv_hf.pool import Pool
 
@@ -269,7 +270,7 @@ def test_bytes_in_a_cache(share) -> None:
     full = 2 * 128 * 2  # a token of one head
     with torch.no_grad():
         for part in (ids[:, :256], *ids[:, 256:].split(1, dim=1)):
-            model(part, past_key_values=cache)
+            model(part, **with_cache(cache))
     pools = paged(cache)[0].pages.slabs
     tokens = sum(int(pool.held().sum()) for pool in pools)
     fields = [t[: pool.page_count] for pool in pools for t in pool.fields.values()]

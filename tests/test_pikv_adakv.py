@@ -9,6 +9,7 @@ from test_schedulers import softmax_of_newest
 from zoo import prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
 from pikv_hf.pool import Pool
 from pikv_hf.schedulers import AdaKV, Knorm, PiKVAdaKV, SnapKV, Tokens
 from pikv_hf.slab import Slab
@@ -105,7 +106,7 @@ def test_heads_of_one_length_need_no_pool() -> None:
     inputs = prompt(model, (120, 60))
     for scheduler, kind in ((PiKVAdaKV(Knorm()), Slab), (AdaKV(Knorm()), Pool)):
         cache = PiKVCache(model, scheduler=scheduler, budget=40, page_size=4, window=6, interval=8)
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        model.generate(**inputs, **with_cache(cache), max_new_tokens=20, do_sample=False)
         assert {type(slab) for layer in paged(cache) for slab in layer.pages.slabs} == {kind}
 
 

@@ -15,6 +15,7 @@ from zoo import build, prompt
 
 from pikv_hf import PiKVCache, demo
 from pikv_hf.cli import app
+from pikv_hf.model.versions import CACHE, with_cache
 from pikv_hf.needles import NEEDLE_MODEL, make_haystack
 from pikv_hf.profiling import QUERIES, HeadEffect, Job, needle_pieces, profile
 from pikv_hf.schedulers import Duo
@@ -54,7 +55,7 @@ def streamed_outputs(model, piece: Tensor, idx: int) -> list[Tensor]:
             visible[:, head * groups : (head + 1) * groups] = near
         bias = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
         with torch.no_grad():
-            out = module(*args, **(kwargs | {"attention_mask": bias, "past_key_values": None}))
+            out = module(*args, **(kwargs | {"attention_mask": bias, CACHE: None}))
         outputs.append(out[0][0, -QUERIES:].double())
     return outputs
 
@@ -111,7 +112,7 @@ def test_a_local_head_and_a_global_one(local, tmp_path) -> None:
     ids = pieces_of(model, 1, 300)[0]
     cache = PiKVCache(model, scheduler=duo, page_size=1, window=1)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(cache))
     held = paged(cache)[0].pages.held(0).tolist()
     assert held[local] == 31 and held[1 - local] == 299
 
@@ -130,7 +131,7 @@ def test_no_more_than_a_layer_is_held() -> None:
     cache = PiKVCache(model, scheduler=effect, budget=2, page_size=1, window=1)
     ids = pieces_of(model, 1, 2000)[0]
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(cache))
     layer = 2 * model.config.num_key_value_heads * paged(cache)[0].tail.keys.shape[3] * 4 * 2000
     queries = len(paged(cache)) * QUERIES * model.config.num_attention_heads * 16 * 4
     assert len(most) == len(paged(cache)) > 1
@@ -257,7 +258,7 @@ def test_the_heads_that_retrieve(bundled, tmp_path) -> None:
         for stack in stacks:
             with PiKVCache(model, scheduler=scheduler, page_size=8, window=8) as cache:
                 inputs = demo.encode(model, tokenizer, stack.prompt())
-                out = model.generate(**inputs, past_key_values=cache, max_new_tokens=3)
+                out = model.generate(**inputs, **with_cache(cache), max_new_tokens=3)
                 reply = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
                 right += stack.is_exact(reply)
         return right

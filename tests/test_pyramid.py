@@ -13,6 +13,7 @@ from zoo import build, prompt
 from pikv_hf import PiKVCache
 from pikv_hf.compressors import Fp8, Identity, Int2, Int4, Int8, LowRank, Pyramid
 from pikv_hf.compressors.observed_attention import asked, page_masses
+from pikv_hf.model.versions import with_cache
 from pikv_hf.pool import Pool
 from pikv_hf.schedulers import StreamingLLM
 
@@ -103,7 +104,7 @@ def test_bytes_are_the_sum_over_tiers(dtype) -> None:
     tiers = (Fp8(), Int4(), Int2())
     cache = PiKVCache(model, compressor=Pyramid(tiers=tiers), window=64)
     with torch.no_grad():
-        model(prompt(model, (512 + 64,))["input_ids"], past_key_values=cache)
+        model(prompt(model, (512 + 64,))["input_ids"], **with_cache(cache))
     pools = paged(cache)[0].pages.slabs
     assert {pool.compressor for pool in pools} == set(tiers)
     total = 0

@@ -12,6 +12,7 @@ from zoo import build, prompt
 from pikv_hf import COMPRESSORS, PiKVCache
 from pikv_hf.compressors import Identity
 from pikv_hf.context import take_layer
+from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import StreamingLLM
 
 
@@ -77,7 +78,7 @@ def test_a_full_cache_in_bfloat16_is_the_unit() -> None:
         model = build("mixtral", dtype=dtype, head_dim=64)
         cache = PiKVCache(model)
         with torch.no_grad():
-            model(prompt(model, (2500,))["input_ids"], past_key_values=cache)
+            model(prompt(model, (2500,))["input_ids"], **with_cache(cache))
         assert cache.report().bf16_ratio == pytest.approx(expected, rel=0.05)
         assert cache.report().ratio == pytest.approx(1.0, rel=0.05)
 
@@ -116,7 +117,7 @@ def test_remarks_have_a_column_where_there_are_any() -> None:
     for name, has_remark in (("mixtral", False), ("gpt_oss", True)):
         model = tiny(name, "eager")
         cache = PiKVCache(model)
-        model.generate(**prompt(model, ONE_ROW), past_key_values=cache, max_new_tokens=2)
+        model.generate(**prompt(model, ONE_ROW), **with_cache(cache), max_new_tokens=2)
         assert ("remark" in columns(str(cache.report()))) == has_remark
 
 

@@ -13,8 +13,9 @@ from transformers import DynamicCache
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.moving import side_by_side
 from pikv_hf.model.rotary import Rotary
+from pikv_hf.model.versions import with_cache
+from pikv_hf.moving import side_by_side
 from pikv_hf.schedulers import AdaKV, Random, StreamingLLM
 from pikv_hf.span import Span
 
@@ -54,7 +55,7 @@ class SideBySide:
             for layer in self.model.model.layers
         ]
         positions = torch.arange(start, start + len(ids))[None]
-        out = self.model(ids[None], position_ids=positions, past_key_values=cache)
+        out = self.model(ids[None], position_ids=positions, **with_cache(cache))
         for hook in hooks:
             hook.remove()
         rank = getattr(self.module, "kv_lora_rank", None)
@@ -218,6 +219,6 @@ def test_refused() -> None:
     positions = torch.arange(8).expand(3, 1, -1).clone()
     positions[1, 0, 3:5] = 3
     with pytest.raises(ValueError, match="images"), torch.no_grad():
-        seeing(input_ids=ids, position_ids=positions, past_key_values=cache)
+        seeing(input_ids=ids, position_ids=positions, **with_cache(cache))
     with pytest.raises(TypeError, match="`rerotate` is 1"):
         StreamingLLM(rerotate=1)

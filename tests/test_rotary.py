@@ -16,6 +16,7 @@ from zoo import build
 from pikv_hf.attach import _innermost, attention_modules
 from pikv_hf.model.latent import LatentQuery
 from pikv_hf.model.rotary import Rotary, rotaries
+from pikv_hf.model.versions import cache_in
 
 TOKENS, SHIFT = 24, 77
 # A head of Mistral 4 is longer than its rotary part, on which the zoo's tiny heads are modelled.
@@ -50,7 +51,7 @@ def keys_of(decoder, attention, ids: Tensor, positions: Tensor) -> dict[int, Ten
     out = decoder(inputs_embeds=embeds, position_ids=positions[None], use_cache=True)
     keys = {}
     for idx, (module, *_) in attention.items():
-        layer = out.past_key_values.layers[idx]
+        layer = cache_in(out).layers[idx]
         latent = hasattr(module, "kv_b_proj") and layer.keys.shape[1] == 1
         keys[idx] = torch.cat([layer.keys, layer.values], -1) if latent else layer.keys
     return keys

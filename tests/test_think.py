@@ -9,6 +9,7 @@ from zoo import prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.compressors import Pyramid, ThinK
+from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import StreamingLLM
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -107,9 +108,9 @@ def test_a_model_attends_to_what_is_left() -> None:
     model = tiny("mixtral")
     inputs = prompt(model, ONE_ROW)
     with PiKVCache(model, compressor=ThinK(0.5), **SMALL) as cache, torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **with_cache(cache))
         full = dynamic(model)
-        model(**inputs, past_key_values=full)
+        model(**inputs, **with_cache(full))
         for layer, exact in zip(paged(cache), full.layers, strict=True):
             (span,) = layer.pages.spans([0])
             original = exact.keys[:, :, : len(span)]
@@ -156,9 +157,9 @@ def test_latents_of_a_model() -> None:
     model = tiny("deepseek_v3")
     rank, inputs = model.config.kv_lora_rank, prompt(model, ONE_ROW)
     with PiKVCache(model, compressor=ThinK(0.5), **SMALL) as cache, torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **with_cache(cache))
         lossless = PiKVCache(model, **SMALL)
-        model(**inputs, past_key_values=lossless)
+        model(**inputs, **with_cache(lossless))
         for layer, exact in zip(paged(cache), paged(lossless), strict=True):
             ((span,), (original,)) = (each.pages.spans([0]) for each in (layer, exact))
             assert torch.equal(span["keys"][..., :rank], original["keys"][..., :rank])

@@ -1,4 +1,4 @@
-"""PiKVCache: the object that a user passes as `past_key_values`."""
+"""PiKVCache: the object that a user passes as `cache`."""
 
 import contextlib
 import copy
@@ -28,7 +28,7 @@ class PiKVCache(AttachedCache):
 
     ```python
     cache = PiKVCache(model)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)
     print(cache.report())
     ```
 
@@ -200,8 +200,8 @@ class PiKVCache(AttachedCache):
         ```python
         with cache.holding():
             for chunk in document.split(2048, dim=1):
-                model(chunk, past_key_values=cache)
-        answers = model.generate(**questions, past_key_values=cache.fork(n))
+                model(chunk, cache=cache)
+        answers = model.generate(**questions, cache=cache.fork(n))
         ```
 
         What is read in the block in several pieces ends as if it was read at once.
