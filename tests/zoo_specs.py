@@ -15,6 +15,7 @@ WIDE = 0.15  # at the usual 0.02 the logits are too flat to tell a right cache f
 GENERIC: dict[str, Any] = {
     # sizes
     "vocab_size": VOCAB,
+    "unpadded_vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": LAYERS,
@@ -183,6 +184,7 @@ SPECIAL: dict[str, Special] = {
     # index_kpool divides index_topk; no rotary part, so V is empty
     "glm5_next": Special({"index_kpool": 4, "qk_rope_head_dim": 0, "head_dim": 0}),
     "granitemoehybrid": Special({"layer_types": ["mamba", "attention"] * 2}),
+    "hy_v4_vl": Special(_rope(mrope_section=[1, 1, 2])),
     "inkling": Special(
         {
             "swa_num_attention_heads": 4,
