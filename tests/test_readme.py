@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from pikv_hf import PiKVCache
 from pikv_hf.cli import app
+from pikv_hf.model.versions import CACHE
 from pikv_hf.needles import NEEDLE_MODEL
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,7 @@ def test_python_blocks_run(capsys: pytest.CaptureFixture[str]):
     names: dict[str, Any] = {"PiKVCache": PiKVCache, "model": model, "inputs": inputs}
     assert len(blocks("python")) >= 2
     for block in blocks("python"):
+        block = block.replace("cache=cache", f"{CACHE}=cache")  # as older versions call it
         exec(block.replace(CHECKPOINT, str(NEEDLE_MODEL)), names)  # noqa: S102  our own text
         assert isinstance(names["output"], torch.Tensor)
     assert "tokens seen" in capsys.readouterr().out

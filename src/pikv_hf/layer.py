@@ -91,7 +91,8 @@ class PagedLayer(DynamicLayer):
             self.prompt_end = self.seen
         if self.unpaged is not None:
             self.shared.unpaged[self.layer_idx] = self.tail
-            return self.tail.view()
+            keys, values = self.tail.view()
+            return keys.to(key_states.dtype), values.to(value_states.dtype)
         self.awaits = "attention"
         CONTEXT.layer = self
         return key_states, value_states
