@@ -11,6 +11,7 @@ from common import OUT
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = [
+    "dtypes_cpu",
     "decode_cpu",
     "mla_cpu",
     "append_cpu",
