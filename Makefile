@@ -14,10 +14,10 @@ demo: install
 	$(BIN)/pikv demo $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-all: install
-	$(BIN)/python -m pytest --all-architectures $(ARGS)
+	$(BIN)/python -m pytest --all-architectures -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 # The tests on the newest versions that pyproject.toml allows.
 test-latest:

@@ -36,6 +36,18 @@ def poisoned() -> Iterator[None]:
         yield
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its notes to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["sweep"] = session.config.stash[SWEEP]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    for heading, notes in getattr(node, "workeroutput", {}).get("sweep", {}).items():
+        node.config.stash[SWEEP].setdefault(heading, {}).update(notes)
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for heading, notes in config.stash[SWEEP].items():
         terminalreporter.section(f"{heading}: {len(notes)}")

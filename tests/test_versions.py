@@ -4,12 +4,15 @@ import importlib.metadata
 import runpy
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from helpers import SMALL, assert_close, dynamic, tiny
+from pikv_kernels import partial_attention
+from pikv_kernels.weighted_attention import is_fast_bfloat16
 from torch import Tensor, nn
 from zoo import prompt
 
@@ -170,6 +173,24 @@ def test_attaching_to_a_tested_version_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PiKVCache(tiny("mixtral"))
+
+
+# ---- private operators of torch that a version lacks ------------------------------------------
+
+
+def test_without_the_fused_attention_the_reference_runs(monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 7, 16, generator=generator)
+    fused = partial_attention(query, key, value, None, 0.25)
+    monkeypatch.setattr(import_module("pikv_kernels.partial_attention"), "_flash_cpu", None)
+    reference = partial_attention(query, key, value, None, 0.25)
+    for ours, theirs in zip(reference, fused, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_without_its_probe_bfloat16_counts_as_slow(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert not is_fast_bfloat16(torch.zeros(1, dtype=torch.bfloat16))
 
 
 # ---- versions that are too old ----------------------------------------------------------------
