@@ -175,7 +175,7 @@ def test_attach_again() -> None:
 
 @families
 def test_deepcopy_of_an_attached_model(name) -> None:
-    """The copy is a plain model; a cache of its own can be attached to it."""
+    """The copy is a plain model; a cache of its own can be attached to it, and knows its tokens."""
     model = build(name)
     cache = PiKVCache(model, **SMALL)
     twin = copy.deepcopy(model)
@@ -190,6 +190,8 @@ def test_deepcopy_of_an_attached_model(name) -> None:
     changed = generate(twin, inputs, dynamic(twin))
     own = PiKVCache(twin, **SMALL)
     assert_same(generate(twin, inputs, own), changed)
+    with pytest.raises(ValueError, match="does not begin with the"):
+        generate(twin, prompt(twin, (60,) * 3, seed=1), own)
     assert_same(generate(model, inputs, cache), expected)
     own.detach()
     cache.detach()

@@ -4,8 +4,6 @@ import functools
 import re
 import threading
 import weakref
-from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, Pr
 
 from .attached import AttachedCache
 from .attention import NAME
+from .changes import Changes, is_changed
 from .checks import check_forward, check_generate
 from .context import CONTEXT
 from .model.gates import Gate, gates_of_layers
@@ -66,10 +65,8 @@ class Binding:
         self.gate_of = gates_of_layers(decoder, self.attention)
         self.users = 0
         self._has_gate_hooks = False
-        self._undo: list[Callable[[], None]] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
-        return self  # a copied model's hooks find that they are not of their own model
+        # By the id of the changed module, which keeps them alive.
+        self._changes: weakref.WeakValueDictionary[int, Changes] = weakref.WeakValueDictionary()
 
     @functools.cached_property
     def rotaries(self) -> dict[int, Rotary]:
@@ -96,8 +93,9 @@ class Binding:
                 self._restore()
 
     def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        for changes in list(self._changes.values()):
+            changes.undo()
+        self._changes.clear()
         self._has_gate_hooks = False
         model = self.model()
         if model is not None:
@@ -105,34 +103,42 @@ class Binding:
 
     def _attach(self) -> None:
         warn_if_untested()
-        model: Any = self.model()
+        model, decoder = self.model(), self.decoder()
+        assert model is not None and decoder is not None, "a cache is being attached to them"
+        if is_changed(decoder):
+            raise ValueError(
+                f"`model` is a {type(model).__name__} around a {type(decoder).__name__} that has "
+                "caches of another model: call `cache.detach()` on them first."
+            )
         _BINDINGS[model] = self
         for modules in self.attention.values():
             for module in modules:
-                self._undo.append(_shadow(module))
-        decoder: Any = self.decoder()
-        hooks = [
-            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after),
-            decoder.register_forward_hook(self._leave, always_call=True),
-        ]
-        self._undo += [hook.remove for hook in hooks]
+                self._of(module).put("config", _shadow(module))
+        changes = self._of(decoder)
+        changes.add(decoder.register_forward_pre_hook(self._before, with_kwargs=True))
+        changes.add(decoder.register_forward_hook(self._after))
+        changes.add(decoder.register_forward_hook(self._leave, always_call=True))
         if hasattr(model, "generate"):
-            model.generate = CheckedGenerate(model)
-            self._undo.append(functools.partial(_forget_generate, self.model))
+            self._of(model).put("generate", CheckedGenerate(model))
+
+    def _of(self, module: nn.Module) -> Changes:
+        """The changes of a module."""
+        return self._changes.get(id(module)) or self._changes.setdefault(
+            id(module), Changes(module)
+        )
 
     def _hook_gates(self) -> None:
         labels: dict[Gate, list[int]] = {}
         for idx, gate in self.gate_of.items():
             labels.setdefault(gate, []).append(idx)
         for gate, layers in labels.items():
-            self._undo.append(gate.hook(functools.partial(_label, layers)).remove)
+            self._of(gate.module).add(gate.hook(functools.partial(_label, layers)))
         self._has_gate_hooks = True
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if module is not self.decoder():
-            return  # a copy of the model, with a copy of this hook
+            return  # a shallow copy, which shares its hooks
         CONTEXT.cache = CONTEXT.layer = None  # of a forward that failed half-way
         CONTEXT.binding = self
         inputs = forward_inputs(module, args, kwargs)
@@ -148,7 +154,7 @@ class Binding:
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if CONTEXT.cache is not None and module is self.decoder():
+        if CONTEXT.cache is not None:
             CONTEXT.cache.end_forward(CONTEXT.ids)
 
     @torch.compiler.disable
@@ -162,11 +168,6 @@ def _length(inputs: dict[str, Any]) -> int:
     embeds = inputs.get("inputs_embeds")
     ids = embeds if embeds is not None else inputs.get("input_ids")
     return 0 if ids is None else ids.shape[1]
-
-
-def _forget_generate(model: weakref.ref[PreTrainedModel]) -> None:
-    if (owner := model()) is not None:
-        vars(owner).pop("generate", None)
 
 
 def _label(layers: list[int], experts: Tensor, weights: Tensor) -> None:
@@ -192,10 +193,6 @@ class CheckedGenerate:
             check_generate(cache, model, args, kwargs)
         return type(model).generate(model, *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo[id(self.model())]
-        return MethodType(type(copied).generate, copied)
-
 
 def _given(inputs: dict[str, Any]) -> AttachedCache | None:
     """The cache of ours among the arguments `inputs` of a model or of `generate`.
@@ -217,9 +214,9 @@ def _ours(cache: Any) -> AttachedCache | None:
     return cache if isinstance(cache, AttachedCache) else None
 
 
-def _shadow(module: Any) -> Callable[[], None]:
-    """Give one attention module a config of its own that names our function; returns the undo."""
-    original = getattr(module.config, "_pikv_original", module.config)  # of a copied model
+def _shadow(module: Any) -> PreTrainedConfig:
+    """A config for one attention module that names our function."""
+    original = module.config
     name = attention_implementation(original)
     if not has_readable_masks(name):
         raise ValueError(
@@ -228,14 +225,7 @@ def _shadow(module: Any) -> Callable[[], None]:
         )
     shadow: Any = with_attention_implementation(original, NAME)
     shadow._pikv_original = original
-    module.config = shadow
-    ref = weakref.ref(module)
-
-    def undo() -> None:
-        if (owner := ref()) is not None:
-            owner.config = original
-
-    return undo
+    return shadow
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
