@@ -179,18 +179,24 @@ def _label(layers: list[int], experts: Tensor, weights: Tensor) -> None:
 
 
 class CheckedGenerate:
-    """`model.generate`, which first refuses what would silently ignore or misread the cache."""
+    """`model.generate`, which first refuses what would silently ignore or misread the cache.
+
+    A `generate` that somebody put on this very model is called then, not the one of its class.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = weakref.ref(model)
-        self.__doc__ = type(model).generate.__doc__
-        self.__wrapped__ = type(model).generate
+        self.own = vars(model).get("generate")
+        self.__wrapped__ = self.own or type(model).generate
+        self.__doc__ = self.__wrapped__.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model()
         cache = _given(kwargs)
         if cache is not None:
             check_generate(cache, model, args, kwargs)
+        if self.own is not None:
+            return self.own(*args, **kwargs)
         return type(model).generate(model, *args, **kwargs)
 
 

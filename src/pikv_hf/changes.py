@@ -45,24 +45,25 @@ class Changes:
             hook.remove()
         module = self._module()
         if module is not None:
-            state = vars(module)
-            self._restore(state, {n for n, v in self._values.items() if state.get(n) is v})
+            self._restore(vars(module))
 
     def __call__(self, protocol: Any) -> tuple[Any, ...]:
         """What `__reduce_ex__` of the unchanged module returns."""
         module: Any = self._module()
         make, arguments, state, *rest = type(module).__reduce_ex__(module, protocol)
         state = dict(state)
-        self._restore(state, set(self._values))
+        self._restore(state)
         ours = {hook.id for hook in self._hooks}
         for name, value in state.items():
             if "hooks" in name and isinstance(value, dict):
                 state[name] = type(value)((k, v) for k, v in value.items() if k not in ours)
         return make, arguments, state, *rest
 
-    def _restore(self, state: dict[str, Any], names: set[str]) -> None:
-        """Give the attributes `names` in `state` the values they had before."""
-        for name in names:
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Give the attributes in `state` that are still ours the values they had before."""
+        for name, value in self._values.items():
+            if state.get(name) is not value:
+                continue
             if self._before[name] is _ABSENT:
                 del state[name]
             else:
