@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import build
 
-from pikv_hf.attach import _innermost, attention_modules
+from pikv_hf.attach import _innermost
 from pikv_hf.model.latent import LatentQuery
+from pikv_hf.model.modules import attention_modules
 from pikv_hf.model.rotary import Rotary, rotaries
 from pikv_hf.model.versions import cache_in
 

@@ -1,14 +1,13 @@
 """Binding caches to a model: shadow configs, gate hooks, checks; and taking it all back."""
 
 import functools
-import re
 import threading
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from .attached import AttachedCache
 from .attention import NAME
@@ -16,9 +15,9 @@ from .changes import Changes, is_changed
 from .checks import check_forward, check_generate
 from .context import CONTEXT
 from .model.gates import Gate, gates_of_layers
+from .model.modules import attention_modules
 from .model.rotary import Rotary, check_axes, rotaries
 from .model.versions import (
-    DynamicLayer,
     attention_implementation,
     forward_inputs,
     given_cache,
@@ -144,6 +143,8 @@ class Binding:
         inputs = forward_inputs(module, args, kwargs)
         cache = _given(inputs)
         if cache is None:
+            if CONTEXT.generating is not None and CONTEXT.generating.binding is self:
+                CONTEXT.generating.skip_forward()
             return
         check_forward(cache, self.model(), inputs)
         if cache.shared.needs_rotary:
@@ -195,9 +196,13 @@ class CheckedGenerate:
         cache = _given(kwargs)
         if cache is not None:
             check_generate(cache, model, args, kwargs)
-        if self.own is not None:
-            return self.own(*args, **kwargs)
-        return type(model).generate(model, *args, **kwargs)
+        outer, CONTEXT.generating = CONTEXT.generating, cache
+        try:
+            if self.own is not None:
+                return self.own(*args, **kwargs)
+            return type(model).generate(model, *args, **kwargs)
+        finally:
+            CONTEXT.generating = outer
 
 
 def _given(inputs: dict[str, Any]) -> AttachedCache | None:
@@ -232,35 +237,6 @@ def _shadow(module: Any) -> PreTrainedConfig:
     shadow: Any = with_attention_implementation(original, NAME)
     shadow._pikv_original = original
     return shadow
-
-
-def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
-    """The attention modules of the text decoder whose cache layer can be paged, by that layer."""
-    text_config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=model.config).layers
-    pageable = {i for i, layer in enumerate(layers) if type(layer) is DynamicLayer}
-    found: dict[int, list[nn.Module]] = {}
-    for module in _text_decoder(model).modules():
-        is_attention = re.search(r"(Attention|MLA)\d*$", type(module).__name__)
-        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
-        if not is_attention or not isinstance(config, type(text_config)):
-            continue
-        if index in pageable and not _is_shared(text_config, index):
-            found.setdefault(index, []).append(module)
-    # Attention classes that share a layer read each other's tensors in it (diffusion decoders).
-    return {idx: modules for idx, modules in found.items() if len(set(map(type, modules))) == 1}
-
-
-def _is_shared(text_config: PreTrainedConfig, idx: int) -> bool:
-    """Whether other layers reuse what this layer's `update` returns: it must return everything."""
-    modes = getattr(text_config, "kv_sharing_modes", None)
-    if modes is not None:
-        return modes[idx] == "store"
-    return bool(getattr(text_config, "num_kv_shared_layers", 0))
-
-
-def _text_decoder(model: PreTrainedModel) -> nn.Module:
-    return model.get_decoder() if model.config.is_encoder_decoder else model
 
 
 def _innermost(model: PreTrainedModel, parts: list[nn.Module]) -> PreTrainedModel:

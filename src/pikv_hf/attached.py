@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from typing_extensions import Self
 
-from .compressors import Identity
 from .context import CONTEXT
-from .eviction import output_weight
+from .fit import check_fit, warn_if_idle, warn_of_another_cache
 from .layer import PagedLayer
 from .model.geometry import head_dims
+from .model.modules import unpaged_reasons
 from .model.versions import is_tested, unsupported
 from .native import model_cache_class, reads_full_mask, release_prompt, with_native
-from .repetition import check_repetition, repeat
+from .repetition import repeat
 from .shared import Shared
 from .token_log import TokenLog
 
@@ -48,6 +48,8 @@ class AttachedCache(Cache):
     layers: list[Any]  # ours and every kind of transformers'
     binding: "Binding | None" = None
     _finalizer: Any = None
+    note: str | None = None  # Why the cache is not used any more.
+    _skipped, _has_warned = 0, False
     # Set where the model insists on a cache class of its own (MiniMax), which is then mixed in.
     plain_class: "type[AttachedCache] | None" = None
     native_class: type[DynamicCache] | None = None
@@ -74,9 +76,8 @@ class AttachedCache(Cache):
         model = unwrap(model)
         with LOCK:
             binding = binding_of(model)
-            self._check_fit(model, binding)
+            check_fit(self, model, binding)
             if self.shared.needs_rotary:
-                self._check_moves(binding)
                 self.shared.rotaries = binding.rotaries
             if not hasattr(self, "layers"):
                 self._fill(model.config, binding)
@@ -84,51 +85,8 @@ class AttachedCache(Cache):
         self.binding, self.shared.attached = binding, True
         self.shared.modules = {idx: found[0] for idx, found in binding.attention.items()}
         self._finalizer = weakref.finalize(self, binding.release)
+        warn_if_idle(self)
         return self
-
-    def _check_fit(self, model: PreTrainedModel, binding: "Binding") -> None:
-        """Refuse a model that this cache was not made for, or that has no gates to label by."""
-        if self.shared.needs_labels and not binding.gate_of:
-            shared = self.shared
-            name = "scheduler" if shared.router is None else "router"
-            raise ValueError(
-                f"`{name}` is {getattr(shared, name)}, which needs the gates of an MoE model; none "
-                f"is found in {type(model).__name__}."
-            )
-        scheduler = self.shared.scheduler
-        if scheduler is not None:
-            scheduler.check(model, len(binding.attention))
-            check_repetition(scheduler.repetition, model, self.native_class)
-            if "output" in scheduler.needs | scheduler.constant_needs:
-                for modules in binding.attention.values():
-                    output_weight(modules[0])
-        if not hasattr(self, "layers"):
-            self.shared.compressor.check(model)
-            return
-        same = type(model.config) is type(self.config) and self._paged() == sorted(
-            binding.attention
-        )
-        if not same:
-            raise ValueError(
-                f"this PiKVCache was made for a model of {type(self.config).__name__} with paged "
-                f"layers {self._paged()}; it cannot be attached to {type(model).__name__}."
-            )
-
-    def _check_moves(self, binding: "Binding") -> None:
-        """Refuse to move kept keys that nothing turns, or that would be encoded again each time."""
-        scheduler, compressor = self.shared.scheduler, self.shared.compressor
-        if scheduler is None or "rerotate" not in scheduler.needs:
-            return
-        if compressor != Identity():
-            raise ValueError(
-                f"`compressor` is {compressor}, but `scheduler` is {scheduler}, which moves keys again "
-                "and again: each time they would lose more. Use one without the other."
-            )
-        if all(rotary.is_identity for rotary in binding.rotaries.values()):
-            raise ValueError(
-                f"`scheduler` is {scheduler}, which moves keys by the rotary embedding of their "
-                "layer, but no layer that is paged has one."
-            )
 
     def detach(self) -> None:
         """Let go of the model, which is as it was before once its last cache has done so."""
@@ -153,6 +111,7 @@ class AttachedCache(Cache):
         self.config = config
         layers = DynamicCache(config=config).layers
         attention = {} if binding is None else binding.attention
+        self._native = {} if binding is None else unpaged_reasons(config, attention)
         for number, (idx, modules) in enumerate(sorted(attention.items())):
             layers[idx] = paged = PagedLayer(idx, self.shared, config)
             paged.place = (number, len(attention))
@@ -188,8 +147,20 @@ class AttachedCache(Cache):
         self.shared.others, self.shared.unpaged = others, {}
 
     def _paged(self) -> list[int]:
-        layers = self.layers + self._unwritten
-        return [idx for idx, layer in enumerate(layers) if isinstance(layer, PagedLayer)]
+        layers = enumerate(self.layers_to_be)
+        return [idx for idx, layer in layers if isinstance(layer, PagedLayer)]
+
+    @property
+    def layers_to_be(self) -> list[Any]:
+        """All layers, those that a model's own cache class has not yet got included."""
+        return self.layers + self._unwritten
+
+    @property
+    def unpaged(self) -> dict[int, str]:
+        """Why layers are not paged: from the start, or since their first tokens."""
+        ours = (layer for layer in self.layers if isinstance(layer, PagedLayer))
+        late = {layer.layer_idx: layer.unpaged for layer in ours if layer.unpaged is not None}
+        return self._native | late
 
     @property
     def rows(self) -> int | None:
@@ -238,6 +209,7 @@ class AttachedCache(Cache):
     def begin_forward(self, length: int) -> None:
         """A forward pass of `length` tokens begins: a prompt that was held back ends at 1."""
         shared = self.shared
+        self._skipped, self.note = 0, None
         shared.forget_notes()  # of a forward pass that failed, or of a `crop`
         if not shared.holds_prompts:
             return
@@ -247,6 +219,15 @@ class AttachedCache(Cache):
             shared.holding = True
         elif shared.holding:
             self.compress()
+
+    def skip_forward(self) -> None:
+        """A forward pass of `generate` goes without this cache, which was passed to it.
+
+        Guidance runs one of another prompt after each of ours; two are a cache that is given up.
+        """
+        self._skipped += 1
+        if self._skipped == 2:
+            self.note = warn_of_another_cache(self)
 
     def compress(self) -> None:
         """Seal, and drop what is over the budget, now: the end of a document, or of `holding()`."""
@@ -273,6 +254,9 @@ class AttachedCache(Cache):
                     "(`use_kernels=True`, MXFP4), load the model without it or use router=None."
                 )
         self.log.append(ids)
+        if self.shared.unpaged and not self._has_warned:
+            self._has_warned = True
+            warn_if_idle(self)
 
     def label(self, layer_idx: int, experts: Tensor, weights: Tensor) -> None:
         """Label the newest tokens of a layer: `experts` and `weights` [B * q, k]."""

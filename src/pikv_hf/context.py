@@ -16,10 +16,11 @@ class _Context(threading.local):
     cache: "AttachedCache | None" = None
     ids: Tensor | None = None
     layer: "PagedLayer | None" = None
+    generating: "AttachedCache | None" = None
 
 
 #: `binding` of the model that runs; `cache` and token `ids` of its forward pass; `layer` whose `update` ran last, until its attention
-#: function, which the model calls next, takes it.
+#: function, which the model calls next, takes it; `generating`, the cache that the running `generate` was given.
 CONTEXT = _Context()
 
 

@@ -47,7 +47,8 @@ class LayerReport:
 class Report:
     """What a cache holds. `full_nbytes` is what its paged layers would hold of all tokens seen in
     the model's dtype, padding included, plus what the other layers hold: a full cache's bytes.
-    `full_bf16_nbytes` is the same with paged layers in bfloat16. `tiers` is the sum of the layers'."""
+    `full_bf16_nbytes` is the same with paged layers in bfloat16. `tiers` is the sum of the layers'.
+    `note` says why the cache is not used any more, if the model has given it up."""
 
     seen_tokens: int
     nbytes: int
@@ -57,10 +58,12 @@ class Report:
     settings: dict[str, str]
     tiers: dict[str, int]
     layers: list[LayerReport]
+    note: str | None
 
     @classmethod
     def of(cls, cache: "PiKVCache") -> "Report":
-        layers = [_layer_report(idx, layer) for idx, layer in enumerate(cache.layers)]
+        why = cache.unpaged
+        layers = [_layer_report(idx, layer, why.get(idx)) for idx, layer in enumerate(cache.layers)]
         full, full_bf16 = (
             sum(
                 _full_nbytes(layer, size) if isinstance(layer, PagedLayer) else row.nbytes
@@ -73,7 +76,8 @@ class Report:
         settings = {name: repr(getattr(shared, name)) for name in names}
         seen, nbytes = cache.get_seq_length(), cache.nbytes
         tiers = {name: sum(row.tiers.get(name, 0) for row in layers) for name in TIERS}
-        return cls(seen, nbytes, full, full_bf16, shared.probe, settings, tiers, layers)
+        note = cache.note
+        return cls(seen, nbytes, full, full_bf16, shared.probe, settings, tiers, layers, note)
 
     @property
     def ratio(self) -> float:
@@ -110,6 +114,8 @@ class Report:
             title += f"\npages: {', '.join(places)}; files are not counted as held"
         has_remark = any(row.why for row in self.layers)
         optional = (("error", self.probe), ("remark", has_remark))
+        if self.note is not None:
+            title += f"\n{self.note}"
         table = Table(*HEADINGS, *(name for name, shown in optional if shown), title=title)
         for rows in _runs(self.layers):
             error = _rms([row.error for row in rows if row.error is not None])
@@ -164,20 +170,20 @@ def _rms(values: list[float]) -> float | None:
     return (sum(value**2 for value in values) / len(values)) ** 0.5 if values else None
 
 
-def _layer_report(idx: int, layer: Any) -> LayerReport:
+def _layer_report(idx: int, layer: Any, why: str | None) -> LayerReport:
     tensors = list(_layer_tensors(layer))
     nbytes = storage_bytes(tensors)
     if not isinstance(layer, PagedLayer):
         keys = getattr(layer, "keys", None)
         held = keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
-        why = "transformers' own layer"
+        why = why or "transformers' own layer"
         return LayerReport(idx, type(layer).__name__, False, why, 0, held, nbytes)
     held = layer.held_tokens() if layer.is_initialized else 0
     per_token = nbytes / _row_tokens(layer) if held else None
     ratio = _full_nbytes(layer, 2) / nbytes if held else None
     sizes = (held, nbytes, per_token, ratio, layer.probe.error)
-    if layer.unpaged is not None:
-        return LayerReport(idx, "full attention", False, layer.unpaged, 0, *sizes)
+    if why is not None:
+        return LayerReport(idx, "full attention", False, why, 0, *sizes)
     kind = "full attention" if layer.latent_rank is None else "latent attention"
     pages = sum(slab.page_count for slab in layer.pages.slabs)
     tiers = dict.fromkeys(TIERS, 0)

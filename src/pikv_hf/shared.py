@@ -13,7 +13,7 @@ from .compressors import Compressor, Identity
 from .memory import trim_heap
 from .model.rotary import Rotary
 from .pages import PageTable
-from .placement import Placement
+from .placement import Local, Placement
 from .routers import Router
 from .schedulers import Scheduler
 from .scratch import Scratch
@@ -91,6 +91,18 @@ class Shared:
         """About how many of the newest token ids are kept; None = all."""
         repeats = self.scheduler is None or self.scheduler.repetition is not None
         return None if repeats else MOST
+
+    @property
+    def methods(self) -> list[str]:
+        """The arguments by which something happens to pages."""
+        changes = {
+            "scheduler": self.scheduler,
+            "budget": self.budget,
+            "compressor": None if self.compressor == Identity() else self.compressor,
+            "router": self.router,
+            "placement": None if self.placement == Local() else self.placement,
+        }
+        return [name for name, value in changes.items() if value is not None]
 
     @property
     def saves_memory(self) -> bool:

@@ -1,0 +1,96 @@
+"""Whether a cache and a model fit, and which methods of the cache can do nothing for the model."""
+
+import warnings
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
+
+from .compressors import Identity
+from .eviction import output_weight
+from .repetition import check_repetition
+from .shared import Shared
+
+if TYPE_CHECKING:
+    from .attach import Binding
+    from .attached import AttachedCache
+
+
+def check_fit(cache: "AttachedCache", model: PreTrainedModel, binding: "Binding") -> None:
+    """Refuse a model that `cache` was not made for, or that has no gates to label by."""
+    shared = cache.shared
+    if shared.needs_labels and not binding.gate_of:
+        name = "scheduler" if shared.router is None else "router"
+        raise ValueError(
+            f"`{name}` is {getattr(shared, name)}, which needs the gates of an MoE model; none "
+            f"is found in {type(model).__name__}."
+        )
+    scheduler = shared.scheduler
+    if scheduler is not None:
+        scheduler.check(model, len(binding.attention))
+        check_repetition(scheduler.repetition, model, cache.native_class)
+        if "output" in scheduler.needs | scheduler.constant_needs:
+            for modules in binding.attention.values():
+                output_weight(modules[0])
+    if not hasattr(cache, "layers"):
+        shared.compressor.check(model)
+    elif type(model.config) is not type(cache.config) or cache._paged() != sorted(
+        binding.attention
+    ):
+        raise ValueError(
+            f"this PiKVCache was made for a model of {type(cache.config).__name__} with paged "
+            f"layers {cache._paged()}; it cannot be attached to {type(model).__name__}."
+        )
+    if shared.needs_rotary:
+        _check_moves(shared, binding)
+
+
+def _check_moves(shared: Shared, binding: "Binding") -> None:
+    """Refuse to move kept keys that nothing turns, or that would be encoded again each time."""
+    scheduler, compressor = shared.scheduler, shared.compressor
+    if scheduler is None or "rerotate" not in scheduler.needs:
+        return
+    if compressor != Identity():
+        raise ValueError(
+            f"`compressor` is {compressor}, but `scheduler` is {scheduler}, which moves keys again "
+            "and again: each time they would lose more. Use one without the other."
+        )
+    if all(rotary.is_identity for rotary in binding.rotaries.values()):
+        raise ValueError(
+            f"`scheduler` is {scheduler}, which moves keys by the rotary embedding of their "
+            "layer, but no layer that is paged has one."
+        )
+
+
+def warn_if_idle(cache: "AttachedCache") -> None:
+    """Warn if no layer can be paged, though methods were asked for that act on pages."""
+    reasons, idle = cache.unpaged, cache.shared.methods
+    if idle and len(reasons) == len(cache.layers_to_be):
+        names = " and ".join(f"`{name}`" for name in idle)
+        _warn(
+            f"{names} can do nothing for {type(cache.model).__name__}: {no_layer(reasons)}. "
+            "Everything is kept as it is."
+        )
+
+
+def no_layer(reasons: dict[int, str]) -> str:
+    """A sentence: no layer can be paged, and why."""
+    counts = Counter(reasons.values())
+    parts = (f"{count} of {len(reasons)} layers: {why}" for why, count in counts.items())
+    return f"no layer of it can be paged ({'; '.join(parts)})"
+
+
+def warn_of_another_cache(cache: "AttachedCache") -> str:
+    """Warn that `generate` goes on without `cache`, which it was given; returns the sentence."""
+    text = (
+        f"{type(cache.model).__name__} goes on with another cache behind {cache.get_seq_length()} "
+        "tokens: nothing of the PiKVCache that `generate` was given is read or written from there "
+        "on. Models with two rotary scales ('longrope') do so where a text exceeds "
+        "`original_max_position_embeddings`."
+    )
+    _warn(text)
+    return text
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=5)

@@ -1,0 +1,69 @@
+"""The attention modules of a model whose cache layers can be paged, and why other layers cannot."""
+
+import re
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from .versions import DynamicLayer
+
+# Layers of transformers by the name of their class; the first that is a base of a layer counts.
+_NATIVE = {
+    "DummyLayer": "no keys of its own",
+    "DynamicSlidingWindowLayer": "a sliding window, which is bounded already",
+    "DynamicIndexedLayer": "an indexer that chooses the keys",
+    "LinearAttentionAndFullAttentionLayer": "states of linear attention beside the keys",
+    "LinearAttentionLayer": "states of a fixed size, no keys",
+}
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
+    """The attention modules of the text decoder whose cache layer can be paged, by that layer."""
+    text_config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=model.config).layers
+    pageable = {i for i, layer in enumerate(layers) if type(layer) is DynamicLayer}
+    found: dict[int, list[nn.Module]] = {}
+    for module in _text_decoder(model).modules():
+        is_attention = re.search(r"(Attention|MLA)\d*$", type(module).__name__)
+        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+        if not is_attention or not isinstance(config, type(text_config)):
+            continue
+        if index in pageable and not _is_shared(text_config, index):
+            found.setdefault(index, []).append(module)
+    # Attention classes that share a layer read each other's tensors in it (diffusion decoders).
+    return {idx: modules for idx, modules in found.items() if len(set(map(type, modules))) == 1}
+
+
+def unpaged_reasons(config: PreTrainedConfig, paged: dict[int, Any]) -> dict[int, str]:
+    """Why each cache layer that is not in `paged` keeps transformers' own class, by layer."""
+    text_config = config.get_text_config(decoder=True)
+    reasons = {}
+    for idx, layer in enumerate(DynamicCache(config=config).layers):
+        if idx in paged:
+            continue
+        if type(layer) is not DynamicLayer:
+            reasons[idx] = _why_native(layer)
+        elif _is_shared(text_config, idx):
+            reasons[idx] = "keys and values that other layers reuse"
+        else:
+            reasons[idx] = "attention modules that PiKVCache does not know"
+    return reasons
+
+
+def _why_native(layer: Any) -> str:
+    bases = {base.__name__ for base in type(layer).__mro__}
+    why = next((why for name, why in _NATIVE.items() if name in bases), None)
+    return why or f"a cache layer of their own, {type(layer).__name__}"
+
+
+def _is_shared(text_config: PreTrainedConfig, idx: int) -> bool:
+    """Whether other layers reuse what this layer's `update` returns: it must return everything."""
+    modes = getattr(text_config, "kv_sharing_modes", None)
+    if modes is not None:
+        return modes[idx] == "store"
+    return bool(getattr(text_config, "num_kv_shared_layers", 0))
+
+
+def _text_decoder(model: PreTrainedModel) -> nn.Module:
+    return model.get_decoder() if model.config.is_encoder_decoder else model
