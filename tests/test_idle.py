@@ -48,6 +48,18 @@ def test_no_layer_can_be_paged(name, methods) -> None:
     assert why.split(",")[0] in re.sub(r"[\s│]+", " ", str(report))
 
 
+@pytest.mark.parametrize("methods", [{"router": "all"}, {"scheduler": "expert", "budget": 8}])
+@pytest.mark.parametrize("name", IDLE)
+def test_no_layer_to_label(name, methods) -> None:
+    """The gates are there: it is the layers that are missing."""
+    fields, _, why = IDLE[name]
+    model = build(name, **fields)
+    match = f"^`{next(iter(methods))}` is .*nothing to label: no layer.* layers: {why}"
+    with pytest.raises(ValueError, match=match):
+        PiKVCache(model, **methods, **{**SMALL, "window": 2})
+    assert "generate" not in vars(model)
+
+
 @pytest.mark.parametrize("name", LATE)
 def test_no_layer_can_be_read(name) -> None:
     model = build(name)

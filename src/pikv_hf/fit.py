@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from .compressors import Identity
 from .eviction import output_weight
+from .model.modules import unpaged_reasons
 from .repetition import check_repetition
 from .shared import Shared
 
@@ -20,10 +21,12 @@ def check_fit(cache: "AttachedCache", model: PreTrainedModel, binding: "Binding"
     """Refuse a model that `cache` was not made for, or that has no gates to label by."""
     shared = cache.shared
     if shared.needs_labels and not binding.gate_of:
-        name = "scheduler" if shared.router is None else "router"
+        name, title = "scheduler" if shared.router is None else "router", type(model).__name__
+        why = f"none is found in {title}"
+        if not binding.attention:
+            why = f"{title} has nothing to label: {no_layer(unpaged_reasons(model.config, {}))}"
         raise ValueError(
-            f"`{name}` is {getattr(shared, name)}, which needs the gates of an MoE model; none "
-            f"is found in {type(model).__name__}."
+            f"`{name}` is {getattr(shared, name)}, which needs the gates of an MoE model; {why}."
         )
     scheduler = shared.scheduler
     if scheduler is not None:
