@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from typing_extensions import Self
 
 from .context import CONTEXT
-from .fit import check_fit, warn_if_idle, warn_of_another_cache
+from .fit import check_fit, unheard, unlabelled, warn_if_idle, warn_of_another_cache
 from .layer import PagedLayer
 from .model.geometry import head_dims
 from .model.modules import unpaged_reasons
@@ -248,11 +248,7 @@ class AttachedCache(Cache):
                     raise RuntimeError(
                         f"{unsupported()}: layer {layer.layer_idx} was not heard in a forward pass."
                     )
-                raise RuntimeError(
-                    f"layer {layer.layer_idx}: PiKVCache did not see the {layer.awaits} of this "
-                    "forward pass. If a kernel or quantized module replaced the model's own "
-                    "(`use_kernels=True`, MXFP4), load the model without it or use router=None."
-                )
+                raise RuntimeError(unheard(self, layer.layer_idx, layer.awaits))
         self.log.append(ids)
         if self.shared.unpaged and not self._has_warned:
             self._has_warned = True
@@ -262,7 +258,9 @@ class AttachedCache(Cache):
         """Label the newest tokens of a layer: `experts` and `weights` [B * q, k]."""
         layer = self.layers[layer_idx]
         if isinstance(layer, PagedLayer) and layer.awaits == "experts":
-            shape = (layer.tail.batch, -1, experts.shape[-1])
+            shape = (layer.tail.batch, layer.tail.unlabelled, experts.shape[-1])
+            if len(experts) != shape[0] * shape[1]:
+                raise RuntimeError(unlabelled(self, layer_idx, len(experts), shape[0] * shape[1]))
             layer.label(experts.view(shape), weights.detach().view(shape))
 
     def __getstate__(self) -> dict[str, Any]:

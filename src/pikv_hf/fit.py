@@ -2,12 +2,13 @@
 
 import warnings
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from .compressors import Identity
 from .eviction import output_weight
+from .model.gates import all_gates
 from .model.modules import unpaged_reasons
 from .repetition import check_repetition
 from .shared import Shared
@@ -21,12 +22,10 @@ def check_fit(cache: "AttachedCache", model: PreTrainedModel, binding: "Binding"
     """Refuse a model that `cache` was not made for, or that has no gates to label by."""
     shared = cache.shared
     if shared.needs_labels and not binding.gate_of:
-        name, title = "scheduler" if shared.router is None else "router", type(model).__name__
-        why = f"none is found in {title}"
-        if not binding.attention:
-            why = f"{title} has nothing to label: {no_layer(unpaged_reasons(model.config, {}))}"
+        name = "scheduler" if shared.router is None else "router"
         raise ValueError(
-            f"`{name}` is {getattr(shared, name)}, which needs the gates of an MoE model; {why}."
+            f"`{name}` is {getattr(shared, name)}, which needs the gates of an MoE model; "
+            f"{type(model).__name__} {_why_no_labels(model, binding)}."
         )
     scheduler = shared.scheduler
     if scheduler is not None:
@@ -46,6 +45,15 @@ def check_fit(cache: "AttachedCache", model: PreTrainedModel, binding: "Binding"
         )
     if shared.needs_rotary:
         _check_moves(shared, binding)
+
+
+def _why_no_labels(model: PreTrainedModel, binding: "Binding") -> str:
+    if not binding.attention:
+        return f"has nothing to label: {no_layer(unpaged_reasons(model.config, {}))}"
+    decoder: Any = binding.decoder()
+    if any(all_gates(decoder)):
+        return "has none that runs behind an attention layer which is paged"
+    return "has none that is found"
 
 
 def _check_moves(shared: Shared, binding: "Binding") -> None:
@@ -81,6 +89,29 @@ def no_layer(reasons: dict[int, str]) -> str:
     counts = Counter(reasons.values())
     parts = (f"{count} of {len(reasons)} layers: {why}" for why, count in counts.items())
     return f"no layer of it can be paged ({'; '.join(parts)})"
+
+
+def unheard(cache: "AttachedCache", layer_idx: int, what: str) -> str:
+    """A sentence: `what`, attention or experts, did not show in a forward pass."""
+    start = f"layer {layer_idx}: PiKVCache did not see the {what} of this forward pass: "
+    binding = cache.binding
+    if what == "attention" or binding is None:
+        return f"{start}the attention module did not call the attention function of its config."
+    return (
+        f"{start}{type(binding.gate_of[layer_idx].module).__name__} was not called, as where a "
+        "kernel (`use_kernels=True`) or a quantized block chooses the experts itself. Load the "
+        "model without it, or use router=None and a scheduler that needs no experts."
+    )
+
+
+def unlabelled(cache: "AttachedCache", layer_idx: int, heard: int, tokens: int) -> str:
+    """A sentence: a gate chose experts for `heard` of `tokens` tokens."""
+    assert cache.binding is not None, "a gate of the model was heard"
+    return (
+        f"layer {layer_idx}: {type(cache.binding.gate_of[layer_idx].module).__name__} was called "
+        f"for {heard} of {tokens} tokens, as where images have experts of their own: use "
+        "router=None and a scheduler that needs no experts."
+    )
 
 
 def warn_of_another_cache(cache: "AttachedCache") -> str:

@@ -165,7 +165,7 @@ class PagedLayer(DynamicLayer):
             self._mask = mask if mask.dim() == 2 else mask[:, :1, -1:]
         if self.shared.holding and self.observed.pending is not None:
             settle_held(self, self._mask)
-        if self.has_gate and self.shared.needs_labels:
+        if self.has_gate and self.shared.needs_labels and self.unpaged is None:
             self.awaits = "experts"
         else:
             self.awaits = None

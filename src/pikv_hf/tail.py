@@ -67,6 +67,11 @@ class Tail:
         if self.labels is not None:
             self.labels = self.labels.narrow(0, length)
 
+    @property
+    def unlabelled(self) -> int:
+        """The newest tokens of each row that have no labels yet."""
+        return self.length - (0 if self.labels is None else len(self.labels))
+
     def label(self, labels: Span) -> None:
         self.labels = labels if self.labels is None else self.labels.then(labels)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from .modules import is_attention
 from .versions import declared_gates
 
 # Called with the experts and their weights, [B * q, k] each, of the tokens of a forward pass.
@@ -52,14 +53,22 @@ class GateOutput:
         return self.module.register_forward_hook(heard)
 
     def _choice(self, output: Any) -> tuple[Tensor, Tensor]:
-        """The k largest logits, with the gate's own scores of all experts or else the softmax."""
+        """What the gate says it chose, or else the k largest logits with the gate's own scores of all
+        experts, or else the softmax."""
         parts = [output] if isinstance(output, Tensor) else list(output)
         logits = parts.pop(self.logits_index if len(parts) > 1 else 0)
         logits = logits.reshape(-1, logits.shape[-1])
-        experts = logits.topk(self.top_k, dim=-1).indices
-        own = [p for p in parts if isinstance(p, Tensor) and p.shape == logits.shape]
-        scores = own[0] if own else logits.float().softmax(-1)
-        return experts, scores.gather(1, experts).to(logits.dtype)
+        parts = [part for part in parts if isinstance(part, Tensor)]
+        chosen = [part for part in parts if part.shape == (len(logits), self.top_k)]
+        experts = next((part for part in chosen if not part.is_floating_point()), None)
+        weights = next((part for part in chosen if part.is_floating_point()), None)
+        if experts is None:
+            experts, weights = logits.topk(self.top_k, dim=-1).indices, None
+        if weights is None:
+            own = [p for p in parts if p.shape == logits.shape and p.is_floating_point()]
+            scores = own[0] if own else logits.float().softmax(-1)
+            weights = scores.gather(1, experts).to(logits.dtype)
+        return experts, weights
 
 
 Gate = ExpertsCall | GateOutput
@@ -70,8 +79,9 @@ def gates_of_layers(
 ) -> dict[int, Gate]:
     """For each cache layer the gate that labels its tokens: the first that runs after its attention
     and before the next paged attention. Layers without one (dense ones) are left out."""
-    gates: dict[int, Gate] = {_block(name): gate for name, gate in _declared_gates(decoder)}
-    gates |= {_block(name): gate for name, gate in _experts_calls(decoder)}
+    gates: dict[int, Gate] = {}
+    for name, gate in all_gates(decoder):
+        gates.setdefault(_block(name), gate)
     names = {id(module): name for name, module in decoder.named_modules()}
     layer_of: dict[int, int] = {}
     for idx, modules in sorted(attention.items()):
@@ -83,6 +93,18 @@ def gates_of_layers(
         if own:
             found[idx] = gates[own[0]]
     return found
+
+
+def all_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, Gate]]:
+    """The gates of all experts by name, those first that tell best what runs.
+
+    A router inside an attention module (JetMoE) chooses among projections, before the token is
+    cached: it is left out.
+    """
+    inside = tuple(f"{name}." for name, part in decoder.named_modules() if is_attention(part))
+    for name, gate in (*_experts_calls(decoder), *_declared_gates(decoder)):
+        if not name.startswith(inside):
+            yield name, gate
 
 
 def _block(name: str) -> int:

@@ -8,14 +8,20 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .versions import DynamicLayer
 
-# Layers of transformers by the name of their class; the first that is a base of a layer counts.
+# What layers have that transformers holds in a class of this name.
 _NATIVE = {
     "DummyLayer": "no keys of its own",
     "DynamicSlidingWindowLayer": "a sliding window, which is bounded already",
     "DynamicIndexedLayer": "an indexer that chooses the keys",
     "LinearAttentionAndFullAttentionLayer": "states of linear attention beside the keys",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "a sliding window, which is bounded already",
     "LinearAttentionLayer": "states of a fixed size, no keys",
 }
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the class of `module` is called as attention classes are."""
+    return re.search(r"(Attention|MLA)\d*$", type(module).__name__) is not None
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
@@ -25,9 +31,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
     pageable = {i for i, layer in enumerate(layers) if type(layer) is DynamicLayer}
     found: dict[int, list[nn.Module]] = {}
     for module in _text_decoder(model).modules():
-        is_attention = re.search(r"(Attention|MLA)\d*$", type(module).__name__)
         index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
-        if not is_attention or not isinstance(config, type(text_config)):
+        if not is_attention(module) or not isinstance(config, type(text_config)):
             continue
         if index in pageable and not _is_shared(text_config, index):
             found.setdefault(index, []).append(module)
@@ -43,18 +48,13 @@ def unpaged_reasons(config: PreTrainedConfig, paged: dict[int, Any]) -> dict[int
         if idx in paged:
             continue
         if type(layer) is not DynamicLayer:
-            reasons[idx] = _why_native(layer)
+            kind = type(layer).__name__
+            reasons[idx] = _NATIVE.get(kind, f"a cache layer of their own, {kind}")
         elif _is_shared(text_config, idx):
             reasons[idx] = "keys and values that other layers reuse"
         else:
             reasons[idx] = "attention modules that PiKVCache does not know"
     return reasons
-
-
-def _why_native(layer: Any) -> str:
-    bases = {base.__name__ for base in type(layer).__mro__}
-    why = next((why for name, why in _NATIVE.items() if name in bases), None)
-    return why or f"a cache layer of their own, {type(layer).__name__}"
 
 
 def _is_shared(text_config: PreTrainedConfig, idx: int) -> bool:
