@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import forward, generate, paged, tiny
+from helpers import chunks, forward, generate, paged, tiny
 from test_schedulers import kept
 from zoo import prompt
 
@@ -49,6 +49,45 @@ def test_prefill_and_decode(budget, expected) -> None:
     cache = PiKVCache(model, scheduler="knorm", budget=budget, interval=1, **SMALL)
     for seen, tokens in read(cache, model, prompt(model, (80,)), 40):
         assert tokens == expected(seen), seen
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "budget", "options"),
+    [
+        ("mixtral", "knorm", 0.125, {}),
+        ("mixtral", "knorm", {"prefill": 0.9, "decode": 0.1}, {"page_size": 8}),
+        ("gpt_oss", "adakv", 0.25, {"page_size": 4, "window": 128}),
+        ("deepseek_v3", "knorm", 0.25, {"page_size": 8, "sinks": 8}),
+        ("qwen3_next", "adakv", {"prefill": 0.25}, {"page_size": 8}),
+    ],
+    ids=str,
+)
+def test_a_share_is_never_exceeded(name, method, budget, options) -> None:
+    """By more than a page: not by a row of a batch, nor while a text is short, nor as it grows."""
+    model, length, first = tiny(name), 220, 200
+    inputs = prompt(model, (length, 150))
+    cache = PiKVCache(model, scheduler=method, budget=budget, **options)
+    amounts = make_budget(budget)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for start, end in chunks(length, first):
+        forward(model, ids[:, start:end], mask[:, :end], cache)
+        for layer in paged(cache):
+            for row, seen in enumerate(mask[:, :end].sum(-1).tolist()):
+                allowed = amounts.tokens(seen, end - first, int)
+                pages = layer.pages.held(row)
+                assert pages is not None, "it is long enough for a choice"
+                held = pages.double().mean() + min(seen, layer.tail.length)
+                assert allowed / 2 <= held <= allowed + cache.shared.page_size, (row, end)
+
+
+def test_defaults_leave_a_choice() -> None:
+    """At 512 tokens half of a share is for the scheduler to fill; a short text may be held whole."""
+    model = tiny("mixtral", max_position_embeddings=1024)
+    for budget, length, least in ((0.125, 512, 32), (0.25, 512, 64), (0.25, 70, 0)):
+        cache = PiKVCache(model, scheduler="knorm", budget=budget)
+        inputs = prompt(model, (length,))
+        forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
+        assert held(cache) - paged(cache)[0].tail.length == least
 
 
 def test_interval() -> None:

@@ -32,15 +32,23 @@ class Budget:
         `seen`: the tokens of the row, padding not counted, the newest `generated` of them behind
         its prompt. `tokens_in` says how many tokens fit into bytes of the whole cache.
         """
-        if generated and self.decode is not None:
-            return _tokens(self.decode, seen, tokens_in)
-        if self.prefill is None:
+        amount = self.in_force(generated)
+        if amount is None:
             return None
-        return _tokens(self.prefill, seen - generated, tokens_in) + generated
+        adds = generated if self.decode is None else 0
+        return _tokens(amount, seen - adds, tokens_in) + adds
+
+    def in_force(self, generated: int) -> Amount | None:
+        """The amount that counts when `generated` tokens are behind the prompt."""
+        return self.decode if generated and self.decode is not None else self.prefill
 
     @property
     def is_in_bytes(self) -> bool:
         return isinstance(self.prefill, str) or isinstance(self.decode, str)
+
+    @property
+    def has_share(self) -> bool:
+        return isinstance(self.prefill, float) or isinstance(self.decode, float)
 
     @property
     def least_count(self) -> int | None:

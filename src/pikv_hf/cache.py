@@ -59,8 +59,9 @@ class PiKVCache(AttachedCache):
             router, pages carry the experts that the model chose for their tokens.
         placement: where pages live: a name of `PLACEMENTS` or a `Placement`.
         page_size: tokens of a page.
-        window: newest tokens that are never sealed (nor compressed or dropped); None = 128, at most
-            half of a budget given in tokens, and 512 where nothing is compressed or dropped.
+        window: newest tokens that are not sealed (nor compressed or dropped); None = 128, at most
+            half of a budget given in tokens or as a share, and 512 where nothing is compressed or
+            dropped. Where a budget is a share, it is smaller while that comes to no more.
         probe: measure, whenever pages are sealed, what that does to the output of attention, for
             `report()`. It costs as much as sealing twice, and attention of 16 queries.
 

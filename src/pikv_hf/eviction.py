@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .beside import bytes_beside
+from .allowance import row_window, sealed_tokens
 from .counting import write_counted
 from .moving import moves, side_by_side, with_rest
-from .pages import MAX_GROWTH, MIN_GROWTH
 from .records import settled, with_record
 from .schedulers import Scheduler, Tokens
 from .span import Span
@@ -45,7 +44,9 @@ def kept(
         once = _tokens(layer, rows, new, count, scheduler, scheduler.constant_needs)
         with torch.no_grad():
             new = new.joined(Span({"constant": scheduler.constant(once)}))
-    budget = _sealed_budget(layer, layer.left[rows[0]], count, scheduler)
+    left = layer.left[rows[0]]
+    seen = left + layer.tail.length - count
+    budget = sealed_tokens(layer, seen, left)
     is_within = budget is None or _fits(layer, rows[0], len(new), budget, scheduler)
     if is_within and not scheduler.records:
         return new, 0
@@ -55,7 +56,7 @@ def kept(
     if is_within or budget is None:
         return span.front(), 0
     tokens = _tokens(layer, rows, span, count, scheduler, scheduler.needs)
-    to_follow = _to_follow(layer, budget, scheduler)
+    to_follow = _to_follow(layer, seen, budget)
     keep = scheduler.keep(tokens, budget - to_follow)
     if scheduler.controls:
         layer.observed.set_control(rows, scheduler.controlled(tokens, keep))
@@ -104,7 +105,7 @@ def _fits(layer: "PagedLayer", row: int, new: int, budget: int, scheduler: Sched
     return math.ceil(held.mean()) + new <= budget
 
 
-def _to_follow(layer: "PagedLayer", budget: int, scheduler: Scheduler) -> int:
+def _to_follow(layer: "PagedLayer", seen: int, budget: int) -> int:
     """How many tokens less than the `budget` of pages stay, so that others are not due at once.
 
     0 while a prompt is read, which is to keep what it may.
@@ -113,60 +114,10 @@ def _to_follow(layer: "PagedLayer", budget: int, scheduler: Scheduler) -> int:
         return 0
     page_size, interval = layer.shared.page_size, layer.shared.interval
     pages = math.ceil(interval / page_size) if interval else 0
-    pages = pages or (budget + layer.shared.window) // (INTERVALS * page_size)
+    pages = pages or (budget + row_window(layer, seen)) // (INTERVALS * page_size)
     # A page is about to be sealed: the others are to follow.
-    least = max(scheduler.least, layer.shared.sinks, budget // 2)
+    least = max(layer.shared.least, budget // 2)
     return max(min((pages - 1) * page_size, budget - least), 0)
-
-
-def _sealed_budget(layer: "PagedLayer", left: int, count: int, scheduler: Scheduler) -> int | None:
-    """How many tokens of each KV head, of `left` that have left the tail, may be sealed."""
-    shared, tail = layer.shared, layer.tail.length
-    seen = left + tail - count
-    if shared.budget is None:
-        budget = scheduler.budget(seen)
-    else:
-        budget = shared.budget.tokens(seen, layer.generated, lambda n: _tokens_in(layer, n))
-    if budget is None:
-        return None
-    least = max(scheduler.least, shared.sinks)
-    budget = max(budget - min(shared.window, tail), least)
-    return max(scheduler.layer_budget(budget, left, *layer.place), least)
-
-
-def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
-    """Tokens of each row and KV head, open ones included, for which `nbytes` of a cache suffice.
-
-    Raises:
-        ValueError: they do not suffice for the open tokens alone.
-    """
-    shared, tail = layer.shared, layer.tail
-    beside = bytes_beside(layer)
-    share = max(nbytes - beside, 0) // (layer.place[1] - len(shared.unpaged))
-    owners, size = tail.batch * tail.keys.shape[1], tail.keys.element_size()
-    dims = tail.keys.shape[3], tail.values.shape[3]
-    fixed = (shared.window + shared.page_size) * sum(dims) * size * owners
-    others = [*layer.observed.tensors(), *layer.pages.compressor.tensors()]
-    others += layer.scheduler_tensors()
-    fixed += sum(tensor.nbytes for tensor in others if tensor is not layer.observed.counted)
-    per_token = layer.pages.compressor.bytes_per_token(*dims, size)
-    # Its position, its record, and the one that attention adds to; what never changes.
-    per_token += 4 + 4 * (layer.observed.numbers + layer.observed.width)
-    per_token += 4 * shared.scheduler.constants if shared.scheduler else 0
-    if tail.labels is not None:
-        labels = tail.labels.tensors.values()
-        per_token += sum(t[0, 0, 0].numel() * t.element_size() for t in labels)
-    if share <= fixed:
-        raise ValueError(
-            f"`budget` is {nbytes} bytes, of which layers that are not paged and token ids take "
-            f"{beside}. That leaves {share} for layer {layer.layer_idx}, but its open tokens alone "
-            f"take {fixed} in this batch of {tail.batch}: give more, or a smaller `window`, "
-            "`page_size` or batch."
-        )
-    sealed = int((share - fixed) / (owners * per_token))
-    # Room that pages are given for later ones, and a page that is not full.
-    room = min(max(sealed // 17, MIN_GROWTH * shared.page_size), MAX_GROWTH * shared.page_size)
-    return max(sealed - room - shared.page_size, 0) + min(shared.window, tail.length)
 
 
 def _tokens(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .allowance import excess
 from .checks import check_crop
 from .context import CONTEXT
 from .guard import Guard
@@ -47,14 +48,14 @@ class PagedLayer(DynamicLayer):
         self.seen = 0
         # `seen` at the end of the prompt; what came later was generated.
         self.prompt_end = 0
+        self._due = 0  # `seen` from which on some of the tail may have to be sealed
         # Tokens of each row, padding not counted, that are no longer in the tail.
         self.left: list[int] = []
         self.unpaged: str | None = None
         # Width of the latent that `kv_b_proj` expands; None when keys and values are cached as such.
         self.latent_rank: int | None = None
         self.expected_rank: int | None = None
-        self.has_gate = False
-        self.is_first = False
+        self.has_gate = self.is_first = False
         self.awaits: str | None = None
         self._mask: Tensor | None = None
         self._geometry: tuple[Any, ...] = ()
@@ -88,7 +89,7 @@ class PagedLayer(DynamicLayer):
             self.tail.append(keys, values, self._capacity, scratch)
         self.seen += key_states.shape[2]
         if self.is_first or (key_states.shape[2] > 1 and not self.record_past):
-            self.prompt_end = self.seen
+            self.prompt_end, self._due = self.seen, 0
         if self.unpaged is not None:
             self.shared.unpaged[self.layer_idx] = self.tail
             keys, values = self.tail.view()
@@ -179,15 +180,17 @@ class PagedLayer(DynamicLayer):
         self.seal()
 
     def seal(self) -> None:
-        """Move the oldest tokens of a full tail into pages; `window` or more tokens stay open."""
+        """Move the oldest tokens of a full tail into pages."""
         if not self._seals:
             return
-        excess = self.tail.length - self.shared.window
-        count = excess // self.shared.page_size * self.shared.page_size
-        if count > 0:
-            seal_oldest(self, count, self._mask)
+        count = 0
+        if self.seen >= self._due:
+            count, due = excess(self)
+            if count > 0:
+                seal_oldest(self, count, self._mask)
+            self._due = due
         if count > 0 or self.is_first:
-            self.tail.drop(max(count, 0), self._capacity, self.shared.scratch)
+            self.tail.drop(count, self._capacity, self.shared.scratch)
         self._mask = None
 
     def compress(self) -> None:
@@ -225,7 +228,7 @@ class PagedLayer(DynamicLayer):
         mask = self._mask
         self.tail.truncate(max(target - sealed, 0))
         self.observed.truncate(-tokens_to_remove, self.tail.length)
-        self.seen, self.prompt_end = target, min(self.prompt_end, target)
+        self.seen, self.prompt_end, self._due = target, min(self.prompt_end, target), 0
         if self.record_past:
             self._mask = mask if mask is None else mask[..., : mask.shape[-1] + tokens_to_remove]
 
@@ -238,7 +241,8 @@ class PagedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens; the layer can be used for another batch, dtype or device."""
-        self._tail, self.seen, self.prompt_end, self.is_first = None, 0, 0, False
+        self._tail, self.is_first = None, False
+        self.seen = self.prompt_end = self._due = 0
         self.pages.slabs = []
         self.observed = self.observed.anew()
         self.guard.reset()

@@ -95,6 +95,7 @@ def make_shared(
         placement=resolve("placement", placement, PLACEMENTS, Placement) or Local(),
         page_size=check_count("page_size", page_size),
         window=0,
+        has_given_window=window is not None,
         budget=amounts,
         sinks=sinks,
         interval=interval,

@@ -36,6 +36,7 @@ class Shared:
     placement: Placement
     page_size: int
     window: int
+    has_given_window: bool = False
     budget: Budget | None = None
     sinks: int = 0
     # Tokens that are generated from one eviction to the next; each drops so many that they fit.
@@ -85,6 +86,16 @@ class Shared:
         """Whether tokens carry the experts that the model's gates chose for them."""
         wanted = self.scheduler is not None and "experts" in self.scheduler.needs
         return wanted or self.router is not None
+
+    @functools.cached_property
+    def least(self) -> int:
+        """The first tokens of each row that stay whatever the budget is: sinks."""
+        return max(self.sinks, 0 if self.scheduler is None else self.scheduler.least)
+
+    @functools.cached_property
+    def has_share(self) -> bool:
+        """Whether a budget grows with the tokens that are seen, and the open ones with it."""
+        return self.budget is not None and self.budget.has_share
 
     @property
     def most_ids(self) -> int | None:
