@@ -12,6 +12,7 @@ import torch
 from pikv_kernels import add_sink, merge_partial, partial_attention
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .context import take_layer
 from .counting import attend_counting, counted_slabs
 from .layer import PagedLayer
@@ -69,7 +70,7 @@ def _observe(
     newest = query[:, :, -layer.observed.limit :]
     if layer.latent_rank is not None:
         newest = LatentQuery(module, newest, layer.latent_rank).absorb(newest)
-    layer.observe(newest, mask, scale)
+    layer.observe(newest.to(layer.tail.keys.dtype), mask, scale)
 
 
 def attend(
@@ -85,11 +86,22 @@ def attend(
     `query` [B, Hq, q, D]; `mask` as the model made it, its last columns being the tail's;
     `sink` [Hq], logits of a key without a value.
     """
-    batch, heads, length, _ = query.shape
-    latent = None
+    dtype, latent = query.dtype, None
     if layer.latent_rank is not None:
         latent = LatentQuery(module, query, layer.latent_rank)
         query = latent.absorb(query)
+    out = _attend(layer, query.to(layer.tail.keys.dtype), mask, scale, sink).to(dtype)
+    if latent is not None:
+        out = latent.expand(out)
+    return out.transpose(1, 2)
+
+
+@without_autocast
+def _attend(
+    layer: PagedLayer, query: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None
+) -> Tensor:
+    """`attend` of `query` [B, Hq, q, D] as it meets what is cached: `[B, Hq, q, Dv]`."""
+    batch, heads, length, _ = query.shape
     # The queries of one KV head stand side by side, so that a key is read once for all of them.
     packed = query.reshape(batch, layer.tail.keys.shape[1], -1, query.shape[3])
     layer.shared.read_ahead(layer.place[0] + 1)
@@ -103,10 +115,7 @@ def attend(
     out = out.reshape(batch, heads, length, -1)
     if sink is not None:
         out = add_sink(out, lse.reshape(batch, heads, length), sink.view(1, -1, 1))
-    out = out.to(query.dtype)
-    if latent is not None:
-        out = latent.expand(out)
-    return out.transpose(1, 2)
+    return out
 
 
 def _attend_all(

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .allowance import excess
+from .autocast import without_autocast
 from .checks import check_crop
 from .context import CONTEXT
 from .guard import Guard
@@ -146,6 +147,7 @@ class PagedLayer(DynamicLayer):
         """Tokens behind the prompt."""
         return self.seen - self.prompt_end
 
+    @without_autocast
     def observe(self, query: Tensor, mask: Tensor | None, scale: float) -> None:
         """Keep the newest of the queries [B, Hq, q, D] that are asked of this layer's keys.
 

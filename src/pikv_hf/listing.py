@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
+
 if TYPE_CHECKING:
     from .layer import PagedLayer
 
 
+@without_autocast
 def listed_states(layer: "PagedLayer") -> tuple[Tensor, Tensor]:
     """Keys and values [B, H, T, D] of all tokens seen, zero at padding: a copy."""
     sealed = layer.seen - layer.tail.length

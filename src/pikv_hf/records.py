@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .schedulers import Scheduler
 from .schedulers.attention_mass import attention_weights
 from .shared import visible_columns
@@ -64,6 +65,7 @@ def with_record(layer: "PagedLayer", rows: list[int], new: Span) -> Span:
     return new.joined(record.tokens(new["positions"][0, 0] - first))
 
 
+@without_autocast
 def settle_held(layer: "PagedLayer", mask: Tensor | None) -> None:
     """Settle a layer that does not seal: what is pending is too much to keep."""
     groups: dict[tuple[int, ...], list[int]] = {}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .eviction import kept
 from .records import settled
 from .shared import rows_by_visibility
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Groups = list[tuple[list[int], Tensor | None]]
 
 
+@without_autocast
 def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
     """Seal the oldest `count` tokens of the layer's tail; `mask` is the newest one of the model.
 

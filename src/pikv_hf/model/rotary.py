@@ -176,11 +176,13 @@ def _keys_by_position(
     hooks = [m.register_forward_pre_hook(move, with_kwargs=True) for m in rotary]
     hooks += [m.register_forward_pre_hook(repeat, with_kwargs=True) for m in attending]
     try:
-        out = decoder(
-            inputs_embeds=decoder.get_input_embeddings()(torch.ones_like(probed)),
-            position_ids=torch.zeros_like(probed) if rotary else probed,
-            use_cache=True,
-        )
+        # With autocast keys would be rounded more than their dtype tells.
+        with torch.autocast(probed.device.type, enabled=False):
+            out = decoder(
+                inputs_embeds=decoder.get_input_embeddings()(torch.ones_like(probed)),
+                position_ids=torch.zeros_like(probed) if rotary else probed,
+                use_cache=True,
+            )
     finally:
         for hook in hooks:
             hook.remove()
