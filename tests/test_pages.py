@@ -14,6 +14,7 @@ from pikv_hf.context import take_layer
 from pikv_hf.layer import PagedLayer
 from pikv_hf.model.versions import with_cache
 from pikv_hf.pages import SPARE
+from pikv_hf.passes import end_forward
 from pikv_hf.span import Span
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 3, 2
@@ -86,7 +87,7 @@ class CacheOperations(RuleBasedStateMachine):
             self.cache.label(0, experts.flatten(0, 1), experts.flatten(0, 1).float())
         ids = torch.randint(0, 9, new.shape, generator=self.generator)
         self.ids = torch.cat([self.ids, ids], dim=1)
-        self.cache.end_forward(ids)
+        end_forward(self.cache, ids)
 
     # ---- what `generate` and users do ----
 

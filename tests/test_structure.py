@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "pikv_hf"
 KERNELS = ROOT / "kernels" / "torch-ext" / "pikv_kernels"
 FILES = sorted([*SRC.rglob("*.py"), *KERNELS.rglob("*.py")])
-MOST_LINES = 300
+MOST_LINES = 400
 
 # Nothing reaches a later group, not even through a part that is in none of them.
 ORDER = [

@@ -26,6 +26,7 @@ from .model.versions import (
     warn_if_untested,
     with_attention_implementation,
 )
+from .passes import begin_forward, end_forward
 from .repetition import check_held
 
 _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
@@ -150,13 +151,13 @@ class Binding:
         if cache.shared.needs_rotary:
             check_axes(inputs.get("position_ids"))
         check_held(cache, inputs, _length(inputs))
-        cache.begin_forward(_length(inputs))
+        begin_forward(cache, _length(inputs), inputs.get("attention_mask"))
         CONTEXT.cache, CONTEXT.ids = cache, inputs.get("input_ids")
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if CONTEXT.cache is not None:
-            CONTEXT.cache.end_forward(CONTEXT.ids)
+            end_forward(CONTEXT.cache, CONTEXT.ids)
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from typing_extensions import Self
 
 from .context import CONTEXT
-from .fit import check_fit, unheard, unlabelled, warn_if_idle, warn_of_another_cache
+from .fit import check_fit, unlabelled, warn_if_idle, warn_of_another_cache
 from .layer import PagedLayer
 from .model.geometry import head_dims
 from .model.modules import unpaged_reasons
@@ -163,6 +163,11 @@ class AttachedCache(Cache):
         return self._native | late
 
     @property
+    def is_paged(self) -> bool:
+        """Whether the attention of some layer reads pages."""
+        return any(isinstance(x, PagedLayer) and x.unpaged is None for x in self.layers)
+
+    @property
     def rows(self) -> int | None:
         """Batch rows that the cache holds, as far as its paged layers tell."""
         paged = (layer for layer in self.layers if isinstance(layer, PagedLayer))
@@ -206,19 +211,9 @@ class AttachedCache(Cache):
                 "this model with `PiKVCache(model)`."
             )
 
-    def begin_forward(self, length: int) -> None:
-        """A forward pass of `length` tokens begins: a prompt that was held back ends at 1."""
-        shared = self.shared
+    def use_forward(self) -> None:
+        """A forward pass writes to this cache."""
         self._skipped, self.note = 0, None
-        shared.forget_notes()  # of a forward pass that failed, or of a `crop`
-        if not shared.holds_prompts:
-            return
-        if any(getattr(layer, "record_past", False) for layer in self.layers):
-            return  # drafted tokens are being verified
-        if length > 1:
-            shared.holding = True
-        elif shared.holding:
-            self.compress()
 
     def skip_forward(self) -> None:
         """A forward pass of `generate` goes without this cache, which was passed to it.
@@ -239,17 +234,8 @@ class AttachedCache(Cache):
                 layer.compress()
         self.shared.end_forward()
 
-    def end_forward(self, ids: Tensor | None) -> None:
-        """A forward pass of the token `ids` has ended: was every attention and gate heard?"""
-        self.shared.end_forward()
-        for layer in self.layers:
-            if isinstance(layer, PagedLayer) and layer.awaits is not None:
-                if not is_tested():
-                    raise RuntimeError(
-                        f"{unsupported()}: layer {layer.layer_idx} was not heard in a forward pass."
-                    )
-                raise RuntimeError(unheard(self, layer.layer_idx, layer.awaits))
-        self.log.append(ids)
+    def check_idle(self) -> None:
+        """Warn, once, if the first forward pass has shown that methods can do nothing."""
         if self.shared.unpaged and not self._has_warned:
             self._has_warned = True
             warn_if_idle(self)

@@ -57,9 +57,10 @@ def pikv_attention(
     else:
         sink = next((kwargs[name] for name in _SINKS if kwargs.get(name) is not None), None)
         result = attend(layer, module, query, attention_mask, scale, sink), None
+    visible = layer.shared.over_queries(attention_mask)
     if layer.observed.limit and layer.unpaged is None:
-        _observe(layer, module, query, attention_mask, scale)
-    layer.finish(attention_mask)
+        _observe(layer, module, query, visible, scale)
+    layer.finish(visible)
     return result
 
 

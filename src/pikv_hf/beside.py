@@ -25,7 +25,7 @@ def bytes_beside(layer: "PagedLayer") -> int:
 def _counted(layer: "PagedLayer") -> int:
     shared, batch = layer.shared, layer.tail.batch
     end = layer.seen + shared.page_size
-    total = log_bytes(batch, end, shared.most_ids)
+    total = log_bytes(batch, end, shared.most_ids) + storage_bytes(shared.padding.tensors())
     for tail in shared.unpaged.values():
         room = tail.keys.shape[2]
         held = storage_bytes(tail.tensors())

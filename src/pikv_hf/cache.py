@@ -15,6 +15,7 @@ from .checks import check_crop
 from .compressors import Compressor, Identity
 from .layer import PagedLayer
 from .native import release_cropped
+from .padding import Padding
 from .placement import Placement
 from .routers import Router
 from .schedulers import Scheduler
@@ -155,6 +156,7 @@ class PiKVCache(AttachedCache):
             if isinstance(layer, PagedLayer):
                 layer.seal_verified()
         self.log.crop(self.get_seq_length())
+        self.shared.padding.crop(self.get_seq_length())
         self.shared.forget_notes()
 
     def reset(self) -> None:
@@ -167,7 +169,7 @@ class PiKVCache(AttachedCache):
             else:
                 layers[idx] = fresh
         self.log = self._new_log()
-        self.shared.scratch = Scratch()
+        self.shared.scratch, self.shared.padding = Scratch(), Padding()
         self._start(layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -179,6 +181,7 @@ class PiKVCache(AttachedCache):
             else:
                 layer.reorder_cache(beam_idx)
         self.log.map_rows(beam_idx)
+        self.shared.padding.map_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row `repeats` times; pages are shared, not copied."""
@@ -190,9 +193,12 @@ class PiKVCache(AttachedCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows `indices`; the pages of the others are freed."""
+        rows = self.rows
         super().batch_select_indices(indices)
         if self.log.ids is not None:
             self.log.map_rows(torch.arange(self.log.ids.shape[0])[indices.cpu()])
+        if rows is not None:
+            self.shared.padding.map_rows(torch.arange(rows)[indices.cpu()])
 
     @contextlib.contextmanager
     def holding(self) -> Generator[Self, None, None]:

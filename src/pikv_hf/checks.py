@@ -5,9 +5,10 @@ facts: `generate` slices its inputs by the length of the cache and trusts that t
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from .model.versions import CACHE
+from .model.versions import CACHE, full_attention_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,28 +92,53 @@ def check_forward(
             "`cache.batch_repeat_interleave(n)` before generating n sequences or beams from each "
             "row of a filled cache, or `cache.reset()` for another batch."
         )
-    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if seen and isinstance(positions, Tensor) and positions.dim() == 2:
-        _check_positions(positions, mask, seen)
+    if seen and inputs is not None:
+        _check_continued(cache, kwargs, inputs.shape[1], seen)
 
 
-def _check_positions(positions: Tensor, mask: Any, seen: int) -> None:
-    """The first new token stands right behind the cached ones, padding not counted."""
+def _check_continued(
+    cache: "AttachedCache", kwargs: dict[str, Any], length: int, seen: int
+) -> None:
+    """The mask hides what it did; the first new token stands behind the `seen` ones.
+
+    A device is waited for once, where the mask or the positions are given.
+    """
+    mask, padding = kwargs.get("attention_mask"), cache.shared.padding
+    own = full_attention_mask(mask)
+    if own is not None and own.dim() == 4 and own.shape[1] > 1 and cache.is_paged:
+        raise ValueError(
+            f"`attention_mask` masks each of {own.shape[1]} heads apart, but `{CACHE}` has read {seen} "
+            "tokens without such a mask: call `cache.reset()` and give one from the first tokens on, "
+            "or a mask for all heads."
+        )
+    changed = padding.changed(mask, seen + length)
+    first, expected, wrong = _start(kwargs.get("position_ids"), mask, seen)
+    found = [found.any() for found in (changed, wrong) if found is not None]
+    if not found or not torch.stack([one.to(found[-1].device) for one in found]).any():
+        return
+    if changed is not None and changed.any():
+        padding.refuse(changed, seen)
+    at = expected if isinstance(expected, int) else expected.tolist()
+    raise ValueError(
+        f"the new tokens start at position {first.tolist()}, but the cache ends at {at}: "
+        f"`{CACHE}` holds {seen} tokens; {_CONTINUE}."
+    )
+
+
+def _start(positions: Any, mask: Any, seen: int) -> tuple[Any, Any, Tensor | None]:
+    """The position of the first new token, where it must be, padding not counted, and where it is not.
+
+    In each row; three times None if that is not known.
+    """
+    if not (isinstance(positions, Tensor) and positions.dim() == 2):
+        return None, None, None
     first = positions[:, 0]
     if mask is None:
-        wrong = first != seen
-        expected = seen
-    elif isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > seen:
+        return first, seen, first != seen
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > seen:
         expected = mask[:, :seen].sum(-1)
-        wrong = (first != expected) & mask[:, seen].bool()
-    else:
-        return
-    if wrong.any():
-        at = expected if isinstance(expected, int) else expected.tolist()
-        raise ValueError(
-            f"the new tokens start at position {first.tolist()}, but the cache ends at {at}: "
-            f"`{CACHE}` holds {seen} tokens; {_CONTINUE}."
-        )
+        return first, expected, (first != expected) & mask[:, seen].bool()
+    return None, None, None
 
 
 def check_crop(layer: "PagedLayer", tokens_to_remove: int) -> None:

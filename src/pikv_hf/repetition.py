@@ -193,8 +193,7 @@ class Text:
         self.sinks = [
             row[: 0 if left else how.sinks] for row, left in zip(columns, layer.left, strict=True)
         ]
-        left = torch.tensor(layer.left)[:, None]
-        sealed = torch.arange(first, 0, -1) <= left
+        sealed = cache.shared.padding.visible(layer.tail.batch)
         self.mask = torch.cat([sealed, visible], dim=1).long()
         self.chunks = max(map(len, self.parts))
 

@@ -141,7 +141,7 @@ def cache_bytes(cache: "PiKVCache") -> int:
     """Bytes of the distinct storages behind every tensor that the cache refers to, less files."""
     tensors = [cache.log.ids] if cache.log.ids is not None else []
     tensors += tensors_in({k: v for k, v in vars(cache).items() if k not in ("layers", "log")})
-    tensors += cache.shared.scratch.tensors()
+    tensors += [*cache.shared.scratch.tensors(), *cache.shared.padding.tensors()]
     for layer in cache.layers:
         tensors += _layer_tensors(layer)
     return storage_bytes(tensors)

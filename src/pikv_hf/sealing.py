@@ -28,6 +28,7 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
     oldest = layer.tail.span(layer.seen - layer.tail.length, count)
     compressor = layer.pages.compressor
     groups = _groups(layer, count, mask)
+    _note_padding(layer, count, groups)
     for rows, columns in groups:
         span = oldest if len(rows) == layer.tail.batch else oldest.rows(torch.tensor(rows))
         if columns is not None:
@@ -50,6 +51,17 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
     _end_records(layer, count, groups, mask)
     if oldest["keys"].device.type == "cpu":
         layer.shared.sealed_bytes += oldest["keys"].nbytes + oldest["values"].nbytes
+
+
+def _note_padding(layer: "PagedLayer", count: int, groups: Groups) -> None:
+    """Note which of the oldest `count` open tokens are in none of `groups`."""
+    batch, visible = layer.tail.batch, None
+    if sum(len(rows) for rows, _ in groups) < batch or any(c is not None for _, c in groups):
+        visible = torch.zeros(batch, count, dtype=torch.bool)
+        for rows, columns in groups:
+            seen = torch.arange(count) if columns is None else columns
+            visible[torch.tensor(rows)[:, None], seen] = True
+    layer.shared.padding.append(layer.seen - layer.tail.length, visible, count)
 
 
 def _end_records(layer: "PagedLayer", count: int, groups: Groups, mask: Tensor | None) -> None:

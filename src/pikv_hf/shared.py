@@ -12,6 +12,7 @@ from .budget import Budget
 from .compressors import Compressor, Identity
 from .memory import trim_heap
 from .model.rotary import Rotary
+from .padding import Padding
 from .pages import PageTable
 from .placement import Local, Placement
 from .routers import Router
@@ -52,6 +53,9 @@ class Shared:
     rotaries: dict[int, Rotary] = field(default_factory=dict)
     # A layer outside of our hands reads the same mask, which then spans the whole sequence.
     full_mask: bool = False
+    # A user's own mask of each query, who may hide a token from some and not from others.
+    has_own_mask: bool = False
+    padding: Padding = field(default_factory=Padding)
     memo: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     scratch: Scratch = field(default_factory=Scratch)
     # Keys and values on the CPU that were sealed since the heap was trimmed.
@@ -124,6 +128,15 @@ class Shared:
         """The pages of paged layer `number` (or of the first one) are the next to be read."""
         if self.placement.reads_ahead:
             self.tables[number % len(self.tables)].read_ahead()
+
+    def over_queries(self, mask: Tensor | None) -> Tensor | None:
+        """`mask` as the model made it, or what any query sees, of a user's own [B, H, q, columns].
+
+        The newest query sees all but padding in the masks that models make.
+        """
+        if mask is None or not self.has_own_mask or mask.dim() == 2:
+            return mask
+        return self.remember("own", (mask,), lambda: mask.amax((1, 2), keepdim=True))
 
     def end_forward(self) -> None:
         """Forget what served one forward pass only."""

@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
@@ -37,6 +37,7 @@ __all__ = [
     "cache_in",
     "declared_gates",
     "forward_inputs",
+    "full_attention_mask",
     "given_cache",
     "has_readable_masks",
     "is_tested",
@@ -136,6 +137,11 @@ def with_attention_implementation(config: PreTrainedConfig, name: str) -> PreTra
     changed = copy.copy(config)
     changed._attn_implementation_internal = name
     return changed
+
+
+def full_attention_mask(mask: Any) -> Tensor | None:
+    """The mask of full-attention layers, where a model is given one for each kind of layer."""
+    return mask.get("full_attention") if isinstance(mask, dict) else mask
 
 
 def has_readable_masks(implementation: str) -> bool:

@@ -1,0 +1,225 @@
+"""A mask that says something else of cached tokens than an earlier one: obeyed, or refused."""
+
+import pytest
+import torch
+from helpers import (
+    FAMILIES,
+    SMALL,
+    assert_close,
+    assert_same,
+    dynamic,
+    forward,
+    generate,
+    padded_prompt,
+    paged,
+    sealed,
+    tiny,
+)
+from torch import Tensor
+
+from pikv_hf import PiKVCache
+from pikv_hf.model.versions import with_cache
+
+families = pytest.mark.parametrize("name", FAMILIES)
+# Padding on the left of row 1; tokens in the middle of row 2, as of a chat that had ended early.
+LENGTHS = (30, 26, 30)
+MIDDLE = slice(9, 14)
+
+
+@pytest.fixture
+def read(name):
+    """A model, three rows of which 30 tokens are cached, more tokens, and the mask of them all."""
+    model = tiny(name)
+    ids, mask = padded_prompt(model, LENGTHS)
+    mask[2, MIDDLE] = 0
+    more = torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(3))
+    caches = PiKVCache(model, **SMALL), dynamic(model)
+    for cache in caches:
+        forward(model, ids, mask, cache)
+    assert all(sealed(layer, 2)[:10] == [*range(9), 14] for layer in paged(caches[0]))
+    return model, ids, more, mask, caches
+
+
+def longer(mask: Tensor, count: int) -> Tensor:
+    return torch.cat([mask, mask.new_ones(len(mask), count)], dim=1)
+
+
+def assert_continue(model, more, mask, caches) -> None:
+    """The tokens `more`, some at once and the others one by one, so that pages are sealed."""
+    parts = []
+    for cache in caches:
+        outs = [forward(model, more[:, :4], longer(mask, 4), cache)]
+        outs += [
+            forward(model, more[:, i : i + 1], longer(mask, i + 1), cache) for i in range(4, 12)
+        ]
+        parts.append(torch.cat(outs, dim=1))
+    assert_close(*parts)
+
+
+@families
+def test_padding_in_the_middle_stays_hidden(read) -> None:
+    model, _, more, mask, caches = read
+    assert_continue(model, more, mask, caches)
+
+
+@families
+def test_hiding_a_sealed_token_is_refused(read) -> None:
+    model, ids, more, mask, caches = read
+    for row, column, length in ((0, 3, 1), (1, 4, 4), (2, 14, 1)):
+        changed = longer(mask, length)
+        changed[row, column] = 0
+        match = f"hides token {column} of row {row}, .* of {30 - column} tokens or more"
+        with pytest.raises(ValueError, match=match):
+            forward(model, more[:, :length], changed, caches[0])
+        text = torch.cat([ids, more[:, :length]], dim=1)
+        with pytest.raises(ValueError, match=match):
+            generate(model, {"input_ids": text, "attention_mask": changed}, caches[0])
+    assert_continue(model, more, mask, caches)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_next"])
+def test_showing_what_was_padding_is_refused(read) -> None:
+    model, _, more, mask, caches = read
+    for row, column in ((1, 0), (1, 3), (2, 9)):
+        changed = longer(mask, 1)
+        changed[row, column] = 1
+        with pytest.raises(ValueError, match=f"shows token {column} of row {row}, .*hide it"):
+            forward(model, more[:, :1], changed, caches[0])
+    with pytest.raises(ValueError, match="shows token 0 of row 1"), torch.no_grad():
+        model(more[:, :1], **with_cache(caches[0]))
+    assert_continue(model, more, mask, caches)
+
+
+@families
+def test_hiding_open_tokens_is_obeyed(read) -> None:
+    """They are padding from then on: what is sealed later leaves them out."""
+    model, _, more, mask, caches = read
+    mask[0, 27:29] = 0
+    assert_continue(model, more, mask, caches)
+    for layer in paged(caches[0]):
+        assert {27, 28}.isdisjoint(sealed(layer, 0)) and 30 in sealed(layer, 0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("window", [4, 60], ids=["sealed", "open"])
+def test_a_chat_that_ends_early(name, window) -> None:
+    """Its row is filled up with tokens that the mask of the next turn hides."""
+    model = tiny(name)
+    ids, mask = padded_prompt(model, (12, 9))
+    caches = PiKVCache(model, page_size=4, window=window), dynamic(model)
+    turns = [generate(model, {"input_ids": ids, "attention_mask": mask}, c) for c in caches]
+    assert_same(*turns)
+    text = torch.cat([turns[1].tokens, turns[1].tokens[:, -4:]], dim=1)
+    mask = longer(mask, text.shape[1] - 12)
+    mask[1, 15:26] = 0
+    inputs = {"input_ids": text, "attention_mask": mask}
+    if window == 4:
+        with pytest.raises(ValueError, match="hides token 15 of row 1"):
+            generate(model, inputs, caches[0])
+    else:
+        assert_same(*(generate(model, inputs, cache) for cache in caches))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_rows_and_crop_take_the_padding_along(read) -> None:
+    model, _, more, mask, caches = read
+    rows = torch.tensor([2, 0, 1, 1])
+    for cache in caches:
+        cache.reorder_cache(rows[:3])
+        cache.crop(-10)
+    fork = caches[0].fork()
+    changed = longer(mask[rows[:3], :20], 12)
+    assert_continue(model, more, mask[rows[:3], :20], (fork, caches[1]))
+    changed[0, 9] = 1
+    with pytest.raises(ValueError, match="shows token 9 of row 0"):
+        forward(model, more, changed, caches[0])
+    caches[0].batch_select_indices(torch.tensor([1]))
+    with torch.no_grad():
+        model(more[:1], **with_cache(caches[0]))  # this row has no padding, and needs no mask
+    caches[0].reset()
+    with torch.no_grad():
+        model(more, **with_cache(caches[0]))
+
+
+# ---- masks of each query, made by the user ------------------------------------------------------
+
+
+def own_mask(attn: str, queries: int, columns: int) -> Tensor:
+    """[2, 1, queries, columns], causal: bool, or what is added to scores."""
+    newest = torch.arange(columns - queries, columns)[:, None]
+    visible = (torch.arange(columns) <= newest).expand(2, 1, -1, -1).clone()
+    return visible if attn == "sdpa" else as_scores(visible)
+
+
+def as_scores(visible: Tensor) -> Tensor:
+    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def own(request, name):
+    """A model, two rows of tokens, its kind of mask; and two caches of 20 tokens, of which the fifth
+
+    is hidden from the last query alone.
+    """
+    model, attn = tiny(name, request.param), request.param
+    ids = torch.randint(3, 100, (2, 30), generator=torch.Generator().manual_seed(1))
+    caches = PiKVCache(model, **SMALL), dynamic(model)
+    first = own_mask(attn, 20, 20)
+    first[0, 0, -1, 5] = first[0, 0, 0, -1]
+    assert_close(*(run(model, ids[:, :20], first, cache) for cache in caches))
+    return model, ids, attn, caches
+
+
+def run(model, ids: Tensor, mask: Tensor, cache) -> Tensor:
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, **with_cache(cache)).logits
+
+
+own_masks = pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "qwen3_next"])
+
+
+@own_masks
+def test_hidden_from_the_last_query_is_no_padding(own) -> None:
+    model, ids, attn, caches = own
+    for start, end in ((20, 24), (24, 25), (25, 30)):
+        mask = own_mask(attn, end - start, end)
+        assert_close(*(run(model, ids[:, start:end], mask, cache) for cache in caches))
+
+
+@own_masks
+@pytest.mark.parametrize("query", [0, 3])
+def test_own_masks_that_hide_a_sealed_token_are_refused(own, query) -> None:
+    model, ids, attn, caches = own
+    mask = own_mask(attn, 4, 24)
+    mask[1, 0, query, 7] = own_mask(attn, 2, 2)[0, 0, 0, 1]
+    with pytest.raises(ValueError, match="hides token 7 of row 1"):
+        run(model, ids[:, 20:24], mask, caches[0])
+    if attn == "eager":
+        mask[1, 0, query, 7] = -1.0  # neither hidden nor as visible as the others
+        with pytest.raises(ValueError, match="hides token 7 of row 1"):
+            run(model, ids[:, 20:24], mask, caches[0])
+    mask = own_mask(attn, 4, 24)
+    mask[1, 0, query, 19] = own_mask(attn, 2, 2)[0, 0, 0, 1]  # an open one
+    assert_close(*(run(model, ids[:, 20:24], mask, cache) for cache in caches))
+
+
+@own_masks
+def test_own_masks_of_each_head_are_refused_later(own) -> None:
+    model, ids, attn, caches = own
+    mask = own_mask(attn, 1, 21).repeat(1, model.config.num_attention_heads, 1, 1)
+    with pytest.raises(ValueError, match="masks each of 4 heads apart.*cache.reset"):
+        run(model, ids[:, 20:21], mask, caches[0])
+
+
+def test_a_repetition_hides_what_was_hidden() -> None:
+    """KVzip repeats a second text; of the first, tokens in the middle are padding."""
+    model = tiny("mixtral")
+    ids, mask = padded_prompt(model, LENGTHS)
+    mask[2, MIDDLE] = 0
+    cache = PiKVCache(model, scheduler="kvzip", budget=60, hold_prompt=True, **SMALL)
+    for end in (30, 60):
+        forward(model, ids, longer(mask, end - 30), cache)
+        cache.compress()
+    for layer in paged(cache):
+        kept = sealed(layer, 2)
+        assert set(range(9, 14)).isdisjoint(kept) and 40 in kept
