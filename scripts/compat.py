@@ -34,6 +34,18 @@ TESTS = (
     *("test_versions.py", "test_architectures.py", "test_generate_modes.py", "test_bad_input.py"),
     *("test_schedulers.py", "test_readme.py"),
 )
+PYTEST = (
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "-m",
+    "not slow",
+    "-n",
+    "auto",
+    "--dist",
+    "worksteal",
+)
 NEWEST = "transformers"  # as pip finds it
 VERSIONS = (
     *("transformers==5.17.0", "transformers==5.20.2", "transformers==5.23.0"),
@@ -80,7 +92,7 @@ def run(version: str, tests: Iterable[str]) -> Row:
     report, start = folder / "results.xml", time.monotonic()
     files = [f"tests/{test}" if test.endswith(".py") else test for test in tests]
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", f"--junitxml={report}", *files],
+        [*PYTEST, f"--junitxml={report}", *files],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(folder)},
         check=False,

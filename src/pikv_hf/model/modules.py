@@ -58,10 +58,12 @@ def unpaged_reasons(config: PreTrainedConfig, paged: dict[int, Any]) -> dict[int
 
 
 def _is_shared(text_config: PreTrainedConfig, idx: int) -> bool:
-    """Whether other layers reuse what this layer's `update` returns: it must return everything."""
+    """Whether others reuse what this layer's `update` returns, or read its keys: it needs all."""
+    if getattr(text_config, "recurrent_kv_cache_mode", None) == "last_loop":
+        return True  # earlier loops of a looped model (dory) read what its last one has cached
     modes = getattr(text_config, "kv_sharing_modes", None)
-    if modes is not None:
-        return modes[idx] == "store"
+    if modes is not None:  # since 5.24 gemma4 names layers that store although none reuses them
+        return modes[idx] == "store" and "reuse" in modes
     return bool(getattr(text_config, "num_kv_shared_layers", 0))
 
 
