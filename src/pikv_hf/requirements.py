@@ -7,6 +7,8 @@ import re
 import sys
 from importlib.metadata import version
 
+VERSION = "0.1.0"  # of pikv_hf
+
 # Minor versions of transformers that the whole test suite has passed on; pyproject.toml caps at the
 # last one.
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 17), (5, 24)

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ..requirements import NEWEST_TRANSFORMERS, TESTED, minor
+from ..requirements import NEWEST_TRANSFORMERS, TESTED, VERSION, minor
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
@@ -55,9 +55,9 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 def unsupported() -> str:
     """A sentence: the installed transformers is not one that pikv_hf knows."""
-    from .. import __version__
-
-    return f"transformers {transformers.__version__} is not supported by pikv_hf {__version__} ({TESTED})"
+    return (
+        f"transformers {transformers.__version__} is not supported by pikv_hf {VERSION} ({TESTED})"
+    )
 
 
 def is_tested() -> bool:
