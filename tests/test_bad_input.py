@@ -283,9 +283,9 @@ def test_crop(filled, count, match) -> None:
     assert_refused(filled, ValueError, match, lambda m: cache.crop(count))
 
 
-@pytest.mark.parametrize("name", ["gpt_oss"])
-def test_crop_that_a_sliding_layer_cannot_do(filled) -> None:
-    """transformers' sliding layers refuse; the paged ones must not have been cropped by then."""
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe_swa", "qwen3_next"])
+def test_crop_that_another_layer_cannot_do(filled) -> None:
+    """transformers' own layers refuse, before or behind paged ones: no layer is cropped."""
     cache = filled[4]
     assert_refused(filled, Exception, "(?i)slid|crop|window", lambda m: cache.crop(-12))
 

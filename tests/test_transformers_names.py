@@ -29,6 +29,7 @@ PUBLIC = {
 INTERNAL = {
     "transformers.cache_utils.CacheLayerMixin": "tells layers that read masks from states",
     "transformers.cache_utils.DynamicLayer": "the base class of paged layers, and what is paged",
+    "transformers.cache_utils.DynamicSlidingWindowLayer": "what a failed pass can be cropped from",
     "transformers.generation.streamers.BaseStreamer": "the demo's clock, and its type for generate",
     "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS": "whose masks can be read",
     "transformers.masking_utils.eager_mask": "masks that we read",

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from typing_extensions import Self
 
+from .checks import check_whole
 from .context import CONTEXT
 from .fit import check_fit, unlabelled, warn_if_idle, warn_of_another_cache
 from .layer import PagedLayer
@@ -18,7 +19,7 @@ from .model.modules import unpaged_reasons
 from .model.versions import is_tested, unsupported
 from .native import model_cache_class, reads_full_mask, release_prompt, with_native
 from .repetition import repeat
-from .shared import Shared
+from .shared import Change, Shared
 from .token_log import TokenLog
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def _checked(name: str) -> Callable[..., Any]:
 
     def method(self: "AttachedCache", *args: Any, **kwargs: Any) -> Any:
         self._check_use()
+        self.shared.note_written()
         return getattr(super(AttachedCache, self), name)(*args, **kwargs)
 
     method.__name__ = name
@@ -182,9 +184,11 @@ class AttachedCache(Cache):
         while len(self.layers) <= layer_idx and self._unwritten:
             self.layers.append(self._unwritten.pop(0))
         layer = self.layers[layer_idx]
+        if isinstance(layer, PagedLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        self.shared.note_written()
         states = layer.update(key_states, value_states, *args, **kwargs)
-        if not isinstance(layer, PagedLayer):
-            release_prompt(layer)
+        release_prompt(layer)
         return states
 
     get_conv_state = _checked("get_conv_state")  # whose result a model may write to
@@ -226,12 +230,14 @@ class AttachedCache(Cache):
 
     def compress(self) -> None:
         """Seal, and drop what is over the budget, now: the end of a document, or of `holding()`."""
+        check_whole(self)
         if self.shared.holding:
             repeat(self)
         self.shared.holding = False
-        for layer in self.layers:
-            if isinstance(layer, PagedLayer):
-                layer.compress()
+        with self.shared.changing(Change(self.get_seq_length())):
+            for layer in self.layers:
+                if isinstance(layer, PagedLayer):
+                    layer.compress()
         self.shared.end_forward()
 
     def check_idle(self) -> None:

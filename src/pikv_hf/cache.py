@@ -11,10 +11,10 @@ from transformers import DynamicCache, PreTrainedConfig
 from typing_extensions import Self
 
 from .attached import AttachedCache
-from .checks import check_crop
+from .checks import check_whole
 from .compressors import Compressor, Identity
+from .cropping import crop
 from .layer import PagedLayer
-from .native import release_cropped
 from .padding import Padding
 from .placement import Placement
 from .routers import Router
@@ -138,26 +138,14 @@ class PiKVCache(AttachedCache):
     # ---- the Cache interface ----------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens.
+        """Remove the newest `-tokens_to_remove` tokens, also those of a forward pass that has failed.
 
         Raises:
             ValueError: a positive number, more tokens than there are, or, with a scheduler, more
                 than the open window holds. The cache is left as it was.
+            RuntimeError: a layer has not kept what it held before. The cache is left as it was.
         """
-        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
-        for layer in self.layers:
-            if isinstance(layer, PagedLayer):
-                check_crop(layer, tokens_to_remove)
-        super().crop(tokens_to_remove)
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                release_cropped(layer)
-        for layer in self.layers:  # once all layers hold what they will
-            if isinstance(layer, PagedLayer):
-                layer.seal_verified()
-        self.log.crop(self.get_seq_length())
-        self.shared.padding.crop(self.get_seq_length())
-        self.shared.forget_notes()
+        crop(self, int(tokens_to_remove))  # transformers 5.17 passes a tensor
 
     def reset(self) -> None:
         """Forget everything; the cache can then be used for any batch."""
@@ -170,10 +158,13 @@ class PiKVCache(AttachedCache):
                 layers[idx] = fresh
         self.log = self._new_log()
         self.shared.scratch, self.shared.padding = Scratch(), Padding()
+        self.shared.change = None
+        self.shared.memo.clear()
         self._start(layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let batch row i continue row `beam_idx[i]`; pages are shared, not copied."""
+        check_whole(self)
         source = beam_idx.tolist()
         for layer in self.layers:
             if isinstance(layer, PagedLayer):
@@ -193,6 +184,7 @@ class PiKVCache(AttachedCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows `indices`; the pages of the others are freed."""
+        check_whole(self)
         rows = self.rows
         super().batch_select_indices(indices)
         if self.log.ids is not None:
@@ -217,7 +209,10 @@ class PiKVCache(AttachedCache):
         try:
             yield self
         finally:
-            self.compress()
+            change = self.shared.change
+            if change is None or not change.is_half_done:
+                self.compress()
+            self.shared.holding = False
 
     def fork(self, n: int = 1) -> Self:
         """A new cache whose rows `i * n` to `i * n + n - 1` continue row i; this one stays as it is.
@@ -225,6 +220,7 @@ class PiKVCache(AttachedCache):
         Sealed pages are shared, not copied: n questions about one document.
         """
         check_count("n", n)
+        check_whole(self)
         paged = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
         shared = {id(t): t for layer in paged for t in layer.pages.tensors()}
         new = copy.deepcopy(self, dict(shared))
@@ -238,6 +234,7 @@ class PiKVCache(AttachedCache):
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Keys, values and sliding window of each layer, as `DynamicCache` yields them."""
+        check_whole(self)
         for layer in self.layers:
             states = layer.states() if isinstance(layer, PagedLayer) else (layer.keys, layer.values)
             yield *states, getattr(layer, "_sliding_window_tensor", None)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .attached import AttachedCache
     from .layer import PagedLayer
+    from .shared import Change
 
 _CONTINUE = (
     "to continue it pass the full token ids (cached ones included), or only the new ids with an "
@@ -27,6 +28,7 @@ def check_generate(
 ) -> None:
     """Refuse a call of `generate` that would ignore the cache or misread what it holds."""
     check_owner(cache, model)
+    check_whole(cache)
     config = kwargs.get("generation_config") or model.generation_config
     implementation = kwargs.get(
         "cache_implementation", getattr(config, "cache_implementation", None)
@@ -73,6 +75,7 @@ def check_forward(
 ) -> None:
     """Refuse a forward pass of the decoder whose inputs do not continue what the cache holds."""
     check_owner(cache, model)
+    check_whole(cache)
     if kwargs.get("use_cache") is False:
         raise ValueError(
             f"`use_cache` is False, but `{CACHE}` holds a PiKVCache, which would be filled "
@@ -139,6 +142,28 @@ def _start(positions: Any, mask: Any, seen: int) -> tuple[Any, Any, Tensor | Non
         expected = mask[:, :seen].sum(-1)
         return first, expected, (first != expected) & mask[:, seen].bool()
     return None, None, None
+
+
+def check_whole(cache: "AttachedCache") -> None:
+    """Refuse a cache of which a forward pass, or sealing, has failed half-way."""
+    change = cache.shared.change
+    if change is not None and change.is_half_done:
+        raise RuntimeError(half_done(change, can_be_cropped=not change.has_sealed))
+
+
+def half_done(failed: "Change", *, can_be_cropped: bool) -> str:
+    """Sentences: what has failed, and what can be done about it."""
+    if not failed.length:
+        return (
+            "sealing has failed, so that some layers of this PiKVCache hold pages of tokens and others "
+            "do not: call `cache.reset()`."
+        )
+    plural = "s" if failed.length > 1 else ""
+    can = f"call `cache.crop(-{failed.length})` to take it back, or `cache.reset()`"
+    return (
+        f"the last forward pass, of {failed.length} token{plural}, has failed, and some layers of this "
+        f"PiKVCache are ahead of others: {can if can_be_cropped else 'call `cache.reset()`'}."
+    )
 
 
 def check_crop(layer: "PagedLayer", tokens_to_remove: int) -> None:

@@ -77,6 +77,9 @@ class PagedLayer(DynamicLayer):
         unpaged layer. Stored tensors carry no gradient.
         """
         self._check(key_states, value_states)
+        self.shared.note_written()
+        if self.unpaged is None:
+            self.awaits = "attention"
         if self.seen == 0:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._stored(key_states, value_states)
@@ -95,7 +98,6 @@ class PagedLayer(DynamicLayer):
             self.shared.unpaged[self.layer_idx] = self.tail
             keys, values = self.tail.view()
             return keys.to(key_states.dtype), values.to(value_states.dtype)
-        self.awaits = "attention"
         CONTEXT.layer = self
         return key_states, value_states
 
@@ -167,6 +169,7 @@ class PagedLayer(DynamicLayer):
         if not self._seals and mask is not None:
             self._mask = mask if mask.dim() == 2 else mask[:, :1, -1:]
         if self.shared.holding and self.observed.pending is not None:
+            self.shared.note_sealed()
             settle_held(self, self._mask)
         if self.has_gate and self.shared.needs_labels and self.unpaged is None:
             self.awaits = "experts"
@@ -189,6 +192,7 @@ class PagedLayer(DynamicLayer):
         if self.seen >= self._due:
             count, due = excess(self)
             if count > 0:
+                self.shared.note_sealed()
                 seal_oldest(self, count, self._mask)
             self._due = due
         if count > 0 or self.is_first:

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedModel
 
 from .layer import PagedLayer
-from .memory import own
-from .model.versions import CacheLayerMixin
+from .memory import own, tensors_in
+from .model.versions import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 
 def reads_full_mask(layer: Any) -> bool:
@@ -39,6 +39,18 @@ def release_cropped(layer: Any) -> None:
         layer.keys, layer.values = own(layer.keys), own(layer.values)
     states = getattr(layer, "conv_states", {})
     states.update({idx: own(state) for idx, state in states.items() if state is not None})
+
+
+def holds_nothing(layer: Any) -> bool:
+    """Whether it is of a block without a state, or was not written to."""
+    return not any(True for _ in tensors_in(vars(layer)))
+
+
+def can_be_undone(layer: Any) -> bool:
+    """Whether a layer that is not paged can forget what a failed forward pass may have written."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return holds_nothing(layer)
+    return layer.keys.shape[-2] == layer.values.shape[-2] == layer.get_seq_length()
 
 
 def model_cache_class(model: PreTrainedModel) -> type[DynamicCache] | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from .fit import unheard
 from .layer import PagedLayer
 from .model.versions import full_attention_mask, is_tested, unsupported
+from .shared import Change
 
 if TYPE_CHECKING:
     from .attached import AttachedCache
@@ -21,15 +22,15 @@ def begin_forward(cache: "AttachedCache", length: int, mask: Any) -> None:
     shared = cache.shared
     mask = full_attention_mask(mask)
     shared.has_own_mask = mask is not None and mask.dim() == 4
-    shared.forget_notes()  # of a forward pass that failed, or of a `crop`
-    if not shared.holds_prompts:
-        return
-    if any(getattr(layer, "record_past", False) for layer in cache.layers):
-        return  # drafted tokens are being verified
-    if length > 1:
-        shared.holding = True
-    elif shared.holding:
-        cache.compress()
+    shared.memo.clear()  # of a forward pass that failed
+    shared.forget_notes()  # of one that failed, or of a `crop`
+    is_drafting = any(getattr(layer, "record_past", False) for layer in cache.layers)
+    if shared.holds_prompts and not is_drafting:
+        if length > 1:
+            shared.holding = True
+        elif shared.holding:
+            cache.compress()
+    shared.change = Change(cache.get_seq_length(), length)
 
 
 def end_forward(cache: "AttachedCache", ids: Tensor | None) -> None:
@@ -43,4 +44,5 @@ def end_forward(cache: "AttachedCache", ids: Tensor | None) -> None:
                 )
             raise RuntimeError(unheard(cache, layer.layer_idx, layer.awaits))
     cache.log.append(ids)
+    cache.shared.change = None
     cache.check_idle()

@@ -152,7 +152,7 @@ def repeat(cache: "AttachedCache") -> None:
             for layer in paged:
                 layer.crop(seen - layer.seen)
     finally:
-        cache.layers, cache.log = layers, log
+        cache.layers, cache.log, cache.shared.change = layers, log, None
         for layer, observed, mask, prompt_end in states:
             layer.awaits = None
             if layer.seen > seen:

@@ -1,7 +1,8 @@
 """What the layers of one cache have in common."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,23 @@ from .token_log import MOST
 MOVING = {"rotary", "rerotate"}
 # Bytes of keys and values that are sealed until the heap is trimmed: rarely enough to cost little.
 TRIMMED = 2**26
+
+
+@dataclass
+class Change:
+    """What is being done to a cache of `seen` tokens: a forward pass of `length` more, or sealing (0).
+
+    While it is half done, some layers hold what others do not.
+    """
+
+    seen: int
+    length: int = 0
+    has_written: bool = False
+    has_sealed: bool = False
+
+    @property
+    def is_half_done(self) -> bool:
+        return self.has_written or self.has_sealed
 
 
 @dataclass
@@ -66,6 +84,8 @@ class Shared:
     # the tokens of layers that turned out not to be ours to read.
     others: list[Any] = field(default_factory=list)
     unpaged: dict[int, Tail] = field(default_factory=dict)
+    # What has begun and not ended: it runs, or it has failed.
+    change: Change | None = None
     _notes: dict[tuple[int, ...], dict[Any, Any]] = field(default_factory=dict)
 
     def remember(self, name: str, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
@@ -137,6 +157,23 @@ class Shared:
         if mask is None or not self.has_own_mask or mask.dim() == 2:
             return mask
         return self.remember("own", (mask,), lambda: mask.amax((1, 2), keepdim=True))
+
+    @contextlib.contextmanager
+    def changing(self, change: Change) -> Generator[None, None, None]:
+        """Within the block `change` goes on; it stays if the block fails."""
+        self.change = change
+        yield
+        self.change = None
+
+    def note_written(self) -> None:
+        """A layer is being written to."""
+        if self.change is not None:
+            self.change.has_written = True
+
+    def note_sealed(self) -> None:
+        """Pages, or records of tokens, are changing: this cannot be taken back."""
+        if self.change is not None:
+            self.change.has_sealed = True
 
     def end_forward(self) -> None:
         """Forget what served one forward pass only."""

@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -33,6 +33,7 @@ __all__ = [
     "BaseStreamer",
     "CacheLayerMixin",
     "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "attention_implementation",
     "cache_in",
     "declared_gates",
