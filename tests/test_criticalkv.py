@@ -220,5 +220,7 @@ def test_a_projection_without_plain_weights_is_refused(change) -> None:
     model = build("mixtral", "eager")
     projection = model.model.layers[1].self_attn.o_proj
     projection.weight = torch.nn.Parameter(change(projection.weight.data), requires_grad=False)
-    with pytest.raises(ValueError, match="not quantized, nor offloaded"):
+    with pytest.raises(
+        ValueError, match="none of .* that is a linear module with its weight at hand"
+    ):
         PiKVCache(model, scheduler="criticalkv", budget=30)

@@ -94,7 +94,7 @@ def test_labels_are_the_recorded_choice(name) -> None:
     inputs = prompt(model, LENGTHS)
     heard: dict[int, Tensor] = {}
     for idx, gate in cache.binding.gate_of.items():
-        gate.hook(lambda experts, _, idx=idx: heard.setdefault(idx, experts.sort(-1).values))
+        gate.hook(lambda choose, idx=idx: heard.setdefault(idx, choose()[0].sort(-1).values))
     events = record(cache, len(LENGTHS) * max(LENGTHS))
     both = EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
     model.generate(**inputs, **with_cache(both), max_new_tokens=1)

@@ -3,10 +3,11 @@
 import functools
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from .attached import AttachedCache
@@ -14,7 +15,7 @@ from .attention import NAME
 from .changes import Changes, is_changed
 from .checks import check_forward, check_generate
 from .context import CONTEXT
-from .model.gates import Gate, gates_of_layers
+from .model.gates import Choice, block_of, gates_of_layers
 from .model.modules import attention_modules
 from .model.rotary import Rotary, check_axes, rotaries
 from .model.versions import (
@@ -128,11 +129,11 @@ class Binding:
         )
 
     def _hook_gates(self) -> None:
-        labels: dict[Gate, list[int]] = {}
+        decoder: Any = self.decoder()
         for idx, gate in self.gate_of.items():
-            labels.setdefault(gate, []).append(idx)
-        for gate, layers in labels.items():
-            self._of(gate.module).add(gate.hook(functools.partial(_label, layers)))
+            for source in (gate, block_of(gate, decoder)):
+                hook = source.hook(functools.partial(_label, idx))
+                self._of(source.module).add(hook)
         self._has_gate_hooks = True
 
     @torch.compiler.disable
@@ -172,12 +173,11 @@ def _length(inputs: dict[str, Any]) -> int:
     return 0 if ids is None else ids.shape[1]
 
 
-def _label(layers: list[int], experts: Tensor, weights: Tensor) -> None:
-    """A gate has spoken: hand its choice to the layers that it labels."""
+def _label(idx: int, choose: Callable[[], Choice]) -> None:
+    """A gate, or its block, has spoken: hand its choice to the layer, if it still waits for one."""
     cache = CONTEXT.cache
-    if cache is not None and cache.shared.needs_labels:
-        for idx in layers:
-            cache.label(idx, experts, weights)
+    if cache is not None and cache.awaits_experts(idx):
+        cache.label(idx, *choose())
 
 
 class CheckedGenerate:

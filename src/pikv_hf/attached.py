@@ -246,14 +246,18 @@ class AttachedCache(Cache):
             self._has_warned = True
             warn_if_idle(self)
 
+    def awaits_experts(self, layer_idx: int) -> bool:
+        """Whether the newest tokens of a layer still lack their labels."""
+        layer = self.layers[layer_idx]
+        return isinstance(layer, PagedLayer) and layer.awaits == "experts"
+
     def label(self, layer_idx: int, experts: Tensor, weights: Tensor) -> None:
         """Label the newest tokens of a layer: `experts` and `weights` [B * q, k]."""
         layer = self.layers[layer_idx]
-        if isinstance(layer, PagedLayer) and layer.awaits == "experts":
-            shape = (layer.tail.batch, layer.tail.unlabelled, experts.shape[-1])
-            if len(experts) != shape[0] * shape[1]:
-                raise RuntimeError(unlabelled(self, layer_idx, len(experts), shape[0] * shape[1]))
-            layer.label(experts.view(shape), weights.detach().view(shape))
+        shape = (layer.tail.batch, layer.tail.unlabelled, experts.shape[-1])
+        if len(experts) != shape[0] * shape[1]:
+            raise RuntimeError(unlabelled(self, layer_idx, len(experts), shape[0] * shape[1]))
+        layer.label(experts.view(shape), weights.detach().view(shape))
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self), binding=None, _finalizer=None)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .allowance import row_window, sealed_tokens
 from .counting import write_counted
+from .model.linear import output_weight
 from .moving import moves, side_by_side, with_rest
 from .records import settled, with_record
 from .schedulers import Scheduler, Tokens
@@ -17,10 +18,8 @@ from .span import Span
 if TYPE_CHECKING:
     from .layer import PagedLayer
 
-OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "linear_out")
 # The budget is this many times what goes of it at once, if that is not said.
 INTERVALS = 16
-PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def kept(
@@ -158,25 +157,9 @@ def _tokens(
         valid=span["valid"].expand(shape) if "valid" in span else None,
         sinks=layer.shared.sinks,
         padding=layer.seen - layer.left[rows[0]] - (layer.tail.length - count),
-        output=output_weight(module) if "output" in needs else None,
+        output=output_weight(module, layer.tail.keys) if "output" in needs else None,
         module=module if "module" in needs else None,
         rotary=layer.shared.rotaries.get(layer.layer_idx),
         notes=layer.shared.notes(rows),
         **labels,
-    )
-
-
-def output_weight(module: Any) -> Tensor:
-    """The weight [hidden, Hq * Dv] of the output projection of an attention module.
-
-    Raises:
-        ValueError: it has none that is known.
-    """
-    for name in OUTPUTS:
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if isinstance(weight, Tensor) and weight.dtype in PLAIN and not weight.is_meta:
-            return weight
-    raise ValueError(
-        f"`scheduler` reads the output projection of {type(module).__name__}, which has none of "
-        f"{OUTPUTS} with a weight at hand: not quantized, nor offloaded."
     )

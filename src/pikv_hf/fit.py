@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from .compressors import Identity
-from .eviction import output_weight
 from .model.gates import all_gates
+from .model.linear import output_projection
 from .model.modules import unpaged_reasons
 from .repetition import check_repetition
 from .shared import Shared
@@ -33,7 +33,7 @@ def check_fit(cache: "AttachedCache", model: PreTrainedModel, binding: "Binding"
         check_repetition(scheduler.repetition, model, cache.native_class)
         if "output" in scheduler.needs | scheduler.constant_needs:
             for modules in binding.attention.values():
-                output_weight(modules[0])
+                output_projection(modules[0])
     if not hasattr(cache, "layers"):
         shared.compressor.check(model)
     elif type(model.config) is not type(cache.config) or cache._paged() != sorted(

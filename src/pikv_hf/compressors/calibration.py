@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..model.linear import is_plain
+
 METADATA = "pikv_calibration"
 GEOMETRY = (
     "num_hidden_layers",
@@ -30,7 +32,6 @@ SAMPLES = 32  # numbers of a weight that go into the fingerprint
 SAMPLED_LAYERS = 3
 # Rounding to bfloat16 moves a fingerprint by .0011 of its norm, other weights by about 1.4.
 SAME_WEIGHTS = 0.005
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _samples(model: PreTrainedModel) -> Iterator[tuple[str, list[float]]]:
             or "attention" in type(module).__name__.lower()
         ):
             weights: Any = module.named_parameters(prefix=name)
-            plain = [(n, w) for n, w in weights if w.dtype in _PLAIN and not w.is_meta]
+            plain = [(n, w) for n, w in weights if is_plain(w)]
             if plain:
                 by_layer[name] = plain
     layers = list(by_layer.values())

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from .modules import is_attention
 from .versions import declared_gates
 
-# Called with the experts and their weights, [B * q, k] each, of the tokens of a forward pass.
-Listener = Callable[[Tensor, Tensor], None]
+# The experts and their weights, [B * q, k] each, of the tokens of a forward pass.
+Choice = tuple[Tensor, Tensor]
+# Called with a function that returns the choice, which costs nothing if nobody asks.
+Listener = Callable[[Callable[[], Choice]], None]
 
 _EXPERT_ARGUMENTS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 
@@ -33,7 +35,7 @@ class ExpertsCall:
                 kwargs[name] if name in kwargs else args[place]
                 for name, place in zip(self.names, self.places, strict=True)
             )
-            listener(experts, weights)
+            listener(lambda: (experts, weights))
 
         return self.module.register_forward_pre_hook(heard, with_kwargs=True)
 
@@ -48,11 +50,11 @@ class GateOutput:
 
     def hook(self, listener: Listener) -> RemovableHandle:
         def heard(module: nn.Module, args: Any, output: Any) -> None:
-            listener(*self._choice(output))
+            listener(lambda: self._choice(output))
 
         return self.module.register_forward_hook(heard)
 
-    def _choice(self, output: Any) -> tuple[Tensor, Tensor]:
+    def _choice(self, output: Any) -> Choice:
         """What the gate says it chose, or else the k largest logits with the gate's own scores of all
         experts, or else the softmax."""
         parts = [output] if isinstance(output, Tensor) else list(output)
@@ -71,7 +73,43 @@ class GateOutput:
         return experts, weights
 
 
+@dataclass(frozen=True, eq=False)
+class BlockOutput:
+    """The block around a gate: it returns logits where it runs neither (MXFP4, kernels)."""
+
+    module: nn.Module
+    top_k: int
+
+    def hook(self, listener: Listener) -> RemovableHandle:
+        def heard(module: nn.Module, args: Any, output: Any) -> None:
+            if (logits := self._logits(output)) is not None:
+                listener(lambda: self._choice(logits))
+
+        return self.module.register_forward_hook(heard)
+
+    def _logits(self, output: Any) -> Tensor | None:
+        """The numbers of more experts than are chosen for each token, behind the hidden states."""
+        if not isinstance(output, tuple) or len(output) < 2:
+            return None
+        hidden, logits = output[:2]
+        if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2:
+            return None
+        is_of_tokens = logits.shape[0] * hidden.shape[-1] == hidden.numel()
+        return logits if is_of_tokens and logits.shape[1] > self.top_k else None
+
+    def _choice(self, logits: Tensor) -> Choice:
+        largest = logits.topk(self.top_k, dim=-1)
+        return largest.indices, largest.values.softmax(-1)
+
+
 Gate = ExpertsCall | GateOutput
+
+
+def block_of(gate: Gate, decoder: PreTrainedModel) -> BlockOutput:
+    """The module that `gate` is a part of."""
+    name = next(name for name, module in decoder.named_modules() if module is gate.module)
+    block = decoder.get_submodule(name.rpartition(".")[0])
+    return BlockOutput(block, experts_per_token(decoder.config))
 
 
 def gates_of_layers(
@@ -124,7 +162,7 @@ def _experts_calls(decoder: PreTrainedModel) -> Iterator[tuple[str, ExpertsCall]
 
 def _declared_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, GateOutput]]:
     """The gates that the model classes declare in `_can_record_outputs["router_logits"]`."""
-    top_k = _experts_per_token(decoder.config)
+    top_k = experts_per_token(decoder.config)
     declared: list[Any] = []
     for module in decoder.modules():
         if isinstance(module, PreTrainedModel):
@@ -138,7 +176,7 @@ def _declared_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, GateOutput]
                 break
 
 
-def _experts_per_token(config: Any) -> int:
+def experts_per_token(config: Any) -> int:
     text = config.get_text_config(decoder=True)
     names = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
     for owner in (text, getattr(text, "ffn_config", None)):

@@ -7,7 +7,9 @@ non-rotary key, rotary key and value.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .linear import matrix
 
 
 class LatentQuery:
@@ -22,7 +24,7 @@ class LatentQuery:
         self.rank = rank
         self.value_dim = module.v_head_dim
         heads = query.shape[1]
-        self.weight = _weight(module.kv_b_proj, query, rank).reshape(heads, -1, rank)
+        self.weight = matrix(module.kv_b_proj, rank, query).reshape(heads, -1, rank)
         self.nope_dim = module.qk_nope_head_dim
 
     def absorb(self, query: Tensor) -> Tensor:
@@ -34,18 +36,6 @@ class LatentQuery:
         """Attention output [B, Hq, q, r + dr] over latents as [B, Hq, q, dv]."""
         up = self.weight[:, self.nope_dim :].transpose(1, 2)
         return _per_head(out[..., : self.rank], up)
-
-
-def _weight(projection: nn.Module, query: Tensor, rank: int) -> Tensor:
-    """The matrix [Hq * (dn + dv), r] that `projection` applies.
-
-    An adapter, a quantized or an offloaded layer has no such tensor at hand: there it is what the
-    layer makes of the unit vectors, which costs as much as projecting `rank` tokens.
-    """
-    if type(projection) is nn.Linear and not projection.weight.is_meta:
-        return projection.weight
-    unit = torch.eye(rank, dtype=query.dtype, device=query.device)
-    return projection(unit).transpose(0, 1)
 
 
 def _per_head(states: Tensor, weight: Tensor) -> Tensor:

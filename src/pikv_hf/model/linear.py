@@ -1,0 +1,62 @@
+"""The matrices that projections of a model apply, quantized, adapted and offloaded ones too."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Names of an attention module's output projection.
+OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "linear_out")
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether `weight` is a tensor of numbers at hand: not quantized, sharded or offloaded.
+
+    Quantized weights may have a dtype of numbers too, in a tensor class of their own (torchao).
+    """
+    is_tensor = type(weight) in (Tensor, nn.Parameter)
+    return is_tensor and weight.dtype in PLAIN and not weight.is_meta
+
+
+def matrix(projection: Any, size: int, like: Tensor) -> Tensor:
+    """The matrix [out, size] that `projection` applies to states of the dtype and device of `like`.
+
+    Where no such tensor is at hand, it is what the module makes of the unit vectors, which costs as
+    much as projecting `size` tokens.
+    """
+    if type(projection) is nn.Linear and is_plain(projection.weight):
+        return projection.weight
+    unit = torch.eye(size, dtype=like.dtype, device=like.device)
+    if getattr(projection, "bias", None) is None:
+        return projection(unit).transpose(0, 1)
+    both = projection(torch.cat([unit, torch.zeros_like(unit[:1])]))
+    return (both[:-1] - both[-1:]).transpose(0, 1)
+
+
+def output_projection(module: Any) -> Any:
+    """The output projection of an attention module, whose `matrix` can be had.
+
+    Raises:
+        ValueError: it has none that is known.
+    """
+    for name in OUTPUTS:
+        if _is_applicable(found := getattr(module, name, None)):
+            return found
+    raise ValueError(
+        f"`scheduler` reads the output projection of {type(module).__name__}, which has none of "
+        f"{OUTPUTS} that is a linear module with its weight at hand, or one that applies it."
+    )
+
+
+def output_weight(module: Any, like: Tensor) -> Tensor:
+    """The weight [hidden, Hq * Dv] of the output projection of an attention module."""
+    projection = output_projection(module)
+    return matrix(projection, projection.in_features, like).detach()
+
+
+def _is_applicable(projection: Any) -> bool:
+    weight = getattr(projection, "weight", None)
+    if type(projection) is nn.Linear and type(weight) in (Tensor, nn.Parameter):
+        return is_plain(weight) or hasattr(projection, "_hf_hook")  # accelerate brings it
+    return isinstance(projection, nn.Module) and hasattr(projection, "in_features")
