@@ -80,7 +80,7 @@ def main() -> None:
         bound = {idx: compressor.bind(model.config, idx) for idx in layers}
         squares = [output_error(capture, bound[idx]) for idx, capture in layers.items()]
         dim = model.config.head_dim
-        return bound[0].bytes_per_token(dim, dim, 2) / (2 * dim), math.sqrt(
+        return bound[0].bytes_per_token(dim, dim, 2, 64) / (2 * dim), math.sqrt(
             sum(squares) / len(squares)
         )
 

@@ -46,8 +46,8 @@ class Scattered(MixedCompressor):
     def choose(self, keys, values, queries):
         return (keys[..., 0, 0] > 0.3).long()
 
-    def bytes_per_token(self, key_dim, value_dim, element_size):
-        return Identity().bytes_per_token(key_dim, value_dim, element_size)
+    def bytes_per_token(self, key_dim, value_dim, element_size, page_size):
+        return Identity().bytes_per_token(key_dim, value_dim, element_size, page_size)
 
 
 class Generated(NamedTuple):

@@ -167,7 +167,7 @@ def test_pages_come_back(name, dtype, dims) -> None:
     before = keys.clone(), values.clone()
     decoded = compressor.decode(compressor.encode(keys, values))
     assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
-    bits = 8 * VARIANTS[name].bytes_per_token(128, 128, 2) / 256 if name not in REDUCED else 0
+    bits = 8 * VARIANTS[name].bytes_per_token(128, 128, 2, 64) / 256 if name not in REDUCED else 0
     for original, states_ in zip((keys, values), decoded, strict=True):
         assert states_.dtype == dtype and states_.shape == original.shape
         if original.shape[-1] and name not in REDUCED:  # random numbers have no low rank
@@ -431,7 +431,7 @@ def test_bytes_in_a_cache(name, dtype) -> None:
     nbytes, tokens = sealed_bytes(cache)
     assert tokens == 512
     heads = model.config.num_key_value_heads
-    formula = paged(cache)[0].pages.compressor.bytes_per_token(128, 128, dtype.itemsize)
+    formula = paged(cache)[0].pages.compressor.bytes_per_token(128, 128, dtype.itemsize, 64)
     assert nbytes / tokens / heads == pytest.approx(formula, rel=0.03)
     if name in BOUNDS and (dtype == torch.bfloat16 or name != "identity"):
         assert nbytes / tokens / heads / 256 <= BOUNDS[name]
@@ -443,7 +443,7 @@ def test_bytes_of_latents(name) -> None:
     compressor = fitted(name, (576, 0), heads=1)
     fields = compressor.encode(keys, keys[..., :0])
     measured = sum(t.numel() * t.element_size() for t in fields.values()) / (4 * 64)
-    assert measured == pytest.approx(compressor.bytes_per_token(576, 0, 2), rel=0.03)
+    assert measured == pytest.approx(compressor.bytes_per_token(576, 0, 2, 64), rel=0.03)
 
 
 # ---- whole models -------------------------------------------------------------------------------

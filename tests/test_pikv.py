@@ -277,7 +277,7 @@ def test_bytes_in_a_cache(share) -> None:
     nbytes = sum(t.numel() * t.element_size() for t in fields)
     assert tokens == 2 * 16 * 23
     assert nbytes <= share * full * tokens
-    assert nbytes <= PiKV(share=share).bytes_per_token(128, 128, 2) * tokens
+    assert nbytes <= PiKV(share=share).bytes_per_token(128, 128, 2, 64) * tokens
     assert nbytes >= 0.8 * share * full * tokens
 
 

@@ -113,10 +113,10 @@ def test_bytes_are_the_sum_over_tiers(dtype) -> None:
         assert sum(pool.page_count for pool in mine) == pages
         fields = [t[: pool.page_count] for pool in mine for t in pool.fields.values()]
         nbytes = sum(t.numel() * t.element_size() for t in fields)
-        formula = tier.bytes_per_token(128, 128, dtype.itemsize) * 64 * pages
+        formula = tier.bytes_per_token(128, 128, dtype.itemsize, 64) * 64 * pages
         assert nbytes == pytest.approx(formula, rel=1e-3)
         total += nbytes
-    mean = Pyramid(tiers=tiers).bytes_per_token(128, 128, dtype.itemsize)
+    mean = Pyramid(tiers=tiers).bytes_per_token(128, 128, dtype.itemsize, 64)
     assert total == pytest.approx(mean * 512 * model.config.num_key_value_heads, rel=1e-3)
 
 

@@ -34,7 +34,7 @@ def test_a_long_layer_takes_what_its_compressor_says(name, dtype) -> None:
     assert take_layer() is layer
     layer.finish(None)
     (row,) = cache.report().layers
-    encoded = layer.pages.compressor.bytes_per_token(64, 64, dtype.itemsize)
+    encoded = layer.pages.compressor.bytes_per_token(64, 64, dtype.itemsize, layer.pages.page_size)
     open_tokens = layer.tail.length / 6000
     fixed = sum(t.nbytes for t in layer.pages.compressor.tensors()) / 6000
     each = 2 * ((1 - open_tokens) * encoded + open_tokens * 128 * dtype.itemsize) + fixed

@@ -207,7 +207,7 @@ def test_bytes(bits, residual, dims, dtype) -> None:
     before = keys.clone()
     fields = method.encode(keys, values)
     measured = sum(t.nbytes for t in fields.values()) / (5 * 16)
-    assert measured == method.bytes_per_token(*dims, dtype.itemsize)
+    assert measured == method.bytes_per_token(*dims, dtype.itemsize, 64)
     norms = 1 + residual + (dims[1] > 0)
     assert measured == sum(dims) * bits / 8 + norms * dtype.itemsize
     assert {len(t) for t in fields.values()} == {5}

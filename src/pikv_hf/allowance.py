@@ -1,11 +1,15 @@
 """How many tokens a layer may hold: open ones in its tail, and sealed ones in pages."""
 
+import itertools
+import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .beside import bytes_beside
-from .pages import MAX_GROWTH, MIN_GROWTH
+from .compressors import MixedCompressor
+from .memory import storage_bytes
+from .moving import rest_bytes
 from .shared import visible_columns
 
 if TYPE_CHECKING:
@@ -81,35 +85,77 @@ def _tokens_held(layer: "PagedLayer", seen: int, generated: int) -> int | None:
 
 
 def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
-    """Tokens of each row and KV head, open ones included, for which `nbytes` of a cache suffice.
+    """Tokens of each row and KV head, open ones included, for which `nbytes` of a cache suffice."""
+    shared = layer.shared
+    pages = int(_bytes_for_pages(layer, nbytes) / _page_row_bytes(layer))
+    # Where heads hold different numbers of tokens, or of bytes, the last page of each is not full.
+    pages -= _is_pooled(layer)
+    return shared.window + max(pages, 0) * shared.page_size
+
+
+def page_bytes(layer: "PagedLayer") -> int | None:
+    """Bytes that the pages of a layer may take; None = the budget is not one in bytes."""
+    budget = layer.shared.budget
+    nbytes = None if budget is None else budget.bytes_in_force(layer.generated)
+    return None if nbytes is None else _bytes_for_pages(layer, nbytes)
+
+
+def _bytes_for_pages(layer: "PagedLayer", nbytes: int) -> int:
+    """What is left to the pages of a layer of the `nbytes` of a cache.
 
     Raises:
-        ValueError: they do not suffice for the open tokens alone.
+        ValueError: its open tokens and sinks take more than its share.
     """
     shared, tail = layer.shared, layer.tail
     beside = bytes_beside(layer)
     share = max(nbytes - beside, 0) // (layer.place[1] - len(shared.unpaged))
-    owners, size = tail.batch * tail.keys.shape[1], tail.keys.element_size()
-    dims = tail.keys.shape[3], tail.values.shape[3]
-    fixed = (shared.window + shared.page_size) * sum(dims) * size * owners
-    others = [*layer.observed.tensors(), *layer.pages.compressor.tensors()]
-    others += layer.scheduler_tensors()
-    fixed += sum(tensor.nbytes for tensor in others if tensor is not layer.observed.counted)
-    per_token = layer.pages.compressor.bytes_per_token(*dims, size)
-    # Its position, its record, and the one that attention adds to; what never changes.
-    per_token += 4 + 4 * (layer.observed.numbers + layer.observed.width)
-    per_token += 4 * shared.scheduler.constants if shared.scheduler else 0
-    if tail.labels is not None:
-        labels = tail.labels.tensors.values()
-        per_token += sum(t[0, 0, 0].numel() * t.element_size() for t in labels)
-    if share <= fixed:
+    opened = shared.window + shared.page_size
+    owners, states = tail.batch * tail.keys.shape[1], (tail.keys, tail.values)
+    fixed = opened * owners * sum(t.shape[3] * t.element_size() for t in states)
+    fixed += opened * tail.batch * _label_bytes(layer)
+    fixed += layer.observed.most_bytes(owners, opened, shared.page_size)
+    others = (layer.pages.compressor.tensors(), layer.scheduler_tensors(), layer.probe.tensors())
+    fixed += storage_bytes(itertools.chain(*others))
+    sinks = math.ceil(shared.least / shared.page_size)
+    least = fixed + (sinks + _is_pooled(layer) * (sinks > 0)) * _page_row_bytes(layer)
+    if share <= fixed or share < least:
         raise ValueError(
             f"`budget` is {nbytes} bytes, of which layers that are not paged and token ids take "
-            f"{beside}. That leaves {share} for layer {layer.layer_idx}, but its open tokens alone "
-            f"take {fixed} in this batch of {tail.batch}: give more, or a smaller `window`, "
+            f"{beside}. That leaves {share} for layer {layer.layer_idx}, but its open tokens and sinks "
+            f"alone take {math.ceil(least)} in this batch of {tail.batch}: give more, or a smaller `window`, "
             "`page_size` or batch."
         )
-    sealed = int((share - fixed) / (owners * per_token))
-    # Room that pages are given for later ones, and a page that is not full.
-    room = min(max(sealed // 17, MIN_GROWTH * shared.page_size), MAX_GROWTH * shared.page_size)
-    return max(sealed - room - shared.page_size, 0) + shared.window
+    return share - fixed
+
+
+def _page_row_bytes(layer: "PagedLayer") -> float:
+    """Bytes of a page of each KV head of all rows."""
+    tail = layer.tail
+    return tail.batch * tail.keys.shape[1] * layer.shared.page_size * token_bytes(layer)
+
+
+def token_bytes(layer: "PagedLayer") -> float:
+    """Bytes that a token of one KV head takes in a full page, with all that is known of it."""
+    shared, tail = layer.shared, layer.tail
+    dims, size = (tail.keys.shape[3], tail.values.shape[3]), tail.keys.element_size()
+    total = layer.pages.compressor.bytes_per_token(*dims, size, shared.page_size)
+    # Its position, its record, and the one that attention adds to; what never changes.
+    total += 4 + 4 * (layer.observed.numbers + layer.observed.width) + _label_bytes(layer)
+    if shared.scheduler is not None:
+        total += 4 * shared.scheduler.constants + rest_bytes(layer, shared.scheduler)
+    # The owner of a page and its length.
+    return total + _is_pooled(layer) * 12 / shared.page_size
+
+
+def _is_pooled(layer: "PagedLayer") -> bool:
+    """Whether each KV head has pages of its own number, or encodings."""
+    scheduler = layer.shared.scheduler
+    is_ragged = scheduler is not None and scheduler.is_ragged
+    return is_ragged or isinstance(layer.pages.compressor, MixedCompressor)
+
+
+def _label_bytes(layer: "PagedLayer") -> int:
+    """Bytes of a token's experts and their weights."""
+    labels = layer.tail.labels
+    tensors = () if labels is None else labels.tensors.values()
+    return sum(t[0, 0, 0].numel() * t.element_size() for t in tensors)

@@ -60,10 +60,13 @@ def _grown(other: Any, end: int) -> int:
 
 
 def _guessed(other: Any, layer: "PagedLayer", end: int) -> int:
-    """Bytes of a layer of which none has been written to: with the heads of the paged `layer`."""
-    if not isinstance(other, DynamicLayer):
-        return 0
-    tail = layer.tail
+    """Bytes of a layer of which none has been written to: with the heads of the paged `layer`.
+
+    States are taken to be as large as its open tokens.
+    """
+    tail, shared = layer.tail, layer.shared
     numbers = tail.batch * tail.keys.shape[1] * (tail.keys.shape[3] + tail.values.shape[3])
-    tokens = other.sliding_window if other.is_sliding else end
+    tokens = shared.window + shared.page_size
+    if isinstance(other, DynamicLayer):
+        tokens = other.sliding_window if other.is_sliding else end
     return tokens * numbers * tail.keys.element_size()

@@ -42,6 +42,11 @@ class Budget:
         """The amount that counts when `generated` tokens are behind the prompt."""
         return self.decode if generated and self.decode is not None else self.prefill
 
+    def bytes_in_force(self, generated: int) -> int | None:
+        """The same in bytes; None if it is not an amount of bytes."""
+        amount = self.in_force(generated)
+        return parse_bytes(amount) if isinstance(amount, str) else None
+
     @property
     def is_in_bytes(self) -> bool:
         return isinstance(self.prefill, str) or isinstance(self.decode, str)

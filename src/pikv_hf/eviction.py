@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .allowance import row_window, sealed_tokens
+from .allowance import page_bytes, row_window, sealed_tokens, token_bytes
 from .counting import write_counted
 from .model.linear import output_weight
 from .moving import moves, side_by_side, with_rest
 from .records import settled, with_record
+from .room import Room
 from .schedulers import Scheduler, Tokens
 from .span import Span
 
@@ -29,10 +30,10 @@ def kept(
     count: int,
     scheduler: Scheduler,
     mask: Tensor | None,
-) -> tuple[Span, int]:
+) -> tuple[Span, Room]:
     """What of `new`, tokens of `rows`, is to be sealed: with the sealed tokens, if some must go.
 
-    Besides, how many tokens are to follow it until some must go again, if that is known.
+    Besides, what is known of the tokens that follow until some must go again.
     `count` tokens at the beginning of the tail are leaving it; `mask` is the newest of the model.
     """
     if moves(scheduler):
@@ -46,14 +47,16 @@ def kept(
     left = layer.left[rows[0]]
     seen = left + layer.tail.length - count
     budget = sealed_tokens(layer, seen, left)
+    room = _room(layer, rows, len(new))
     is_within = budget is None or _fits(layer, rows[0], len(new), budget, scheduler)
+    is_within &= room.nbytes is None or room.nbytes >= 0
     if is_within and not scheduler.records:
-        return new, 0
+        return new, room
     if is_within and len(rows) == layer.tail.batch and write_counted(layer):
-        return with_record(layer, rows, new), 0
+        return with_record(layer, rows, new), room
     span = _candidates(layer, rows, new, scheduler, mask)
     if is_within or budget is None:
-        return span.front(), 0
+        return span.front(), room
     tokens = _tokens(layer, rows, span, count, scheduler, scheduler.needs)
     to_follow = _to_follow(layer, seen, budget)
     keep = scheduler.keep(tokens, budget - to_follow)
@@ -69,7 +72,17 @@ def kept(
         stays = stays.joined(Span({"valid": keep >= 0}))
     if moves(scheduler):
         stays = side_by_side(layer, stays, keep, len(span))
-    return stays, to_follow
+    return stays, Room(to_follow, room.nbytes)
+
+
+def _room(layer: "PagedLayer", rows: list[int], new: int) -> Room:
+    """The bytes that are left of a budget in bytes when `new` tokens of `rows` are sealed, too."""
+    limit = page_bytes(layer)
+    if limit is None:
+        return Room()
+    pages, owners = math.ceil(new / layer.shared.page_size), len(rows) * layer.tail.keys.shape[1]
+    added = math.ceil(pages * owners * layer.shared.page_size * token_bytes(layer))
+    return Room(nbytes=limit - layer.pages.bytes_with(added))
 
 
 def _candidates(

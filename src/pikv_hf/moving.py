@@ -34,6 +34,13 @@ def with_rest(layer: "PagedLayer", span: Span) -> Span:
     return span.joined(Span({"rest": rest}))
 
 
+def rest_bytes(layer: "PagedLayer", scheduler: Scheduler) -> int:
+    """Bytes of the `rest` of a token."""
+    if not moves(scheduler) or layer.tail.keys.dtype == torch.float32:
+        return 0
+    return layer.tail.keys[..., layer.shared.rotaries[layer.layer_idx].turning].shape[-1]
+
+
 def side_by_side(layer: "PagedLayer", stays: Span, kept: Tensor, places: int) -> Span:
     """Tokens `stays`, which stood at `kept` [R, H, K] of `places`, with keys that close the gaps.
 

@@ -147,6 +147,18 @@ class Observed:
             return queries
         return queries.index_select(0, torch.tensor(rows, device=queries.device))
 
+    def most_bytes(self, owners: int, opened: int, sealed: int) -> int:
+        """Bytes held at most, the records of pages apart, for the KV heads of all rows, `owners`.
+
+        `opened` tokens are open at most; after every `sealed` ones records are settled.
+        """
+        size = 4 * owners * opened * (self.numbers + self.width)
+        size += 0 if self.control is None else self.control.nbytes
+        drafted = DRAFTED * self.is_drafting
+        for held, most in ((self.queries, self.most + drafted), (self.pending, sealed)):
+            size += 0 if held is None else held[:, :, :, 0].nbytes * most
+        return size
+
     def control_of(self, rows: list[int], like: Tensor) -> Tensor:
         """The controls [R, controls] of batch rows, made on the device of `like` [B, ...]."""
         if self.control is None:

@@ -15,16 +15,12 @@ from .compressors.base import check_states
 from .memory import is_own
 from .placement import Local, Placement
 from .pool import Pool, together
+from .room import SPARE, Room, grown_pages
 from .slab import Slab
 from .span import Span
 from .tiers import Tier
 from .unplaced import Pages, Unplaced
 
-# Room is made for 1/16 of the pages held: few slabs, little unused room.
-GROWTH = 16
-MIN_GROWTH, MAX_GROWTH = 4, 32
-# Where so many pages are copied, one more has room: eviction then finds old and new tokens in one piece.
-SPARE = 256
 # Pages of a pool that are encoded at a time, or whose codes are copied where no tier is limited.
 PAGES_ENCODED, PAGES_MOVED = 16, 256
 
@@ -47,14 +43,14 @@ class PageTable:
         rows: list[int],
         batch: int,
         queries: Tensor | None = None,
-        to_follow: int = 0,
+        room: Room | None = None,
     ) -> None:
         """Seal `span`, tokens of the batch rows `rows`, with what is known of them.
 
         They have `keys` and `values`, or codes, as `take` and `encoded` give them. If `valid` is
         known, the valid tokens of each row and KV head are its first ones.
-        `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them. Room
-        is made for the tokens that are known `to_follow`, and else for a few.
+        `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them. `room`
+        is made for the tokens to come; None = for a few.
 
         Raises:
             ValueError: the compressor cannot store these tokens.
@@ -70,7 +66,7 @@ class PageTable:
         is_behind_pools = any(isinstance(slab, Pool) for slab in self.slabs)
         if not (is_mixed or is_behind_pools or "valid" in span):
             fields = codes or encoded(self.compressor, **states, queries=queries)
-            return self._append_uniform(fields, known, rows, batch, to_follow // self.page_size)
+            return self._append_uniform(fields, known, rows, batch, room or Room())
         lead = like.shape[:2]
         known = {
             name: self._paged(t.to(like.device).expand(*lead, *t.shape[2:]))
@@ -78,7 +74,7 @@ class PageTable:
         }
         lengths = self._paged(span.all_valid()["valid"].expand(*lead, -1)).sum(-1)
         new = Unplaced(states, codes, known, lengths, rows, queries)
-        self._append_pooled(new, batch, to_follow // self.page_size)
+        self._append_pooled(new, batch, room or Room())
 
     def encoded(self, span: Span) -> Span:
         """`span` with its codes, where tokens are encoded each by itself.
@@ -112,7 +108,7 @@ class PageTable:
         return tensor.reshape(*tensor.shape[:2], pages, self.page_size, *tensor.shape[3:])
 
     def _append_uniform(
-        self, fields: dict[str, Tensor], known: Span, rows: list[int], batch: int, to_follow: int
+        self, fields: dict[str, Tensor], known: Span, rows: list[int], batch: int, room: Room
     ) -> None:
         """Pages of equally many tokens in all rows and heads: behind the last slab, or a new one
 
@@ -123,22 +119,24 @@ class PageTable:
             return slab.write(fields, known)
         heads, pages = next(iter(fields.values())).shape[1:3]
         grows = is_whole and len(known) % self.page_size == 0
-        growth, start = self._growth(batch * heads) if grows else 0, 0
+        grown, start = self._grown(batch * heads), 0
+        page_bytes = sum(t.nbytes // pages for t in (*fields.values(), *known.tensors.values()))
         for tier in self.tiers:
             free = self._free(tier, fields, 2)
             count = min(free, pages - start)
             if count <= 0:
                 continue
-            room = count
+            wide = count
             if grows and start + count == pages:
                 spare = 0 if all(map(is_own, fields.values())) else count // SPARE
-                room = min(max(count + max(to_follow, spare), growth), free)
+                follow = max((room.tokens or 0) // self.page_size, spare)
+                wide = min(room.pages(count, follow, grown, page_bytes), free)
             tokens = min(count * self.page_size, len(known) - start * self.page_size)
             slab = Slab(
                 compressor=self.compressor,
                 tier=tier,
-                fields={k: tier.hold(t.narrow(2, start, count), room) for k, t in fields.items()},
-                meta=known.narrow(start * self.page_size, tokens).with_room(room * self.page_size),
+                fields={k: tier.hold(t.narrow(2, start, count), wide) for k, t in fields.items()},
+                meta=known.narrow(start * self.page_size, tokens).with_room(wide * self.page_size),
                 length=tokens,
                 page_size=self.page_size,
                 readers=list(rows),
@@ -155,8 +153,8 @@ class PageTable:
         page_bytes = sum(t.nbytes // t.shape[dim] for t in fields.values())
         return (tier.limit - used) // page_bytes
 
-    def _append_pooled(self, new: Unplaced, batch: int, to_follow: int) -> None:
-        """Each page into a pool of the compressor chosen for it; pages of each head are `to_follow`."""
+    def _append_pooled(self, new: Unplaced, batch: int, room: Room) -> None:
+        """Each page into a pool of the compressor chosen for it, with its share of the `room`."""
         members = tuple({self.compressor.of_head(head): None for head in range(new.heads)})
         choice = torch.zeros_like(new.lengths)
         if len(members) > 1:
@@ -168,39 +166,52 @@ class PageTable:
         size = PAGES_MOVED if new.codes and not is_limited else PAGES_ENCODED
         for number, member in enumerate(members):
             mine = (choice == number) & (new.lengths > 0)
-            to_come = int(mine.sum()) + to_follow * batch * new.heads // len(members)
+            to_come = int(mine.sum())
             for chosen, group in new.places(mine):
                 # What is encoded or copied at a time stays small.
                 for at in chosen.split(size) if len(chosen) else ():
                     pages = new.encoded(member, at, group)
-                    self._open_pool(member, pages, batch, new.heads, to_come).write(pages)
+                    wide = self._pool_room(room, pages, to_come, batch * new.heads, len(members))
+                    self._open_pool(member, pages, batch, new.heads, wide).write(pages)
                     to_come -= len(at)
 
     def _open_pool(
-        self, member: Compressor, pages: Pages, batch: int, heads: int, to_come: int
+        self, member: Compressor, pages: Pages, batch: int, heads: int, wide: int
     ) -> Pool:
-        """The last pool of `member` if `pages` can be written behind its own, or a new one.
-
-        `to_come`: how many are to be written, these included.
-        """
+        """The last pool of `member` if `pages` can be written behind its own, or one for `wide` pages."""
         for pool in reversed(self.slabs):
             if isinstance(pool, Pool) and pool.compressor == member:
                 if pool.fits(pages, batch):
                     return pool
                 break
-        room = max(to_come, self._growth(batch * heads) * batch * heads // 2)
         for tier in self.tiers:
             free = self._free(tier, pages.fields, 0)
             if free >= len(pages.owner):
                 break
-        pool = Pool.like(pages, member, tier, min(room, free), batch, heads)
+        pool = Pool.like(pages, member, tier, min(wide, free), batch, heads)
         self.slabs.append(pool)
         return pool
 
-    def _growth(self, owners: int) -> int:
+    def _pool_room(self, room: Room, pages: Pages, to_come: int, owners: int, members: int) -> int:
+        """For how many pages like `pages` a pool is made, `to_come` of which are written now."""
+        # With a limit, none for pages of several encodings: they may take more than the mean.
+        is_open = room.nbytes is None or not isinstance(self.compressor, MixedCompressor)
+        known = (room.tokens or 0) // self.page_size * owners // members * is_open
+        page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages.owner)
+        return room.pages(to_come, known, self._grown(owners) * owners // 2, page_bytes * members)
+
+    def _grown(self, owners: int) -> int:
         """Pages to make room for, for each of `owners`, the KV heads of all rows."""
-        held = sum(slab.page_count for slab in self.slabs)
-        return min(max(held // (owners * GROWTH), MIN_GROWTH), MAX_GROWTH)
+        return grown_pages(sum(slab.page_count for slab in self.slabs) // owners)
+
+    def bytes_with(self, nbytes: int) -> int:
+        """Bytes of all pages once `nbytes` of pages are added, which take the room first."""
+        held = room = 0
+        for slab in self.slabs:
+            size = sum(tensor.nbytes for tensor in slab.tensors())
+            held += size
+            room += 0 if slab.is_forked else int(slab.room * size)
+        return max(held, held - room + nbytes)
 
     def held(self, row: int) -> Tensor | None:
         """Tokens of each KV head of a batch row, [H] on the CPU; None = none at all."""

@@ -63,6 +63,10 @@ class Pool(StoredRows):
     def page_size(self) -> int:
         return self.meta["positions"].shape[2]
 
+    @property
+    def room(self) -> float:
+        return 1 - self.page_count / max(len(self.owner), 1)
+
     def held(self) -> Tensor:
         held = torch.zeros(self.rows * self.heads, dtype=torch.int64)
         owner, lengths = (t[: self.page_count].cpu() for t in (self.owner, self.lengths))

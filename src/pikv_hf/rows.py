@@ -39,6 +39,11 @@ class StoredRows(ABC):
     def page_count(self) -> int:
         """Pages of all stored rows and KV heads."""
 
+    @property
+    @abstractmethod
+    def room(self) -> float:
+        """The share of its memory that is for more pages."""
+
     @abstractmethod
     def held(self) -> Tensor:
         """Tokens of each stored row and KV head, [rows, H] on the CPU."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from .autocast import without_autocast
 from .eviction import kept
 from .records import settled
+from .room import Room
 from .shared import rows_by_visibility
 from .span import Span
 
@@ -33,18 +34,18 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
         span = oldest if len(rows) == layer.tail.batch else oldest.rows(torch.tensor(rows))
         if columns is not None:
             span = span.tokens(columns)
-        new, to_follow = span, 0
+        new, room = span, Room()
         for row in rows:
             layer.left[row] += len(span)
         if layer.shared.scheduler is not None:
-            span, to_follow = kept(layer, rows, span, count, layer.shared.scheduler, mask)
+            span, room = kept(layer, rows, span, count, layer.shared.scheduler, mask)
         if not len(span):
             continue  # nothing stays
         queries = layer.observed.of_rows(rows, compressor.observed_queries)
         if queries is not None:
             queries = queries.flatten(2, 3) * layer.scale
         try:
-            layer.pages.append(span, rows, layer.tail.batch, queries, to_follow)
+            layer.pages.append(span, rows, layer.tail.batch, queries, room)
             _examine(layer, rows, new, queries)
         except ValueError as error:
             raise ValueError(f"layer {layer.layer_idx}: {error}") from error

@@ -49,6 +49,10 @@ class Slab(StoredRows):
     def page_count(self) -> int:
         return self.pages * self.rows * next(iter(self.fields.values())).shape[1]
 
+    @property
+    def room(self) -> float:
+        return 1 - self.pages * self.page_size / self.capacity
+
     def held(self) -> Tensor:
         return torch.full(next(iter(self.fields.values())).shape[:2], self.length, device="cpu")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .memory import is_writable
+from .memory import is_writable, own
 from .scratch import Scratch
 from .span import Span
 
@@ -50,17 +50,18 @@ class Tail:
 
     def drop(self, count: int, capacity: int, scratch: Scratch) -> None:
         """Forget the oldest `count` tokens; the others move to a buffer for `capacity` tokens."""
-        borrowed, own = (self.keys, self.values), self._own
-        if own is None:
+        borrowed, before = (self.keys, self.values), self._own
+        if before is None:
             self._move(count, self._buffers(max(capacity, self.length - count)))
         else:
-            fits = own[0].shape[2] >= capacity and is_writable(own[0])
-            self._move(count, own if fits else self._buffers(capacity))
+            fits = before[0].shape[2] >= capacity and is_writable(before[0])
+            self._move(count, before if fits else self._buffers(capacity))
             scratch.give_back(*borrowed)
             self._own = None
         self.length -= count
         if self.labels is not None:
-            self.labels = self.labels.narrow(count, len(self.labels) - count)
+            left = self.labels.narrow(count, len(self.labels) - count)
+            self.labels = Span({name: own(t) for name, t in left.tensors.items()})
 
     def truncate(self, length: int) -> None:
         self.length = length

@@ -149,8 +149,13 @@ class Compressor(ABC):
         return out
 
     @abstractmethod
-    def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
-        """Bytes that a token of one KV head takes; `element_size` is that of the model's dtype."""
+    def bytes_per_token(
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int
+    ) -> float:
+        """Bytes that a token of one KV head takes in a full page, of what is stored once for it, too.
+
+        `element_size` is that of the model's dtype.
+        """
 
 
 def encoded(

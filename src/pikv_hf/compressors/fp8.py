@@ -39,7 +39,7 @@ class Fp8(Coded):
         return self._decode("key", fields), self._decode("value", fields)
 
     def bytes_per_token(
-        self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int
     ) -> float:
         scales = element_size * ((key_dim > 0) + (value_dim > 0))
         return key_dim + value_dim + scales / page_size

@@ -20,5 +20,7 @@ class Identity(Compressor):
     def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return fields["keys"], fields["values"]
 
-    def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
+    def bytes_per_token(
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int
+    ) -> float:
         return float((key_dim + value_dim) * element_size)

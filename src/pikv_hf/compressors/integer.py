@@ -103,7 +103,7 @@ class Integer(Coded):
         return self.key_axis == "token"
 
     def bytes_per_token(
-        self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int
     ) -> float:
         each = element_size * (1 if self.symmetric else 2)
         total = (key_dim + value_dim) * self.bits / 8

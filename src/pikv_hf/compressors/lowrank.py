@@ -107,7 +107,9 @@ class LowRank(Compressor):
         out = out.to(wide) @ value["up"]
         return out.add_(value["bias"][:, None]) if "bias" in value else out, lse
 
-    def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
+    def bytes_per_token(
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int
+    ) -> float:
         factors = self._bound()
         ranks = [
             factors[f"{name}_down"].shape[-1] if dim else 0

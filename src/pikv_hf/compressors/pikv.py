@@ -83,7 +83,9 @@ class PiKV(MixedCompressor):
         choice = cheapest(errors.flatten(2), bytes_, allowed).view(errors.shape[1:])
         return members[..., None].expand_as(errors).gather(0, choice[None])[0]
 
-    def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
+    def bytes_per_token(
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int
+    ) -> float:
         return self.share * (key_dim + value_dim) * element_size
 
 

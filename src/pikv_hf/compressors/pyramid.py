@@ -57,6 +57,9 @@ class Pyramid(MixedCompressor):
         ends = [round(sum(self.shares[: i + 1]) * pages) for i in range(len(self.shares) - 1)]
         return [sum(place >= end for end in ends) for place in range(pages)]
 
-    def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
-        tiers = (tier.bytes_per_token(key_dim, value_dim, element_size) for tier in self.tiers)
+    def bytes_per_token(
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int
+    ) -> float:
+        sizes = key_dim, value_dim, element_size, page_size
+        tiers = (tier.bytes_per_token(*sizes) for tier in self.tiers)
         return sum(share * nbytes for share, nbytes in zip(self.shares, tiers, strict=True))

@@ -53,7 +53,7 @@ class Svd(Compressor):
         return lowrank_attention(query, key, key if is_latent else value, tokens, scale)
 
     def bytes_per_token(
-        self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int
     ) -> float:
         ranks = (min(self.rank, dim, page_size) for dim in (key_dim, value_dim))
         shares = (1 + key_dim / page_size, 1 + value_dim / page_size)

@@ -115,7 +115,7 @@ class ThinK(Compressor):
         return weights @ fields["values"].flatten(2, 3)[:, :, :tokens], lse
 
     def bytes_per_token(
-        self, key_dim: int, value_dim: int, element_size: int, page_size: int = 64
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int
     ) -> float:
         if value_dim == 0:
             key_dim, value_dim = self._rotary, key_dim - self._rotary

@@ -91,7 +91,9 @@ class TurboQuant(Compressor):
         )
         return self._restored(out, self.residual and is_latent), lse
 
-    def bytes_per_token(self, key_dim: int, value_dim: int, element_size: int) -> float:
+    def bytes_per_token(
+        self, key_dim: int, value_dim: int, element_size: int, page_size: int
+    ) -> float:
         norms = (key_dim > 0) * (1 + self.residual) + (value_dim > 0)
         return (key_dim + value_dim) * self.bits / 8 + norms * element_size
 

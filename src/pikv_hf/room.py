@@ -1,0 +1,36 @@
+"""Memory for pages beyond those that are written now: few pieces, and little that is never used."""
+
+from dataclasses import dataclass
+
+# Room is made for 1/16 of the pages held.
+GROWTH = 16
+MIN_GROWTH, MAX_GROWTH = 4, 32
+# Where so many pages are copied, one more has room: eviction then finds old and new tokens in one piece.
+SPARE = 256
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is known of the tokens to come: `tokens` of each KV head, in at most `nbytes`.
+
+    None: it is not known how many, or they may take any number of bytes.
+    """
+
+    tokens: int | None = None
+    nbytes: int | None = None
+
+    def pages(self, written: int, least: int, grown: int, page_bytes: int) -> int:
+        """For how many pages memory is made when `written` ones of so many bytes are written.
+
+        For `least` more; if the tokens to come are not known, for `grown` ones in all, as far as
+        `nbytes` allow.
+        """
+        if self.tokens is not None:
+            return written + least
+        more = max(grown - written, least)
+        return written + (more if self.nbytes is None else min(more, self.nbytes // page_bytes))
+
+
+def grown_pages(held: int) -> int:
+    """Pages of a KV head to make room for where it holds `held` of them."""
+    return min(max(held // GROWTH, MIN_GROWTH), MAX_GROWTH)
