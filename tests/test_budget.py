@@ -8,7 +8,14 @@ from zoo import prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.budget import Budget, make_budget, parse_bytes
-from pikv_hf.schedulers import AdaKV, SnapKV
+from pikv_hf.schedulers import (
+    AdaKV,
+    ExpectedAttention,
+    LagKV,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+)
 
 SMALL = {"page_size": 1, "window": 4}
 
@@ -191,6 +198,14 @@ def test_what_is_no_budget() -> None:
             PiKVCache(model, scheduler="knorm", budget=100, sinks=sinks)
     with pytest.raises(ValueError, match="exceeds a budget of 20 tokens"):
         PiKVCache(model, scheduler="knorm", budget=20, sinks=17, window=4)
+    for method in (StreamingLLM(sinks=17), LagKV(sinks=17), ExpectedAttention(sinks=17)):
+        for wrapped in (method, PyramidKV(method)):
+            told = (
+                "`scheduler` is .*, whose number of sinks, 17, with a window of 4 tokens exceeds a"
+            )
+            with pytest.raises(ValueError, match=f"{told} budget of 20 tokens"):
+                PiKVCache(model, scheduler=wrapped, budget=20, window=4)
+            PiKVCache(model, scheduler=wrapped, budget=21, window=4)
     with pytest.raises(ValueError, match="`interval` is 0"):
         PiKVCache(model, scheduler="knorm", budget=20, interval=0)
 
@@ -202,3 +217,16 @@ def test_amounts() -> None:
     assert make_budget("1GB") == Budget("1GB", "1GB")
     assert Budget(0.1, None).tokens(30, 10, int) == 12
     assert torch.inf > Budget("9B", None).tokens(30, 0, lambda nbytes: nbytes // 3) == 3
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("method", [LagKV(), PyramidKV(LagKV()), StreamingLLM()], ids=type_name)
+def test_sinks_of_a_scheduler_are_within_the_budget(name, method) -> None:
+    """A default window leaves room for them, and so does the smallest budget of a layer."""
+    model = tiny(name)
+    cache = PiKVCache(model, scheduler=method, budget=6, page_size=1)
+    inputs = prompt(model, (40,))
+    for _, tokens in read(cache, model, inputs, 30):
+        totals = [layer.held_tokens() for layer in paged(cache)]
+        assert sum(totals) / len(totals) <= 6 + cache.shared.page_size
+        assert min(totals) >= 4 and tokens == totals[0]

@@ -43,14 +43,15 @@ def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
     return budget
 
 
-def default_window(window: int | None, count: int | None, saves_memory: bool) -> int:
-    """The newest tokens that stay open; they must fit into a budget of `count` tokens.
+def default_window(window: int | None, count: int | None, saves_memory: bool, least: int) -> int:
+    """The newest tokens that stay open; they must fit into a budget of `count` tokens, beside the
+    `least` that are sinks.
 
     Where pages save no memory, a longer tail is read in one piece and sealed less often.
     """
     if window is None:
         default = DEFAULT_WINDOW if saves_memory else LOSSLESS_WINDOW
-        return default if count is None else min(default, max(count // 2, 1))
+        return default if count is None else min(default, max(min(count // 2, count - least), 1))
     check_count("window", window)
     if count is not None and window >= count:
         raise ValueError(
@@ -79,6 +80,8 @@ def make_shared(
     compressor = resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity()
     router = resolve("router", router, ROUTERS, Router)
     amounts = check_budget(budget, scheduler)
+    if not isinstance(sinks, int) or isinstance(sinks, bool) or sinks < 0:
+        raise ValueError(f"`sinks` is {sinks!r}; it must be a whole number, 0 or more.")
     for name, value in (("probe", probe), ("hold_prompt", hold_prompt)):
         if not isinstance(value, bool):
             raise TypeError(f"`{name}` is {value!r}; it must be True or False.")
@@ -102,8 +105,15 @@ def make_shared(
         holds_prompts=hold_prompt,
         probe=probe,
     )
-    shared.window = default_window(window, count, shared.saves_memory)
-    _check_sinks(sinks, count, shared.window)
+    shared.window = default_window(window, count, shared.saves_memory, shared.least)
+    if count is not None and shared.least + shared.window > count:
+        given = f"`sinks` is {sinks}, which"
+        if shared.least > sinks:
+            given = f"`scheduler` is {scheduler}, whose number of sinks, {shared.least},"
+        raise ValueError(
+            f"{given} with a window of {shared.window} tokens exceeds a budget of {count} tokens; it "
+            "must be smaller."
+        )
     return shared
 
 
@@ -121,14 +131,4 @@ def _check_together(scheduler: Scheduler | None, compressor: Compressor, router:
             f"`router` is {router}, which selects pages, but those of "
             f"{scheduler if is_ragged else compressor} are all read: use router='all', or another "
             f"{'scheduler' if is_ragged else 'compressor'}."
-        )
-
-
-def _check_sinks(sinks: Any, count: int | None, window: int) -> None:
-    if not isinstance(sinks, int) or isinstance(sinks, bool) or sinks < 0:
-        raise ValueError(f"`sinks` is {sinks!r}; it must be a whole number, 0 or more.")
-    if count is not None and sinks + window > count:
-        raise ValueError(
-            f"`sinks` is {sinks}, which with a window of {window} tokens exceeds a budget of {count} "
-            "tokens; it must be smaller."
         )
