@@ -87,13 +87,27 @@ def test_methods_on_an_offloaded_model(name, method, tmp_path) -> None:
 )
 def test_several_devices(name, method) -> None:
     """The model spread over two logical devices, in a process that may register them."""
-    script = Path(__file__).with_name("on_fakegpu.py")
+    run_on_fakegpu("on_fakegpu.py", name, method)
+
+
+RECORDING = ("h2o", "lru", "lru_plus")  # keep count of each token, padded rows too
+
+
+@pytest.mark.parametrize(
+    "names", [RECORDING, pytest.param((), marks=pytest.mark.slow)], ids=["records", "all"]
+)
+def test_methods_give_the_tokens_of_the_cpu(names) -> None:
+    """Rows of a left-padded batch on a logical device."""
+    run_on_fakegpu("methods_on_fakegpu.py", *names)
+
+
+def run_on_fakegpu(script: str, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, script, name, method],
+        [sys.executable, Path(__file__).with_name(script), *arguments],
         env=os.environ | {"PYTHONHASHSEED": "0"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -142,3 +142,18 @@ def test_numbers_without_a_decomposition(bad) -> None:
     keys[0, 1, 1, 3, 2] = bad
     with pytest.raises(ValueError, match="svd cannot store values that are NaN or infinite"):
         Svd().encode(keys.nan_to_num(0, 0, 0), keys)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype, size",
+    [(torch.float16, 6e4), (torch.float16, 1e-6), (torch.float32, 1e30), (torch.float32, 1e-30)],
+)
+def test_neither_factor_leaves_the_dtype(shape, dtype, size) -> None:
+    """A token of 64 dims is 8 times as long as its largest number, which a factor need not hold."""
+    pages = random_pages(*shape, 0).clamp(-1, 1).mul(size).to(dtype)
+    fields = Svd(rank=max(shape)).encode(pages, pages)
+    assert all(field.dtype == dtype and field.isfinite().all() for field in fields.values())
+    near = Svd(rank=max(shape)).decode(fields)[0].double()
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert ((near - pages).abs() <= 4e-3 * pages.double().abs().max() + step).all()

@@ -72,7 +72,8 @@ class PageTable:
             name: self._paged(t.to(like.device).expand(*lead, *t.shape[2:]))
             for name, t in known.tensors.items()
         }
-        lengths = self._paged(span.all_valid()["valid"].expand(*lead, -1)).sum(-1)
+        valid = span.all_valid()["valid"].to(like.device)
+        lengths = self._paged(valid.expand(*lead, -1)).sum(-1)
         new = Unplaced(states, codes, known, lengths, rows, queries)
         self._append_pooled(new, batch, room or Room())
 

@@ -97,10 +97,10 @@ def recorded(
 
     No matrix of all queries is held.
     """
-    record = tokens["record"]
-    newest = tokens["positions"].expand(record.shape[:3])
+    record, keys = tokens["record"], tokens["keys"]
+    newest = tokens["positions"].to(keys.device).expand(record.shape[:3])
     if "valid" in tokens:
-        newest = newest.masked_fill(~tokens["valid"], seen)
-    for weights, asked_at in attention_weights(queries, tokens["keys"], newest, seen, scale):
+        newest = newest.masked_fill(~tokens["valid"].to(keys.device), seen)
+    for weights, asked_at in attention_weights(queries, keys, newest, seen, scale):
         record = scheduler.recorded(record, weights, asked_at)
     return record

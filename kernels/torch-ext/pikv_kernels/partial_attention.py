@@ -40,8 +40,13 @@ def partial_attention(
 def partial_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`partial_attention` in plain torch; the products run in the dtype of the inputs."""
-    scores = torch.matmul(query, key.transpose(-1, -2)).to(_accumulate_dtype(query)) * scale
+    """`partial_attention` in plain torch; the products run in the dtype of the inputs.
+
+    Those of queries and keys in float16 could overflow, and are widened.
+    """
+    wide = _accumulate_dtype(query)
+    dtype = wide if query.dtype == torch.float16 else query.dtype
+    scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)).to(wide) * scale
     if mask is not None:
         scores = scores + mask
     lse = torch.logsumexp(scores, dim=-1)

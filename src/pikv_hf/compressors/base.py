@@ -246,3 +246,14 @@ def check_finite(compressor: Compressor, name: str, scale: Tensor) -> None:
 def computed_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which numbers of `dtype` are scaled: float32, or float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def narrowed(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decoded `states` in `dtype`.
+
+    Float16 ends at 65504: an original close to it may be decoded beyond, but is never infinite.
+    """
+    if dtype == torch.float16:
+        top = torch.finfo(dtype).max
+        states = states.clamp(-top, top)
+    return states.to(dtype)

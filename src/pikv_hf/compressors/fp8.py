@@ -5,7 +5,7 @@ import torch
 from pikv_kernels import Quantized, dequantize
 from torch import Tensor
 
-from .base import Compressor, computed_dtype, in_portions
+from .base import Compressor, computed_dtype, in_portions, narrowed
 from .coded import Coded
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -68,4 +68,4 @@ class Fp8(Coded):
         codes, dtype = fields[f"{name}_codes"], fields[f"{name}_scale"].dtype
         if codes.shape[-1] == 0:
             return codes.to(dtype)
-        return dequantize(self._numbers(name, fields), computed_dtype(dtype)).to(dtype)
+        return narrowed(dequantize(self._numbers(name, fields), computed_dtype(dtype)), dtype)

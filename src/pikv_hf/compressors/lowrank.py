@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
-from .base import Compressor, check_finite, computed_dtype, flat_tokens
+from .base import Compressor, check_finite, computed_dtype, flat_tokens, narrowed
 from .calibration import check_method, read_factors
 from .moments import Moments
 
@@ -188,7 +188,7 @@ class LowRank(Compressor):
         wide = computed_dtype(codes.dtype)
         flat = codes.flatten(2, 3).to(wide)
         states = self.restored(flat, self.of(name, codes.device, wide))
-        return states.unflatten(2, codes.shape[2:4]).to(codes.dtype)
+        return narrowed(states.unflatten(2, codes.shape[2:4]), codes.dtype)
 
     def _read(self, name: str, fields: dict[str, Tensor], tokens: int) -> Tensor:
         """Features [R, H, T, ...] of the first `tokens` tokens."""

@@ -5,7 +5,7 @@ import torch
 from pikv_kernels import lowrank_attention
 from torch import Tensor
 
-from .base import Compressor, check_finite, computed_dtype, in_portions
+from .base import Compressor, check_finite, computed_dtype, in_portions, narrowed
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Svd(Compressor):
     r * (P + D) numbers instead of P * D. PiKV (arXiv 2508.06526) lists it among its compressors.
 
     The basis comes from the smaller Gram matrix of a page, which costs no inverse: with the
-    eigenvectors U of X X^T, X = U (U^T X).
+    eigenvectors U of X X^T, X = U (U^T X). Coefficients and basis share the size of a page, by powers
+    of two, so that neither exceeds the dtype of the model, nor a square of it float32.
 
     Args:
         rank: numbers that a token keeps, and vectors of a basis. Not more than a page has tokens
@@ -69,19 +70,36 @@ class Svd(Compressor):
     def _truncated(self, name: str, pages: Tensor) -> dict[str, Tensor]:
         """`coefficients` [n, P, r] and `basis` [n, r, D] of `pages` [n, P, D]."""
         exact = pages.to(computed_dtype(pages.dtype))
-        check_finite(self, name, exact)  # it would have no eigenvectors
+        largest = exact.abs().amax((-2, -1), keepdim=True)
+        check_finite(self, name, largest)  # it would have no eigenvectors
+        size = _exponent(largest)
+        exact = torch.ldexp(exact, -size)
         tokens, dim = pages.shape[1:]
         gram = exact @ exact.mT if tokens < dim else exact.mT @ exact
         # Eigenvalues come in ascending order.
-        vectors = torch.linalg.eigh(gram).eigenvectors[..., -self.rank :]
+        values, vectors = (t[..., -self.rank :] for t in torch.linalg.eigh(gram))
         if tokens < dim:
             coefficients, basis = vectors, vectors.mT @ exact
         else:
             coefficients, basis = exact @ vectors, vectors.mT
+        # One of them is orthonormal, the other as large as the singular values.
+        share = (size + _exponent(values.clamp_min(0).sqrt()[:, None])) // 2
+        if tokens >= dim:
+            share = size - share
+        coefficients, basis = (
+            torch.ldexp(coefficients, share),
+            torch.ldexp(basis, (size - share).mT),
+        )
         return {"coefficients": coefficients.to(pages.dtype), "basis": basis.to(pages.dtype)}
 
     def _decode(self, name: str, fields: dict[str, Tensor]) -> Tensor:
         coefficients, basis = fields[f"{name}_coefficients"], fields[f"{name}_basis"]
         if basis.shape[-1] == 0:
             return coefficients
-        return coefficients @ basis
+        wide = torch.float32 if basis.dtype == torch.float16 else basis.dtype
+        return narrowed(coefficients.to(wide) @ basis.to(wide), basis.dtype)
+
+
+def _exponent(sizes: Tensor) -> Tensor:
+    """The exponents e of `sizes` < 2^e, int32: 0 for 0, none of which 2^e or 2^-e exceeds float32."""
+    return torch.frexp(sizes).exponent.clamp(-100, 100)

@@ -108,6 +108,8 @@ class ThinK(Compressor):
             return super().attend(query, fields, tokens, scale)
         index = fields["channels"].long()[:, :, :, None].expand(-1, -1, -1, query.shape[2], -1)
         mine = query[:, :, None].expand(-1, -1, pages, -1, -1).gather(-1, index)
+        if query.dtype == torch.float16:  # products could overflow
+            mine, kept = mine.float(), kept.float()
         scores = (mine @ kept.mT).transpose(2, 3).flatten(3)[..., :tokens]
         scores = scores.to(computed_dtype(query.dtype)) * scale
         lse = scores.logsumexp(-1)
