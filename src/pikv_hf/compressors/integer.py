@@ -10,7 +10,7 @@ from pikv_kernels import (
 )
 from torch import Tensor
 
-from .base import Compressor, computed_dtype, in_portions
+from .base import Compressor, computed_dtype, in_portions, narrowed
 from .coded import Coded
 
 KEY_AXES = ("token", "channel")
@@ -159,7 +159,7 @@ class Integer(Coded):
         if codes.shape[-1] == 0:
             return codes.to(dtype)
         states = dequantize(self._numbers(name, fields), computed_dtype(dtype))
-        return (hadamard(states) if self.rotate and not by_channel else states).to(dtype)
+        return narrowed(hadamard(states) if self.rotate and not by_channel else states, dtype)
 
     def _has_channel_keys(self, values: Tensor) -> bool:
         """Whether keys that stand beside `values` are quantized per channel, and not rotated."""
@@ -210,5 +210,9 @@ def _nearest_codes(
         if least is not None:
             best = torch.where(error < least, scale, best)
         least = error if least is None else error.minimum(least)
+    if (
+        least is not None
+    ):  # equal numbers, rotated, are one that stands out: few codes may add to it
+        best = best.masked_fill(least > states.square().sum(axis, keepdim=True), 0)
     # Made once more: that is less than to choose among the codes of all scales.
     return codes_of(best).to(torch.int8), best

@@ -6,7 +6,7 @@ import torch
 from pikv_kernels import PACKED_TOGETHER, look_up, pack_indices, partial_attention, word_table
 from torch import Tensor
 
-from .base import Compressor, check_finite, flat_tokens, in_portions
+from .base import Compressor, check_finite, computed_dtype, flat_tokens, in_portions, narrowed
 
 GRID = 2**16  # cells in which the density of a coordinate is integrated
 LLOYD_STEPS = 300
@@ -110,9 +110,13 @@ class TurboQuant(Compressor):
         dim, dtype = pages.shape[-1], pages.dtype
         basis = _basis(dim, residual, self.seed, pages.device)
         centroids = _codebook(self.bits - residual, dim).to(pages.device, torch.float32)
-        pages = pages.float()
+        # First by the largest number, whose square float32 need not hold.
+        pages = pages.to(computed_dtype(dtype))
+        size = pages.abs().amax(dim=-1, keepdim=True)
+        pages = (pages / size.clamp_min(torch.finfo(size.dtype).tiny)).float()
         norm = _rms(pages)
         pages = pages / norm.clamp_min(torch.finfo(torch.float32).tiny)
+        norm = norm * size
         codes = _nearest(pages @ basis[:dim].T, centroids)
         levels = centroids.index_select(0, codes.flatten().int()).view(pages.shape)
         if residual:
@@ -146,7 +150,7 @@ class TurboQuant(Compressor):
 
 
 def _times(states: Tensor, matrix: Tensor) -> Tensor:
-    return (states.float() @ matrix).to(states.dtype)
+    return narrowed(states.float() @ matrix, states.dtype)
 
 
 def _nearest(states: Tensor, centroids: Tensor) -> Tensor:
