@@ -39,11 +39,11 @@ def crop(cache: "PiKVCache", tokens_to_remove: int) -> None:
     length = cache.get_seq_length()
     cache.log.crop(length)
     cache.shared.padding.crop(length)
-    cache.shared.forget_notes()
     with cache.shared.changing(Change(length)):
         for layer in cache.layers:  # once all layers hold what they will
             if isinstance(layer, PagedLayer):
                 layer.seal_verified()
+    cache.shared.forget_notes()
 
 
 def _try(layer: Any, amount: int) -> None:
