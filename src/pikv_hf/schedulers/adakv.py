@@ -44,7 +44,7 @@ class AdaKV(Wrapper):
         return False
 
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
-        ranked = self.ranked(tokens)
+        ranked = self.ranked(tokens, budget)
         heads, places = ranked.shape[1:]
         safe = mask_of_best(ranked, min(int(budget * self.alpha), places))
         shared = ranked.masked_fill(safe, torch.inf)
@@ -57,4 +57,4 @@ class AdaKV(Wrapper):
         if tokens.valid is not None:
             stays = stays & tokens.valid
         counts = stays.sum(-1)
-        return best_of_each_head(self.scorer.reranked(tokens, shared, counts), counts)
+        return best_of_each_head(self.reranked(tokens, shared, counts), counts)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +72,12 @@ class Tokens:
             return torch.arange(self.keys.shape[2], device=self.keys.device)[None, None]
         return self.valid.cumsum(-1).masked_fill(~self.valid, 0) - 1
 
+    def asked_by_newest(self, count: int) -> "Tokens":
+        """The same with the queries of at most `count` tokens, the newest."""
+        if self.queries is None or not count:
+            return self
+        return replace(self, queries=self.queries[:, :, :, -count:])
+
 
 class Scheduler(ABC):
     """Decides, whenever tokens leave the tail, which sealed and newly sealed tokens stay.
@@ -121,7 +127,7 @@ class Scheduler(ABC):
 
     @property
     def decides_by_scores(self) -> bool:
-        """Whether a KV head keeps the tokens of its highest `scores`, and nothing else decides."""
+        """Whether a KV head keeps those of its highest `scores`, and what is `protected`: no more decides."""
         return True
 
     @property
@@ -206,11 +212,18 @@ class Scheduler(ABC):
         Scores of places without a token are never read.
         """
 
-    def ranked(self, tokens: Tokens) -> Tensor:
-        """`scores`, with sinks above all tokens and places without a token below all."""
+    def protected(self, tokens: Tokens, budget: int) -> Tensor | None:
+        """Places [T] that stay within `budget` whatever their scores; None = none. Changes nothing."""
+        return None
+
+    def ranked(self, tokens: Tokens, budget: int) -> Tensor:
+        """`scores`, with sinks and protected tokens above all, places without a token below all."""
         scores, number = self.scores(tokens), tokens.number()
         if tokens.sinks:
             scores = scores.masked_fill((number >= 0) & (number < tokens.sinks), torch.inf)
+        protected = self.protected(tokens, budget)
+        if protected is not None:
+            scores = scores.masked_fill(protected, torch.inf)
         return scores if tokens.valid is None else scores.masked_fill(number < 0, -torch.inf)
 
     def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
@@ -223,4 +236,4 @@ class Scheduler(ABC):
         A mean of at most `budget` tokens for each KV head. Where a head keeps fewer than K, -1
         stands behind its own (ragged schedulers only).
         """
-        return best_places(self.ranked(tokens), budget)
+        return best_places(self.ranked(tokens, budget), budget)

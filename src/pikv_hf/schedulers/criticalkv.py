@@ -78,7 +78,7 @@ class CriticalKV(Wrapper):
         return second.masked_fill(mask_of_best(ranked, first), torch.inf)
 
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
-        ranked = self.ranked(tokens)
+        ranked = self.ranked(tokens, budget)
         counts = torch.full(ranked.shape[:2], min(budget, ranked.shape[2]), device=ranked.device)
         return best_places(self.reranked(tokens, ranked, counts), budget)
 

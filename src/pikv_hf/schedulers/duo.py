@@ -106,7 +106,7 @@ class Duo(Scheduler):
                 f"has {held.shape[1]}: make one for this model with `pikv profile`."
             )
         counts = torch.where(streams, held.clamp_max(budget), held)
-        return best_of_each_head(self.ranked(tokens), counts)
+        return best_of_each_head(self.ranked(tokens, budget), counts)
 
 
 def read_profile(path: str | PathLike[str]) -> dict[int, Tensor]:

@@ -65,6 +65,9 @@ class Expert(Wrapper):
     def needs(self) -> frozenset[str]:
         return self.scorer.needs | {"experts"}
 
+    def protected(self, tokens: Tokens, budget: int) -> Tensor | None:
+        return super().protected(tokens, budget) if self.weight else None
+
     def scores(self, tokens: Tokens) -> Tensor:
         terms = {name: getattr(self, name) for name in TERMS if getattr(self, name)}
         if tokens.experts is None or not terms:

@@ -3,7 +3,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..selection import best_places
 from .base import Scheduler, Tokens
 
 
@@ -45,9 +44,8 @@ class H2O(Scheduler):
         total = tokens.record[..., 0]
         return total / (tokens.seen - tokens.positions) if self.mean else total
 
-    def keep(self, tokens: Tokens, budget: int) -> Tensor:
-        ranked, opened = self.ranked(tokens), tokens.open_keys.shape[2]
+    def protected(self, tokens: Tokens, budget: int) -> Tensor:
+        opened = tokens.open_keys.shape[2]
         recent = int(self.recent_ratio * (budget + opened)) - opened
-        place = torch.arange(ranked.shape[-1], device=ranked.device)
-        ranked = ranked.masked_fill(place >= len(place) - recent, torch.inf)
-        return best_places(ranked, budget)
+        place = torch.arange(tokens.keys.shape[2], device=tokens.keys.device)
+        return place >= len(place) - recent

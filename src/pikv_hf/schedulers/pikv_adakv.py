@@ -48,6 +48,10 @@ class PiKVAdaKV(Wrapper):
         return True  # rows keep different numbers of tokens
 
     @property
+    def decides_by_scores(self) -> bool:
+        return False
+
+    @property
     def observed_queries(self) -> int:
         return max(self.scorer.observed_queries, self.window_size)
 
@@ -57,16 +61,17 @@ class PiKVAdaKV(Wrapper):
 
     def keep(self, tokens: Tokens, budget: int) -> Tensor:
         assert tokens.control is not None, "the cache keeps what `controls` asks for"
-        ranked = self.scorer.ranked(tokens)
+        scored = tokens.asked_by_newest(self.scorer.observed_queries)
+        ranked = self.ranked(scored, budget)
         theta = 1 - tokens.control  # zeros at first
         counts = (theta * budget).ceil().long().clamp(1, budget).expand(ranked.shape[:2])
         if tokens.valid is not None:
             counts = counts.minimum(tokens.valid.sum(-1))
-        return best_of_each_head(ranked, counts)
+        return best_of_each_head(self.reranked(scored, ranked, counts), counts)
 
     def controlled(self, tokens: Tokens, keep: Tensor) -> Tensor:
         assert tokens.control is not None, "the cache keeps what `controls` asks for"
-        mass = attention_mass(tokens).mean(2)
+        mass = attention_mass(tokens.asked_by_newest(self.window_size)).mean(2)
         kept = mass.gather(2, keep.clamp_min(0)).masked_fill(keep < 0, 0.0).sum(-1)
         recall = 1 - (mass.sum(-1) - kept).mean(1, keepdim=True)
         return (tokens.control - self.rate * (self.target - recall)).clamp(0, 1)

@@ -94,3 +94,9 @@ class Wrapper(Scheduler):
 
     def scores(self, tokens: Tokens) -> Tensor:
         return self.scorer.scores(tokens)
+
+    def protected(self, tokens: Tokens, budget: int) -> Tensor | None:
+        return self.scorer.protected(tokens, budget)
+
+    def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
+        return self.scorer.reranked(tokens, ranked, counts)
