@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .allowance import excess
 from .autocast import without_autocast
 from .checks import check_crop
 from .context import CONTEXT
@@ -19,7 +18,7 @@ from .observed import Observed
 from .pages import PageTable
 from .probe import Probe
 from .records import settle_held
-from .sealing import seal_oldest
+from .sealing import seal_excess
 from .shared import Shared, visible_columns
 from .span import Span
 from .tail import Tail, roomy
@@ -49,7 +48,7 @@ class PagedLayer(DynamicLayer):
         self.seen = 0
         # `seen` at the end of the prompt; what came later was generated.
         self.prompt_end = 0
-        self._due = 0  # `seen` from which on some of the tail may have to be sealed
+        self.due = 0  # `seen` from which on some of the tail may have to be sealed
         # Tokens of each row, padding not counted, that are no longer in the tail.
         self.left: list[int] = []
         self.unpaged: str | None = None
@@ -93,7 +92,7 @@ class PagedLayer(DynamicLayer):
             self.tail.append(keys, values, self._capacity, scratch)
         self.seen += key_states.shape[2]
         if self.is_first or (key_states.shape[2] > 1 and not self.record_past):
-            self.prompt_end, self._due = self.seen, 0
+            self.prompt_end, self.due = self.seen, 0
         if self.unpaged is not None:
             self.shared.unpaged[self.layer_idx] = self.tail
             keys, values = self.tail.view()
@@ -188,13 +187,7 @@ class PagedLayer(DynamicLayer):
         """Move the oldest tokens of a full tail into pages."""
         if not self._seals:
             return
-        count = 0
-        if self.seen >= self._due:
-            count, due = excess(self)
-            if count > 0:
-                self.shared.note_sealed()
-                seal_oldest(self, count, self._mask)
-            self._due = due
+        count = seal_excess(self, self._mask)
         if count > 0 or self.is_first:
             self.tail.drop(count, self._capacity, self.shared.scratch)
         self._mask = None
@@ -234,7 +227,7 @@ class PagedLayer(DynamicLayer):
         mask = self._mask
         self.tail.truncate(max(target - sealed, 0))
         self.observed.truncate(-tokens_to_remove, self.tail.length)
-        self.seen, self.prompt_end, self._due = target, min(self.prompt_end, target), 0
+        self.seen, self.prompt_end, self.due = target, min(self.prompt_end, target), 0
         if self.record_past:
             self._mask = mask if mask is None else mask[..., : mask.shape[-1] + tokens_to_remove]
 
@@ -248,7 +241,7 @@ class PagedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all tokens; the layer can be used for another batch, dtype or device."""
         self._tail, self.is_first = None, False
-        self.seen = self.prompt_end = self._due = 0
+        self.seen = self.prompt_end = self.due = 0
         self.pages.slabs = []
         self.observed = self.observed.anew()
         self.guard.reset()

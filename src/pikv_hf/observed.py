@@ -32,9 +32,9 @@ class Trail:
             self._parts = [newest[:, :, :, over:].clone() if over > 0 else newest]
         return self._parts[0] if self._parts else None
 
-    @property
-    def is_empty(self) -> bool:
-        return not self._parts
+    def __len__(self) -> int:
+        """How many times something was appended since all was read."""
+        return len(self._parts)
 
     def set(self, queries: Tensor | None) -> None:
         self._parts = [] if queries is None else [queries]
@@ -80,7 +80,11 @@ class Observed:
 
     @property
     def has_pending(self) -> bool:
-        return not self._pending.is_empty
+        return len(self._pending) > 0
+
+    def is_pending(self, generated: int, page_size: int) -> bool:
+        """Whether queries are to be settled without sealing: of a prompt, or of as many tokens as a page."""
+        return self.has_pending and (not generated or len(self._pending) >= page_size)
 
     def settle(self) -> None:
         """The records contain all queries."""

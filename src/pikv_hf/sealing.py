@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .allowance import excess
 from .autocast import without_autocast
 from .eviction import kept
-from .records import settled
+from .records import settle_held, settled
 from .room import Room
 from .shared import rows_by_visibility
 from .span import Span
@@ -20,6 +21,24 @@ Groups = list[tuple[list[int], Tensor | None]]
 
 
 @without_autocast
+def seal_excess(layer: "PagedLayer", mask: Tensor | None) -> int:
+    """Seal what is due of the layer's tail, and return how many of its oldest tokens that were.
+
+    `mask` is the newest one of the model.
+    """
+    count, due = excess(layer) if layer.seen >= layer.due else (0, layer.due)
+    if count > 0:
+        layer.shared.note_sealed()
+        seal_oldest(layer, count, mask)
+    elif not layer.pages.slabs and layer.observed.is_pending(
+        layer.generated, layer.pages.page_size
+    ):
+        layer.shared.note_sealed()
+        settle_held(layer, mask)
+    layer.due = due
+    return count
+
+
 def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
     """Seal the oldest `count` tokens of the layer's tail; `mask` is the newest one of the model.
 
