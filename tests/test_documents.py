@@ -7,6 +7,7 @@ from helpers import (
     FAMILIES,
     PADDED,
     assert_close,
+    assert_same,
     dynamic,
     forward,
     generate,
@@ -34,10 +35,13 @@ def test_pieces_end_as_one(name, method, compressor) -> None:
     found = []
     for way in ("at once", "holding", "hold_prompt"):
         hold = way == "hold_prompt" or (way == "at once" and method == "kvzip")
+        hold |= way == "holding" and compressor is not None
         cache = PiKVCache(
             model, scheduler=method, compressor=compressor, hold_prompt=hold, **OPTIONS
         )
         pieces = [(0, 48)] if way == "at once" else [(0, 20), (20, 33), (33, 48)]
+        if way == "holding":  # within the block one token is a piece, too
+            pieces[2:] = [(33, 34), (34, 47), (47, 48)]
 
         def read(pieces=pieces, cache=cache) -> None:
             for start, end in pieces:
@@ -58,17 +62,36 @@ def test_pieces_end_as_one(name, method, compressor) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generate_in_pieces(name) -> None:
-    """`generate(prefill_chunk_size=...)` as without, beams and a second turn included."""
+    """`generate(prefill_chunk_size=...)` as without, beams and a last piece of one token included."""
     model = tiny(name)
     inputs = prompt(model, PADDED)
     for options in ({}, {"num_beams": 3}):
         outs = []
-        for extra in ({}, {"prefill_chunk_size": 7}):
+        for extra in ({}, {"prefill_chunk_size": 7}, {"prefill_chunk_size": 29}):
             cache = PiKVCache(model, scheduler="snapkv", hold_prompt=True, **OPTIONS)
             outs.append(generate(model, inputs, cache, **options, **extra))
-            assert paged(cache)[0].pages.slabs
-        assert torch.equal(outs[0].tokens, outs[1].tokens)
-        assert_close(outs[1].logits, outs[0].logits)
+            assert paged(cache)[0].pages.slabs and paged(cache)[0].prompt_end == 30
+        for out in outs[1:]:
+            assert_same(out, outs[0])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "kvzip"])
+def test_a_second_turn_in_pieces(name, method) -> None:
+    """One that ends with a piece of one token, and one that is but one token, are prompts."""
+    model = tiny(name)
+    inputs = prompt(model, PADDED)
+    for new, piece in ((9, 4), (1, 4)):
+        outs = []
+        for extra in ({}, {"prefill_chunk_size": piece}):
+            cache = PiKVCache(model, scheduler=method, hold_prompt=True, **OPTIONS)
+            tokens = generate(model, inputs, cache, max_new_tokens=4).tokens
+            ids = torch.cat([tokens, tokens[:, -new:]], dim=1)
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, 30:])], dim=1)
+            again = {"input_ids": ids, "attention_mask": mask}
+            outs.append(generate(model, again, cache, max_new_tokens=4, **extra))
+            assert {layer.prompt_end for layer in paged(cache)} == {34 + new}
+        assert_same(*outs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

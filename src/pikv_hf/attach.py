@@ -27,7 +27,7 @@ from .model.versions import (
     warn_if_untested,
     with_attention_implementation,
 )
-from .passes import begin_forward, end_forward
+from .passes import begin_forward, end_forward, prompt_length, reading_prompt
 from .repetition import check_held
 
 _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
@@ -201,7 +201,10 @@ class CheckedGenerate:
         try:
             if self.own is not None:
                 return self.own(*args, **kwargs)
-            return type(model).generate(model, *args, **kwargs)
+            if cache is None:
+                return type(model).generate(model, *args, **kwargs)
+            with reading_prompt(cache, prompt_length(cache, model, args, kwargs)):
+                return type(model).generate(model, *args, **kwargs)
         finally:
             CONTEXT.generating = outer
 

@@ -53,7 +53,8 @@ class PiKVCache(AttachedCache):
             sixteenth of the budget; 1 = whenever a page is sealed. In whole pages.
         hold_prompt: nothing of a prompt is dropped (or compressed) before its first generated token,
             so that one which is read in several pieces ends as one that is read at once; until then
-            it is held whole. Without it, every piece is evicted from as it comes.
+            it is held whole. Without it, every piece is evicted from as it comes. In a loop of your
+            own, a pass of one token counts as a generated one, except within `holding()`.
         compressor: how sealed pages are stored: a name of `COMPRESSORS`, a `Compressor`, or None
             for the model's dtype.
         router: which pages a query reads: a name of `ROUTERS`, a `Router`, or None for all. With a
@@ -205,10 +206,11 @@ class PiKVCache(AttachedCache):
 
         What is read in the block in several pieces ends as if it was read at once.
         """
-        self.shared.holding = True
+        self.shared.holding = self.shared.in_block = True
         try:
             yield self
         finally:
+            self.shared.in_block = False
             change = self.shared.change
             if change is None or not change.is_half_done:
                 self.compress()

@@ -43,10 +43,15 @@ def check_generate(
             f"`use_cache` is False, but `{CACHE}` holds a PiKVCache: pass use_cache=True, or "
             "no cache."
         )
-    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    ids = given_ids(args, kwargs)
     seen = cache.get_seq_length()
     if seen and isinstance(ids, Tensor) and ids.dim() == 2 and not model.config.is_encoder_decoder:
         _check_continuation(cache, ids, kwargs.get("attention_mask"), seen)
+
+
+def given_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The token ids among the arguments of `generate`."""
+    return args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
 
 
 def _check_continuation(

@@ -91,14 +91,21 @@ class PagedLayer(DynamicLayer):
             scratch = self.shared.scratch if self._seals else None
             self.tail.append(keys, values, self._capacity, scratch)
         self.seen += key_states.shape[2]
-        if self.is_first or (key_states.shape[2] > 1 and not self.record_past):
-            self.prompt_end, self.due = self.seen, 0
+        self._note_prompt(key_states.shape[2])
         if self.unpaged is not None:
             self.shared.unpaged[self.layer_idx] = self.tail
             keys, values = self.tail.view()
             return keys.to(key_states.dtype), values.to(value_states.dtype)
         CONTEXT.layer = self
         return key_states, value_states
+
+    def _note_prompt(self, length: int) -> None:
+        """The newest `length` tokens may be of the prompt; drafted ones are not, if that is known."""
+        known = self.shared.prompt_length
+        is_prompt = self.shared.is_prompt(self.seen - length, length)
+        if self.is_first or (is_prompt and not (self.record_past and known is None)):
+            self.prompt_end = self.seen if known is None else min(self.seen, known)
+            self.due = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.device = self.shared.placement.pool_of(key_states)

@@ -1,20 +1,25 @@
 """A forward pass of the decoder: what begins and ends with it in the cache that it writes to."""
 
+import contextlib
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .checks import given_ids
 from .fit import unheard
 from .layer import PagedLayer
 from .model.versions import full_attention_mask, is_tested, unsupported
 from .shared import Change
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .attached import AttachedCache
 
 
 def begin_forward(cache: "AttachedCache", length: int, mask: Any) -> None:
-    """A forward pass of `length` tokens begins: a prompt that was held back ends at 1.
+    """A forward pass of `length` tokens begins; a generated one ends a prompt that was held back.
 
     `mask` as the decoder is given it.
     """
@@ -24,13 +29,14 @@ def begin_forward(cache: "AttachedCache", length: int, mask: Any) -> None:
     shared.has_own_mask = mask is not None and mask.dim() == 4
     shared.memo.clear()  # of a forward pass that failed
     shared.forget_notes()  # of one that failed, or of a `crop`
+    seen = cache.get_seq_length()
     is_drafting = any(getattr(layer, "record_past", False) for layer in cache.layers)
-    if shared.holds_prompts and not is_drafting:
-        if length > 1:
+    if shared.holds_prompts and not (is_drafting or shared.in_block):
+        if shared.is_prompt(seen, length):
             shared.holding = True
         elif shared.holding:
             cache.compress()
-    shared.change = Change(cache.get_seq_length(), length)
+    shared.change = Change(seen, length)
 
 
 def end_forward(cache: "AttachedCache", ids: Tensor | None) -> None:
@@ -46,3 +52,30 @@ def end_forward(cache: "AttachedCache", ids: Tensor | None) -> None:
     cache.log.append(ids)
     cache.shared.change = None
     cache.check_idle()
+
+
+@contextlib.contextmanager
+def reading_prompt(cache: "AttachedCache", length: int | None) -> Generator[None, None, None]:
+    """Within the block, a call of `generate`, the first `length` tokens of the text are its prompt."""
+    outer, cache.shared.prompt_length = cache.shared.prompt_length, length
+    try:
+        yield
+    finally:
+        cache.shared.prompt_length = outer
+
+
+def prompt_length(
+    cache: "AttachedCache", model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> int | None:
+    """Tokens of the text, cached ones included, before `generate` makes its first; None = unknown."""
+    if kwargs.get("custom_generate") is not None or model.config.is_encoder_decoder:
+        return None
+    ids, mask = given_ids(args, kwargs), kwargs.get("attention_mask")
+    embeds = kwargs.get("inputs_embeds")
+    if isinstance(embeds, Tensor):  # always of the whole text
+        length = embeds.shape[1]
+    elif isinstance(ids, Tensor) and ids.dim() == 2:  # of the whole text, or the mask is
+        length = max(ids.shape[1], mask.shape[1] if isinstance(mask, Tensor) else 0)
+    else:
+        return None
+    return length if length > cache.get_seq_length() else None

@@ -138,6 +138,7 @@ def repeat(cache: "AttachedCache") -> None:
         return
     states = [(layer, layer.observed, layer._mask, layer.prompt_end) for layer in paged]
     text = Text(cache, how, listeners[0].layer)
+    known, cache.shared.prompt_length = cache.shared.prompt_length, None
     try:
         for listener in listeners:
             listener.layer.observed = listener
@@ -153,6 +154,7 @@ def repeat(cache: "AttachedCache") -> None:
                 layer.crop(seen - layer.seen)
     finally:
         cache.layers, cache.log, cache.shared.change = layers, log, None
+        cache.shared.prompt_length = known
         for layer, observed, mask, prompt_end in states:
             layer.awaits = None
             if layer.seen > seen:

@@ -63,6 +63,10 @@ class Shared:
     # Nothing is sealed: for the time being, or in each prompt until its first generated token.
     holding: bool = False
     holds_prompts: bool = False
+    # Within a block of `holding()`, all that is read is one text.
+    in_block: bool = False
+    # Tokens of the text, cached ones included, that a running `generate` was given; None = unknown.
+    prompt_length: int | None = None
     probe: bool = False
     attached: bool = False
     # The attention modules of the paged layers, while attached.
@@ -175,6 +179,15 @@ class Shared:
         if self.change is not None:
             self.change.has_sealed = True
 
+    def is_prompt(self, seen: int, length: int) -> bool:
+        """Whether `length` tokens behind `seen` others are of a prompt, and not generated.
+
+        Outside of `generate` and of `holding()` one token alone is taken for a generated one.
+        """
+        if self.in_block or self.prompt_length is None:
+            return self.in_block or length > 1
+        return seen < self.prompt_length
+
     def end_forward(self) -> None:
         """Forget what served one forward pass only."""
         self.memo.clear()
@@ -195,8 +208,9 @@ class Shared:
         return self._notes.setdefault(tuple(rows), {})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the model, which is copied or saved by itself."""
-        return vars(self) | {"attached": False, "modules": {}}
+        """Without the model, which is copied or saved by itself, and what runs around this cache."""
+        outside = {"attached": False, "modules": {}, "in_block": False, "prompt_length": None}
+        return vars(self) | outside
 
 
 def visible_columns(mask: Tensor | None, length: int) -> Tensor | None:
