@@ -259,6 +259,10 @@ class PiKVCache(AttachedCache):
 
         return Report.of(self)
 
+    def _repr_html_(self) -> str:
+        """In a notebook: what is held, and by which methods."""
+        return self.report()._repr_html_()
+
     def __repr__(self) -> str:
         shared = self.shared
         methods = {

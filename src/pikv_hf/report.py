@@ -1,5 +1,6 @@
 """What a cache holds, counted from its tensors."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -126,15 +127,16 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=110)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return self._written().export_text()
 
     def _repr_html_(self) -> str:
-        console = Console(record=True, width=110, file=None, quiet=True)
+        return self._written().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _written(self) -> Console:
+        """A console that has recorded the table: in a notebook, too, where others display it."""
+        console = Console(record=True, width=110, file=io.StringIO(), force_jupyter=False)
         console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return console
 
 
 def cache_bytes(cache: "PiKVCache") -> int:
