@@ -160,7 +160,8 @@ def test_too_little_is_refused() -> None:
     layers, rows, window, heads, head_bytes = 2, 2, 64, 2, 2 * 16 * 4
     sliding = layers * rows * window * heads * head_bytes
     ids = rows * 4 * (408 + 408 // 8 + 64)
-    beside = sliding + ids + layers * 8  # each keeps its window as a number
+    padding = rows * 40  # which of the first tokens are
+    beside = sliding + ids + padding + layers * 8  # each keeps its window as a number
     told = f"`budget` is 70000 bytes, of which .* take {beside}.*leaves {(70000 - beside) // 2} for layer 1"
     with pytest.raises(ValueError, match=f"{told}.*give more, or a smaller `window`"):
         used(cache, [(0, 400)])
