@@ -44,6 +44,7 @@ PRIVATE = {
     "_attn_implementation": ("model/versions.py", "which attention function a module calls"),
     "_attn_implementation_internal": ("model/versions.py", "to set it on a copied config"),
     "_can_record_outputs": ("model/versions.py", "declares the gates of a model"),
+    "_hf_hook": ("model/linear.py", "accelerate brings the weights of a module when it is called"),
     "_orig_mod": ("attach.py", "the module inside of a compiled one"),
     "_sliding_window_tensor": ("cache.py", "`iter(cache)` yields what DynamicCache yields"),
     "_is_mkldnn_bf16_supported": ("weighted_attention.py", "optional: is bf16 fast on this CPU"),
