@@ -20,7 +20,7 @@ from helpers import (
     paged,
     tiny,
 )
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from zoo import build, prompt
 
@@ -297,6 +297,31 @@ def test_compiled(name) -> None:
         ours = compiled(**inputs, **with_cache(cache)).logits
         theirs = model(**inputs, **with_cache(dynamic(model))).logits
     assert_close(ours[mask.bool()], theirs[mask.bool()])
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_compiled_in_one_graph_beside_a_cache_of_ours(name) -> None:
+    """Calls with another cache: neither while ours is there, nor once it was used, the graph breaks."""
+    model = build(name, num_hidden_layers=2)
+    model.set_experts_implementation("grouped_mm")
+    inputs = prompt(model, (13,))
+    cache = PiKVCache(model, router="all", **SMALL)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    def logits(called, other):
+        with torch.no_grad():
+            return called(**inputs, **with_cache(other)).logits
+
+    def static():
+        return StaticCache(config=model.config, max_cache_len=32)
+
+    expected = logits(model, static())
+    assert torch.equal(logits(compiled, static()), expected)
+    assert_close(logits(model, cache), expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(logits(compiled, static()), expected)
     torch.compiler.reset()
 
 

@@ -136,12 +136,28 @@ class Binding:
                 self._of(source.module).add(hook)
         self._has_gate_hooks = True
 
-    @torch.compiler.disable
+    # A compiler passes these three hooks where no cache of ours is used.
+
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        CONTEXT.binding = self
+        if CONTEXT.is_in_use or any(
+            _ours(value) is not None for value in (*args, *kwargs.values())
+        ):
+            self._begin(module, args, kwargs)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if CONTEXT.cache is not None:
+            _end()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a forward pass, a failed one too."""
+        CONTEXT.cache = CONTEXT.ids = CONTEXT.binding = None
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if module is not self.decoder():
             return  # a shallow copy, which shares its hooks
         CONTEXT.cache = CONTEXT.layer = None  # of a forward that failed half-way
-        CONTEXT.binding = self
         inputs = forward_inputs(module, args, kwargs)
         cache = _given(inputs)
         if cache is None:
@@ -155,15 +171,11 @@ class Binding:
         begin_forward(cache, _length(inputs), inputs.get("attention_mask"))
         CONTEXT.cache, CONTEXT.ids = cache, inputs.get("input_ids")
 
-    @torch.compiler.disable
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if CONTEXT.cache is not None:
-            end_forward(CONTEXT.cache, CONTEXT.ids)
 
-    @torch.compiler.disable
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After a forward pass, a failed one too."""
-        CONTEXT.cache = CONTEXT.ids = CONTEXT.binding = None
+@torch.compiler.disable
+def _end() -> None:
+    assert CONTEXT.cache is not None, "a forward pass with it has begun"
+    end_forward(CONTEXT.cache, CONTEXT.ids)
 
 
 def _length(inputs: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ from pikv_kernels import add_sink, merge_partial, partial_attention
 from torch import Tensor, nn
 
 from .autocast import without_autocast
-from .context import take_layer
+from .context import CONTEXT, take_layer
 from .counting import attend_counting, counted_slabs
 from .layer import PagedLayer
 from .model.latent import LatentQuery
@@ -29,7 +29,6 @@ _HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}
 _SINKS = ("s_aux", "sinks")
 
 
-@torch.compiler.disable
 def pikv_attention(
     module: nn.Module,
     query: Tensor,
@@ -42,10 +41,27 @@ def pikv_attention(
     """An attention function of transformers: `query` [B, Hq, q, D] to `[B, q, Hq, Dv]` and None.
 
     Whatever does not come from a paged layer, and the first tokens of one, which have nothing
-    behind them, go to the model's own implementation.
+    behind them, go to the model's own implementation. A compiler passes this function with it.
     """
+    if CONTEXT.layer is None:
+        return _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return _paged(module, query, key, value, attention_mask, scaling, kwargs)
+
+
+@torch.compiler.disable
+def _paged(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the layer whose `update` ran last."""
     layer = take_layer()
-    if layer is None or layer.unpaged is not None:
+    assert layer is not None, "its `update` has just run"
+    if layer.unpaged is not None:
         return _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.is_first:

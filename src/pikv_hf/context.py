@@ -12,11 +12,17 @@ if TYPE_CHECKING:
 
 
 class _Context(threading.local):
-    binding: "Binding | None" = None
-    cache: "AttachedCache | None" = None
-    ids: Tensor | None = None
-    layer: "PagedLayer | None" = None
-    generating: "AttachedCache | None" = None
+    def __init__(self) -> None:  # in each thread: a compiler guards on attributes of the object
+        self.binding: Binding | None = None
+        self.cache: AttachedCache | None = None
+        self.ids: Tensor | None = None
+        self.layer: PagedLayer | None = None
+        self.generating: AttachedCache | None = None
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether anything here is of a cache: of `generate`, or left by a pass that failed."""
+        return not (self.cache is None and self.layer is None and self.generating is None)
 
 
 #: `binding` of the model that runs; `cache` and token `ids` of its forward pass; `layer` whose `update` ran last, until its attention
