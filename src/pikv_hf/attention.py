@@ -62,7 +62,9 @@ def _paged(
     layer = take_layer()
     assert layer is not None, "its `update` has just run"
     if layer.unpaged is not None:
-        return _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        result = _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        _refuse_gradients(result[0])
+        return result
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.is_first:
         layer.unpaged = _why_unpaged(layer, query, key, attention_mask, kwargs)
@@ -73,11 +75,25 @@ def _paged(
     else:
         sink = next((kwargs[name] for name in _SINKS if kwargs.get(name) is not None), None)
         result = attend(layer, module, query, attention_mask, scale, sink), None
+        _refuse_gradients(result[0])
     visible = layer.shared.over_queries(attention_mask)
     if layer.observed.limit and layer.unpaged is None:
         _observe(layer, module, query, visible, scale)
     layer.finish(visible)
     return result
+
+
+def _refuse_gradients(out: Tensor) -> None:
+    """Raise in a backward pass through `out`, in which the gradient of what is cached would be missing."""
+    if out.requires_grad:
+        out.register_hook(_raise_of_gradients)
+
+
+def _raise_of_gradients(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "a gradient is asked for that goes through the keys and values of earlier forward passes, but "
+        "a PiKVCache holds them without one: train with the whole text in one forward pass."
+    )
 
 
 def _observe(

@@ -86,6 +86,8 @@ def check_forward(
             f"`use_cache` is False, but `{CACHE}` holds a PiKVCache, which would be filled "
             "all the same: pass use_cache=True, or no cache."
         )
+    if model is not None:
+        _check_training(model, kwargs.get("inputs_embeds"))
     if kwargs.get("output_attentions"):
         raise ValueError(
             "`output_attentions` is True; PiKVCache computes no attention weights: pass False."
@@ -102,6 +104,22 @@ def check_forward(
         )
     if seen and inputs is not None:
         _check_continued(cache, kwargs, inputs.shape[1], seen)
+
+
+def _check_training(model: "PreTrainedModel", embeds: Any) -> None:
+    """Refuse to train through the cache, which holds keys and values without their gradients.
+
+    In eval mode a pass with gradients may well be inference: there the backward pass is refused.
+    """
+    if not torch.is_grad_enabled():
+        return
+    is_leaf = isinstance(embeds, Tensor) and embeds.is_leaf and embeds.requires_grad
+    if is_leaf or (model.training and any(p.requires_grad for p in model.parameters())):
+        what = "`inputs_embeds` wants" if is_leaf else "`model` is in training mode and wants"
+        raise RuntimeError(
+            f"{what} gradients, which do not pass through a PiKVCache: train without a cache, or run "
+            "inference within `torch.no_grad()`."
+        )
 
 
 def _check_continued(

@@ -94,6 +94,7 @@ class PagedLayer(DynamicLayer):
         self._note_prompt(key_states.shape[2])
         if self.unpaged is not None:
             self.shared.unpaged[self.layer_idx] = self.tail
+            CONTEXT.layer = self
             keys, values = self.tail.view()
             return keys.to(key_states.dtype), values.to(value_states.dtype)
         CONTEXT.layer = self

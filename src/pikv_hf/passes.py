@@ -49,7 +49,14 @@ def end_forward(cache: "AttachedCache", ids: Tensor | None) -> None:
                     f"{unsupported()}: layer {layer.layer_idx} was not heard in a forward pass."
                 )
             raise RuntimeError(unheard(cache, layer.layer_idx, layer.awaits))
-    cache.log.append(ids)
+    change = cache.shared.change
+    if change is None or change.has_written:
+        cache.log.append(ids)
+    elif cache.model is not None and cache.model.training:
+        raise RuntimeError(
+            "the model has cached nothing: in training mode with gradient checkpointing its layers are "
+            "given no cache; call `model.eval()`, or pass none."
+        )
     cache.shared.change = None
     cache.check_idle()
 
