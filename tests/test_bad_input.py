@@ -480,3 +480,59 @@ def test_a_router_on_a_dense_model() -> None:
     with torch.no_grad():
         ours = model(ids, **with_cache(PiKVCache(model, **SMALL))).logits
         assert_close(ours, model(ids, **with_cache(dynamic(model))).logits)
+
+
+def test_an_implementation_set_while_attached_is_refused_before_anything_is_written() -> None:
+    model = build("mixtral", "sdpa")
+    cache = PiKVCache(model, **SMALL)
+    inputs = prompt(model, PADDED)
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="attn_implementation='flex_attention', whose masks"):
+        model(**inputs, **with_cache(cache))
+    assert cache.get_seq_length() == 0
+    model.set_attn_implementation("eager")
+    expected = generate(model, inputs, dynamic(model))
+    assert_same(generate(model, inputs, cache), expected)
+
+
+# ---- a mask that does not cover the tokens -----------------------------------------------------
+
+
+@families
+@pytest.mark.parametrize("missing", [1, 3, 24])
+def test_a_mask_without_the_cached_tokens(name, missing) -> None:
+    model = tiny(name)
+    ids, cache = prompt(model, (27,))["input_ids"], PiKVCache(tiny(name), **SMALL)
+    logits = forward(model, ids[:, :24], torch.ones_like(ids[:, :24]), cache)
+    with pytest.raises(
+        ValueError, match=rf"{27 - missing} columns for 3 new .* cache of 24; .* 27"
+    ):
+        mask = torch.ones(1, 27 - missing, dtype=torch.long)
+        model(ids[:, 24:], attention_mask=mask, **with_cache(cache))
+    assert cache.get_seq_length() == 24
+    full = dynamic(model)
+    assert_close(logits, forward(model, ids[:, :24], torch.ones_like(ids[:, :24]), full))
+    rest = ids[:, 24:], torch.ones_like(ids)
+    assert_close(forward(model, *rest, cache), forward(model, *rest, full))
+
+
+# ---- keys and values of a layer ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_a_layer_lists_its_keys_and_values(name) -> None:
+    model = tiny(name)
+    ids, caches = prompt(model, (27,))["input_ids"], (dynamic(model), PiKVCache(model, **SMALL))
+    for cache in caches:
+        model(ids[:, :20], **with_cache(cache))
+        model(ids[:, 20:], **with_cache(cache))
+    for expected, layer in zip(*(cache.layers for cache in caches), strict=True):
+        assert_close(layer.keys, expected.keys)
+        assert_close(layer.values, expected.values)
+        with pytest.raises(AttributeError, match="`keys` of a paged layer cannot be set"):
+            layer.keys = expected.keys
+    dropping = PiKVCache(model, scheduler="knorm", budget=12, **SMALL)
+    assert dropping.layers[0].keys is None
+    model(ids, **with_cache(dropping))
+    with pytest.raises(RuntimeError, match="a cache that drops tokens"):
+        _ = dropping.layers[0].keys

@@ -104,6 +104,16 @@ def test_nan_and_infinity_name_the_layer(name, bad, part) -> None:
     write(cache, 1.0, part)
 
 
+@pytest.mark.parametrize("scheduler", ["knorm", "h2o"])
+@pytest.mark.parametrize("compressor", ["int8", "svd"])
+def test_nan_names_the_layer_where_tokens_are_dropped(scheduler, compressor) -> None:
+    model = tiny("mixtral")
+    cache = PiKVCache(model, scheduler=scheduler, budget=8, compressor=compressor, **SMALL)
+    write(cache, 1.0, 0)
+    with pytest.raises(ValueError, match=f"layer 1: {compressor} cannot store keys that are NaN"):
+        write(cache, float("nan"), 0)
+
+
 def test_nan_is_kept_where_nothing_is_encoded() -> None:
     cache = PiKVCache(tiny("mixtral"), scheduler=StreamingLLM(2, 12), **SMALL)
     write(cache, float("nan"), 0)

@@ -165,3 +165,15 @@ def test_an_error_within_holding_still_ends_it() -> None:
         forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
         raise KeyError
     assert not cache.shared.holding and paged(cache)[0].held_tokens() == 16
+
+
+def test_the_exception_within_holding_is_the_one_that_is_raised() -> None:
+    """Not that its tokens cannot be stored, which is found when the block is left."""
+    model = tiny("mixtral")
+    cache = PiKVCache(model, compressor="int8", **SMALL)
+    with pytest.raises(KeyError, match="mine"), cache.holding():
+        layer = paged(cache)[0]
+        layer.update(torch.full((1, 2, 20, 16), torch.nan), torch.zeros(1, 2, 20, 16))
+        layer.finish(None)
+        raise KeyError("mine")
+    assert not cache.shared.holding

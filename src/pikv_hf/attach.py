@@ -13,16 +13,14 @@ from transformers import EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from .attached import AttachedCache
 from .attention import NAME
 from .changes import Changes, is_changed
-from .checks import check_forward, check_generate
+from .checks import check_forward, check_generate, check_masks
 from .context import CONTEXT
 from .model.gates import Choice, block_of, gates_of_layers
 from .model.modules import attention_modules
 from .model.rotary import Rotary, check_axes, rotaries
 from .model.versions import (
-    attention_implementation,
     forward_inputs,
     given_cache,
-    has_readable_masks,
     unread_argument,
     warn_if_untested,
     with_attention_implementation,
@@ -165,6 +163,7 @@ class Binding:
                 CONTEXT.generating.skip_forward()
             return
         check_forward(cache, self.model(), inputs)
+        check_masks(module.config)
         if cache.shared.needs_rotary:
             check_axes(inputs.get("position_ids"))
         check_held(cache, inputs, _length(inputs))
@@ -244,12 +243,7 @@ def _ours(cache: Any) -> AttachedCache | None:
 def _shadow(module: Any) -> PreTrainedConfig:
     """A config for one attention module that names our function."""
     original = module.config
-    name = attention_implementation(original)
-    if not has_readable_masks(name):
-        raise ValueError(
-            f"`model` uses attn_implementation={name!r}, whose masks PiKVCache cannot read; load it "
-            "with 'sdpa', 'eager' or a flash-attention implementation."
-        )
+    check_masks(original)
     shadow: Any = with_attention_implementation(original, NAME)
     shadow._pikv_original = original
     return shadow

@@ -204,16 +204,25 @@ class PiKVCache(AttachedCache):
         answers = model.generate(**questions, cache=cache.fork(n))
         ```
 
-        What is read in the block in several pieces ends as if it was read at once.
+        What is read in the block in several pieces ends as if it was read at once. An exception of
+        the block ends the holding, too, and is raised whatever the compression then says.
         """
         self.shared.holding = self.shared.in_block = True
         try:
             yield self
-        finally:
-            self.shared.in_block = False
-            change = self.shared.change
+        except BaseException:
+            with contextlib.suppress(Exception):  # the exception of the block says more
+                self._end_block()
+            raise
+        self._end_block()
+
+    def _end_block(self) -> None:
+        change = self.shared.change
+        self.shared.in_block = False
+        try:
             if change is None or not change.is_half_done:
                 self.compress()
+        finally:
             self.shared.holding = False
 
     def fork(self, n: int = 1) -> Self:

@@ -3,12 +3,20 @@
 facts: `generate` slices its inputs by the length of the cache and trusts that they fit it.
 """
 
+import contextlib
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from .model.versions import CACHE, full_attention_mask
+from .model.versions import (
+    CACHE,
+    attention_implementation,
+    full_attention_mask,
+    has_readable_masks,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +111,39 @@ def check_forward(
             "row of a filled cache, or `cache.reset()` for another batch."
         )
     if seen and inputs is not None:
+        _check_width(kwargs.get("attention_mask"), seen, inputs.shape[1])
         _check_continued(cache, kwargs, inputs.shape[1], seen)
+
+
+def _check_width(mask: Any, seen: int, length: int) -> None:
+    """A shorter mask would hide the new tokens, with which transformers fills it up."""
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] < seen + length:
+        raise ValueError(
+            f"`attention_mask` has {mask.shape[1]} columns for {length} new tokens and a cache of "
+            f"{seen}; it must have a column for each of them: {seen + length}."
+        )
+
+
+def check_masks(config: PreTrainedConfig) -> None:
+    """Refuse an attention implementation whose masks we cannot read.
+
+    It is that of `config`, whose model's attention modules may have had another one before.
+    """
+    name = attention_implementation(config)
+    if not has_readable_masks(name):
+        raise ValueError(
+            f"`model` uses attn_implementation={name!r}, whose masks PiKVCache cannot read; load it "
+            "with 'sdpa', 'eager' or a flash-attention implementation, or set one of them."
+        )
+
+
+@contextlib.contextmanager
+def naming(layer: "PagedLayer") -> Generator[None, None, None]:
+    """Name the layer in an error of a compressor that cannot store its tokens."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {layer.layer_idx}: {error}") from error
 
 
 def _check_training(model: "PreTrainedModel", embeds: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .allowance import page_bytes, row_window, sealed_tokens, token_bytes
+from .checks import naming
 from .counting import write_counted
 from .model.linear import output_weight
 from .moving import moves, side_by_side, with_rest
@@ -94,7 +95,8 @@ def _candidates(
     is_small = len(new) <= pages.page_size and pages.held(rows[0]) is not None
     if is_small and pages.compressor.is_lossless and not scheduler.records:
         # Pages mostly have room: then nothing is copied to stand in one piece.
-        pages.append(new, rows, layer.tail.batch)
+        with naming(layer):
+            pages.append(new, rows, layer.tail.batch)
         span = take()
         assert span is not None
         return span
@@ -103,7 +105,8 @@ def _candidates(
         sealed = settled(layer, rows, sealed, mask)
         new = with_record(layer, rows, new)
     if sealed is not None and not moves(scheduler):
-        new = pages.encoded(new)
+        with naming(layer):
+            new = pages.encoded(new)
     return new if sealed is None else sealed.then(new)
 
 

@@ -11,9 +11,8 @@ from .autocast import without_autocast
 from .checks import check_crop
 from .context import CONTEXT
 from .guard import Guard
-from .listing import listed_states
+from .listing import Listed
 from .model.geometry import alike
-from .model.versions import DynamicLayer
 from .observed import Observed
 from .pages import PageTable
 from .probe import Probe
@@ -24,7 +23,7 @@ from .span import Span
 from .tail import Tail, roomy
 
 
-class PagedLayer(DynamicLayer):
+class PagedLayer(Listed):
     """Keys and values of one attention layer, as a tail in model dtype and sealed pages.
 
     `update` appends and returns the new tokens only: the attention function reads the rest from
@@ -284,14 +283,6 @@ class PagedLayer(DynamicLayer):
             return 0
         sealed = [self.pages.held(row) for row in range(self.tail.batch)]
         return self.tail.length + max(0 if held is None else int(held.max()) for held in sealed)
-
-    def states(self) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values [B, H, T, D] as `update` was given them, zero at padding: a copy."""
-        if self._tail is None:
-            return None, None
-        if self.shared.scheduler is not None:
-            raise RuntimeError("keys and values of a cache that drops tokens cannot be listed.")
-        return listed_states(self)
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything this layer holds."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .allowance import excess
 from .autocast import without_autocast
+from .checks import naming
 from .eviction import kept
 from .records import settle_held, settled
 from .room import Room
@@ -63,11 +64,9 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
         queries = layer.observed.of_rows(rows, compressor.observed_queries)
         if queries is not None:
             queries = queries.flatten(2, 3) * layer.scale
-        try:
+        with naming(layer):
             layer.pages.append(span, rows, layer.tail.batch, queries, room)
             _examine(layer, rows, new, queries)
-        except ValueError as error:
-            raise ValueError(f"layer {layer.layer_idx}: {error}") from error
     _end_records(layer, count, groups, mask)
     if oldest["keys"].device.type == "cpu":
         layer.shared.sealed_bytes += oldest["keys"].nbytes + oldest["values"].nbytes
