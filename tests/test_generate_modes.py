@@ -57,6 +57,47 @@ def test_mode(name, lengths, mode) -> None:
     assert paged(cache)[0].pages.slabs
 
 
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        *((name, "greedy") for name in FAMILIES),
+        ("mixtral", "beams"),
+        ("mixtral", "chunked_prefill"),
+    ],
+)
+def test_prompts_that_end_with_padding(name, mode) -> None:
+    """Padded on the right, or nothing but padding: as DynamicCache, however it counts positions."""
+    model, options = tiny(name), MODES[mode] | {"max_new_tokens": 8}
+    ids, mask = prompt(model, (30, 30, 30)).values()
+    mask[1, 25:] = 0
+    mask[2] = 0
+    inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    expected = generate(model, inputs, dynamic(model), **options)
+    assert_same(generate(model, inputs, PiKVCache(model, **SMALL), **options), expected)
+    tokens = type(model).generate(  # as `model.generate(..., cache=PiKVCache(model))` looks it up
+        model, **inputs, **with_cache(PiKVCache(model, **SMALL)), **options
+    )
+    assert torch.equal(tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("count", [5, 60], ids=["fewer", "more"])
+def test_embeddings_with_other_ids(name, count) -> None:
+    """Embeddings of the whole text continue the cache; ids beside them only begin the output."""
+    model = tiny(name)
+    first, text = (prompt(model, (n,))["input_ids"] for n in (20, 40))
+    ids = prompt(model, (count,), seed=3)["input_ids"]
+    outs = []
+    for cache in (PiKVCache(model, **SMALL), dynamic(model)):
+        options = {"max_new_tokens": 8, **with_cache(cache)}
+        model.generate(inputs_embeds=model.get_input_embeddings()(first), **options)
+        whole = {"inputs_embeds": model.get_input_embeddings()(text)}
+        mask = torch.ones_like(text)
+        outs.append(model.generate(ids, **whole, attention_mask=mask, **options))
+    assert outs[0].shape[1] == count + 8
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize("name", STATELESS)
 @pytest.mark.parametrize("pads", [0, 3])
 @pytest.mark.parametrize("mode", ["prompt_lookup", "assistant"])

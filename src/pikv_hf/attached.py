@@ -175,6 +175,12 @@ class AttachedCache(Cache):
         paged = (layer for layer in self.layers if isinstance(layer, PagedLayer))
         return next((layer.tail.batch for layer in paged if layer.is_initialized), None)
 
+    @property
+    def prompt_end(self) -> int:
+        """Tokens up to the end of the newest prompt, as far as paged layers tell; 0 = unknown."""
+        paged = (layer for layer in self.layers if isinstance(layer, PagedLayer))
+        return next((layer.prompt_end for layer in paged if layer.is_initialized), 0)
+
     @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

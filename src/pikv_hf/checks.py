@@ -53,7 +53,8 @@ def check_generate(
         )
     ids = given_ids(args, kwargs)
     seen = cache.get_seq_length()
-    if seen and isinstance(ids, Tensor) and ids.dim() == 2 and not model.config.is_encoder_decoder:
+    is_read = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
+    if seen and is_read and not model.config.is_encoder_decoder:
         _check_continuation(cache, ids, kwargs.get("attention_mask"), seen)
 
 
@@ -110,7 +111,9 @@ def check_forward(
             "`cache.batch_repeat_interleave(n)` before generating n sequences or beams from each "
             "row of a filled cache, or `cache.reset()` for another batch."
         )
-    if seen and inputs is not None:
+    # Behind its prompt, `generate` itself makes masks, which only grow, and positions.
+    prompt = cache.shared.prompt_length
+    if seen and inputs is not None and (prompt is None or seen < prompt):
         _check_width(kwargs.get("attention_mask"), seen, inputs.shape[1])
         _check_continued(cache, kwargs, inputs.shape[1], seen)
 
@@ -178,7 +181,7 @@ def _check_continued(
             "or a mask for all heads."
         )
     changed = padding.changed(mask, seen + length)
-    first, expected, wrong = _start(kwargs.get("position_ids"), mask, seen)
+    first, expected, wrong = _start(kwargs.get("position_ids"), mask, seen, cache.prompt_end)
     found = [found.any() for found in (changed, wrong) if found is not None]
     if not found or not torch.stack([one.to(found[-1].device) for one in found]).any():
         return
@@ -191,10 +194,11 @@ def _check_continued(
     )
 
 
-def _start(positions: Any, mask: Any, seen: int) -> tuple[Any, Any, Tensor | None]:
+def _start(positions: Any, mask: Any, seen: int, prompt_end: int) -> tuple[Any, Any, Tensor | None]:
     """The position of the first new token, where it must be, padding not counted, and where it is not.
 
-    In each row; three times None if that is not known.
+    In each row; three times None if that is not known. `generate` counts on from the last position of
+    a prompt: in rows that are padded on the right, or are nothing but padding, that is none.
     """
     if not (isinstance(positions, Tensor) and positions.dim() == 2):
         return None, None, None
@@ -203,7 +207,8 @@ def _start(positions: Any, mask: Any, seen: int) -> tuple[Any, Any, Tensor | Non
         return first, seen, first != seen
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > seen:
         expected = mask[:, :seen].sum(-1)
-        return first, expected, (first != expected) & mask[:, seen].bool()
+        counts = mask[:, seen].bool() & mask[:, prompt_end - 1].bool()
+        return first, expected, (first != expected) & counts
     return None, None, None
 
 
