@@ -20,7 +20,7 @@ from helpers import (
     tiny,
 )
 from transformers import DynamicCache
-from zoo import prompt
+from zoo import build, prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.layer import PagedLayer
@@ -91,6 +91,26 @@ def test_batch_repeat_interleave(pair) -> None:
         cache.batch_repeat_interleave(2)
     rows = [0, 0, 1, 1, 2, 2]
     assert_continue_alike(model, ids[rows], mask[rows], caches, 27)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_rows_without_a_paged_layer(name) -> None:
+    """Where all layers slide, the ids that the cache knows follow the rows, too."""
+    kinds = {} if name == "mixtral" else {"layer_types": ["sliding_attention"] * 4}
+    model = build(name, sliding_window=8, **kinds)
+    ids = prompt(model, (20, 20))["input_ids"]
+    caches = PiKVCache(model), dynamic(model)
+    assert not any(isinstance(layer, PagedLayer) for layer in caches[0].layers)
+    outs = []
+    for cache in caches:
+        forward(model, ids, torch.ones_like(ids), cache)
+        cache.batch_repeat_interleave(3)
+        cache.reorder_cache(torch.tensor([3, 0, 1, 5, 4, 2]))
+        cache.batch_select_indices(torch.tensor([0, 4, 5]))
+        text = torch.cat([ids[[1, 1, 0]], ids[:1, :4].expand(3, -1)], dim=1)
+        mask = torch.ones_like(text)
+        outs.append(generate(model, {"input_ids": text, "attention_mask": mask}, cache))
+    assert_same(*outs)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])

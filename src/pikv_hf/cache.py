@@ -178,10 +178,13 @@ class PiKVCache(AttachedCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row `repeats` times; pages are shared, not copied."""
         check_count("repeats", repeats)
-        if self.rows is None:
-            return super().batch_repeat_interleave(repeats)
-        # Every layer can be reordered, linear attention too.
-        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
+        rows = self.rows
+        if rows is not None:  # every layer can be reordered, linear attention too
+            return self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
+        check_whole(self)
+        super().batch_repeat_interleave(repeats)
+        if self.log.ids is not None:
+            self.log.map_rows(torch.arange(len(self.log.ids)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows `indices`; the pages of the others are freed."""
