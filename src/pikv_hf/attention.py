@@ -126,7 +126,7 @@ def attend(
     out = _attend(layer, query.to(layer.tail.keys.dtype), mask, scale, sink).to(dtype)
     if latent is not None:
         out = latent.expand(out)
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).contiguous()  # as models expect that reshape it in place
 
 
 @without_autocast
