@@ -93,6 +93,14 @@ def _tokens_in(layer: "PagedLayer", nbytes: int) -> int:
     return shared.window + max(pages, 0) * shared.page_size
 
 
+def spare_bytes(layer: "PagedLayer") -> int:
+    """Bytes of room that pages may have, so that a cache takes little more than its tokens.
+
+    A quarter of all tokens seen, less a page of the tail, which it has room for as well.
+    """
+    return max(layer.seen // 4 - layer.shared.page_size, 0) * layer.tail.token_bytes
+
+
 def page_bytes(layer: "PagedLayer") -> int | None:
     """Bytes that the pages of a layer may take; None = the budget is not one in bytes."""
     budget = layer.shared.budget

@@ -29,7 +29,7 @@ def _counted(layer: "PagedLayer") -> int:
     for tail in shared.unpaged.values():
         room = tail.keys.shape[2]
         held = storage_bytes(tail.tensors())
-        total += held if end <= room else held * roomy(end) // room
+        total += held if end <= room else held * roomy(end, end, tail.token_bytes) // room
     sizes = [_grown(other, end) for other in shared.others]
     total += sum(sizes)
     if layer.is_first:  # what is not yet written to will be like the others of its kind

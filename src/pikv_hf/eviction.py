@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .allowance import page_bytes, row_window, sealed_tokens, token_bytes
+from .allowance import page_bytes, row_window, sealed_tokens, spare_bytes, token_bytes
 from .checks import naming
 from .counting import write_counted
 from .model.linear import output_weight
@@ -50,7 +50,7 @@ def kept(
     budget = sealed_tokens(layer, seen, left)
     room = _room(layer, rows, len(new))
     is_within = budget is None or _fits(layer, rows[0], len(new), budget, scheduler)
-    is_within &= room.nbytes is None or room.nbytes >= 0
+    is_within &= room.nbytes >= 0
     if is_within and not scheduler.records:
         return new, room
     if is_within and len(rows) == layer.tail.batch and write_counted(layer):
@@ -73,17 +73,17 @@ def kept(
         stays = stays.joined(Span({"valid": keep >= 0}))
     if moves(scheduler):
         stays = side_by_side(layer, stays, keep, len(span))
-    return stays, Room(to_follow, room.nbytes)
+    return stays, Room(room.nbytes, to_follow)
 
 
 def _room(layer: "PagedLayer", rows: list[int], new: int) -> Room:
-    """The bytes that are left of a budget in bytes when `new` tokens of `rows` are sealed, too."""
-    limit = page_bytes(layer)
+    """The bytes of room for more when `new` tokens of `rows` are sealed; < 0 = too many are sealed."""
+    limit, spare = page_bytes(layer), spare_bytes(layer)
     if limit is None:
-        return Room()
+        return Room(nbytes=spare)
     pages, owners = math.ceil(new / layer.shared.page_size), len(rows) * layer.tail.keys.shape[1]
     added = math.ceil(pages * owners * layer.shared.page_size * token_bytes(layer))
-    return Room(nbytes=limit - layer.pages.bytes_with(added))
+    return Room(nbytes=min(limit - layer.pages.bytes_with(added), spare))
 
 
 def _candidates(

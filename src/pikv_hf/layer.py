@@ -88,7 +88,8 @@ class PagedLayer(Listed):
             self._tail, self.left = Tail(keys, values), [0] * keys.shape[0]
         else:
             scratch = self.shared.scratch if self._seals else None
-            self.tail.append(keys, values, self._capacity, scratch)
+            held = self.tail.length + key_states.shape[2]
+            self.tail.append(keys, values, self._capacity(held), scratch)
         self.seen += key_states.shape[2]
         self._note_prompt(key_states.shape[2])
         if self.unpaged is not None:
@@ -138,12 +139,10 @@ class PagedLayer(Listed):
                 "PiKVCache, or `cache.reset()`, for another batch."
             )
 
-    @property
-    def _capacity(self) -> int:
-        """Tokens a tail buffer is made for."""
-        if self._seals:
-            return self.shared.window + self.shared.page_size
-        return roomy(self.tail.length)
+    def _capacity(self, held: int) -> int:
+        """Tokens a tail buffer is made for, to hold so many and more."""
+        tokens = roomy(held, max(self.seen, held), self.tail.token_bytes)
+        return min(tokens, self.shared.window + self.shared.page_size) if self._seals else tokens
 
     @property
     def _seals(self) -> bool:
@@ -196,7 +195,8 @@ class PagedLayer(Listed):
             return
         count = seal_excess(self, self._mask)
         if count > 0 or self.is_first:
-            self.tail.drop(count, self._capacity, self.shared.scratch)
+            capacity = self._capacity(self.tail.length - count)
+            self.tail.drop(count, capacity, self.shared.scratch, is_own=not self.is_first)
         self._mask = None
 
     def compress(self) -> None:

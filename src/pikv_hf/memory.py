@@ -22,14 +22,18 @@ def is_on_disk(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`, less files."""
-    storages = {
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of the distinct storages behind `tensors`, less files, by their addresses."""
+    return {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in tensors
         if not is_on_disk(t)
     }
-    return sum(storages.values())
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`, less files."""
+    return sum(storages(tensors).values())
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

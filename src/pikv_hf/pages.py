@@ -15,7 +15,7 @@ from .compressors.base import check_states
 from .memory import is_own
 from .placement import Local, Placement
 from .pool import Pool, together
-from .room import SPARE, Room, grown_pages
+from .room import NO_ROOM, SPARE, Room, grown_pages
 from .slab import Slab
 from .span import Span
 from .tiers import Tier
@@ -43,14 +43,14 @@ class PageTable:
         rows: list[int],
         batch: int,
         queries: Tensor | None = None,
-        room: Room | None = None,
+        room: Room = NO_ROOM,
     ) -> None:
         """Seal `span`, tokens of the batch rows `rows`, with what is known of them.
 
         They have `keys` and `values`, or codes, as `take` and `encoded` give them. If `valid` is
         known, the valid tokens of each row and KV head are its first ones.
         `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them. `room`
-        is made for the tokens to come; None = for a few.
+        is made for tokens to come.
 
         Raises:
             ValueError: the compressor cannot store these tokens.
@@ -66,7 +66,7 @@ class PageTable:
         is_behind_pools = any(isinstance(slab, Pool) for slab in self.slabs)
         if not (is_mixed or is_behind_pools or "valid" in span):
             fields = codes or encoded(self.compressor, **states, queries=queries)
-            return self._append_uniform(fields, known, rows, batch, room or Room())
+            return self._append_uniform(fields, known, rows, batch, room)
         lead = like.shape[:2]
         known = {
             name: self._paged(t.to(like.device).expand(*lead, *t.shape[2:]))
@@ -75,7 +75,7 @@ class PageTable:
         valid = span.all_valid()["valid"].to(like.device)
         lengths = self._paged(valid.expand(*lead, -1)).sum(-1)
         new = Unplaced(states, codes, known, lengths, rows, queries)
-        self._append_pooled(new, batch, room or Room())
+        self._append_pooled(new, batch, room)
 
     def encoded(self, span: Span) -> Span:
         """`span` with its codes, where tokens are encoded each by itself.
@@ -195,11 +195,13 @@ class PageTable:
 
     def _pool_room(self, room: Room, pages: Pages, to_come: int, owners: int, members: int) -> int:
         """For how many pages like `pages` a pool is made, `to_come` of which are written now."""
-        # With a limit, none for pages of several encodings: they may take more than the mean.
-        is_open = room.nbytes is None or not isinstance(self.compressor, MixedCompressor)
-        known = (room.tokens or 0) // self.page_size * owners // members * is_open
-        page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages.owner)
-        return room.pages(to_come, known, self._grown(owners) * owners // 2, page_bytes * members)
+        known = (room.tokens or 0) // self.page_size * owners // members
+        page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages.owner) * members
+        if isinstance(
+            self.compressor, MixedCompressor
+        ):  # which encoding they will have is not known
+            known = min(known, max(room.nbytes, 0) // page_bytes)
+        return room.pages(to_come, known, self._grown(owners) * owners // 2, page_bytes)
 
     def _grown(self, owners: int) -> int:
         """Pages to make room for, for each of `owners`, the KV heads of all rows."""

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .layer import PagedLayer
-from .memory import storage_bytes, tensors_in
+from .memory import storage_bytes, storages, tensors_in
 
 if TYPE_CHECKING:
     from .cache import PiKVCache
@@ -49,7 +49,8 @@ class Report:
     """What a cache holds. `full_nbytes` is what its paged layers would hold of all tokens seen in
     the model's dtype, padding included, plus what the other layers hold: a full cache's bytes.
     `full_bf16_nbytes` is the same with paged layers in bfloat16. `tiers` is the sum of the layers'.
-    `note` says why the cache is not used any more, if the model has given it up."""
+    `note` says why the cache is not used any more, if the model has given it up. `fork_nbytes`: what
+    `cache.fork()` copies, and `fork(n)` n times."""
 
     seen_tokens: int
     nbytes: int
@@ -60,6 +61,7 @@ class Report:
     tiers: dict[str, int]
     layers: list[LayerReport]
     note: str | None
+    fork_nbytes: int
 
     @classmethod
     def of(cls, cache: "PiKVCache") -> "Report":
@@ -77,8 +79,8 @@ class Report:
         settings = {name: repr(getattr(shared, name)) for name in names}
         seen, nbytes = cache.get_seq_length(), cache.nbytes
         tiers = {name: sum(row.tiers.get(name, 0) for row in layers) for name in TIERS}
-        note = cache.note
-        return cls(seen, nbytes, full, full_bf16, shared.probe, settings, tiers, layers, note)
+        numbers = (seen, nbytes, full, full_bf16, shared.probe)
+        return cls(*numbers, settings, tiers, layers, cache.note, fork_bytes(cache))
 
     @property
     def ratio(self) -> float:
@@ -123,7 +125,8 @@ class Report:
             cells = "-" if error is None else f"{error:.2g}", rows[0].why or ""
             shown = (cell for cell, (_, shown) in zip(cells, optional, strict=True) if shown)
             table.add_row(*_cells(rows), *shown)
-        table.caption = ", ".join(f"{k}={v}" for k, v in self.settings.items() if v != "None")
+        shown = [f"{k}={v}" for k, v in self.settings.items() if v != "None"]
+        table.caption = ", ".join([*shown, f"a fork copies {_mib(self.fork_nbytes)}"])
         return table
 
     def __str__(self) -> str:
@@ -141,12 +144,24 @@ class Report:
 
 def cache_bytes(cache: "PiKVCache") -> int:
     """Bytes of the distinct storages behind every tensor that the cache refers to, less files."""
+    return storage_bytes(_cache_tensors(cache))
+
+
+def fork_bytes(cache: "PiKVCache") -> int:
+    """Bytes that `cache.fork()` copies: all but sealed pages and what methods hold for the model."""
+    paged = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
+    shared = storages(t for x in paged for t in (*x.pages.tensors(), *x.scheduler_tensors()))
+    every = storages(_cache_tensors(cache))
+    return sum(nbytes for place, nbytes in every.items() if place not in shared)
+
+
+def _cache_tensors(cache: "PiKVCache") -> list[Tensor]:
     tensors = [cache.log.ids] if cache.log.ids is not None else []
     tensors += tensors_in({k: v for k, v in vars(cache).items() if k not in ("layers", "log")})
     tensors += [*cache.shared.scratch.tensors(), *cache.shared.padding.tensors()]
     for layer in cache.layers:
         tensors += _layer_tensors(layer)
-    return storage_bytes(tensors)
+    return tensors
 
 
 def _cells(rows: list[LayerReport]) -> list[str]:

@@ -11,13 +11,10 @@ SPARE = 256
 
 @dataclass(frozen=True)
 class Room:
-    """What is known of the tokens to come: `tokens` of each KV head, in at most `nbytes`.
+    """Room for tokens to come: at most `nbytes`; for `tokens` of each KV head, if that is known."""
 
-    None: it is not known how many, or they may take any number of bytes.
-    """
-
+    nbytes: int
     tokens: int | None = None
-    nbytes: int | None = None
 
     def pages(self, written: int, least: int, grown: int, page_bytes: int) -> int:
         """For how many pages memory is made when `written` ones of so many bytes are written.
@@ -28,7 +25,10 @@ class Room:
         if self.tokens is not None:
             return written + least
         more = max(grown - written, least)
-        return written + (more if self.nbytes is None else min(more, self.nbytes // page_bytes))
+        return written + min(more, self.nbytes // page_bytes)
+
+
+NO_ROOM = Room(0)
 
 
 def grown_pages(held: int) -> int:

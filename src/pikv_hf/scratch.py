@@ -16,11 +16,10 @@ class Scratch:
 
     def __init__(self) -> None:
         self._pair: tuple[Tensor, Tensor] | None = None
-        self._is_used = False
 
     def lend(self, keys: Tensor, values: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Buffers like `keys` and `values` [B, H, ..., D] for at least `tokens` tokens."""
-        pair, self._pair, self._is_used = self._pair, None, True
+        pair, self._pair = self._pair, None
         if pair is not None and all(
             _fits(buffer, like, tokens) for buffer, like in zip(pair, (keys, values), strict=True)
         ):
@@ -31,12 +30,6 @@ class Scratch:
 
     def give_back(self, keys: Tensor, values: Tensor) -> None:
         self._pair = keys, values
-
-    def end_forward(self) -> None:
-        """Free what this forward pass did not need."""
-        if not self._is_used:
-            self._pair = None
-        self._is_used = False
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self._pair or ()

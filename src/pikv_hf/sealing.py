@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .allowance import excess
+from .allowance import excess, spare_bytes
 from .autocast import without_autocast
 from .checks import naming
 from .eviction import kept
@@ -54,7 +54,7 @@ def seal_oldest(layer: "PagedLayer", count: int, mask: Tensor | None) -> None:
         span = oldest if len(rows) == layer.tail.batch else oldest.rows(torch.tensor(rows))
         if columns is not None:
             span = span.tokens(columns)
-        new, room = span, Room()
+        new, room = span, Room(spare_bytes(layer))
         for row in rows:
             layer.left[row] += len(span)
         if layer.shared.scheduler is not None:

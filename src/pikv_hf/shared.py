@@ -192,12 +192,10 @@ class Shared:
         """Forget what served one forward pass only."""
         self.memo.clear()
         self.forget_notes()
-        self.scratch.end_forward()
+        self.scratch = Scratch()  # which would count as held
         if self.sealed_bytes >= TRIMMED:
             self.sealed_bytes = 0
             trim_heap()
-        if self.budget is not None and self.budget.is_in_bytes:
-            self.scratch = Scratch()  # which would count as held
 
     def forget_notes(self) -> None:
         """The next layer that takes notes is the first one."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .memory import empty_like
+from .memory import empty_like, own
 from .selection import taken
 
 CODE = "code of "
@@ -47,6 +47,10 @@ class Span:
 
     def narrow(self, start: int, length: int) -> "Span":
         return self._map(lambda t: t.narrow(2, start, length))
+
+    def owned(self) -> "Span":
+        """The same in tensors that keep nothing larger alive."""
+        return self._map(own)
 
     def gather(self, keep: Tensor) -> "Span":
         """Tokens `keep` [R, H, K], chosen for each row and head apart."""

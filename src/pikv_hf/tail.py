@@ -5,14 +5,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .memory import is_writable, own
+from .memory import is_writable
 from .scratch import Scratch
 from .span import Span
 
+# Bytes of room that a small buffer has.
+FEW = 2**13
 
-def roomy(tokens: int) -> int:
-    """Tokens a buffer is made for, if `tokens` of them are only the first."""
-    return tokens + max(64, tokens // 4)
+
+def roomy(tokens: int, seen: int, token_bytes: int) -> int:
+    """Tokens a buffer is made for, if `tokens` of them, of `seen` in all, are only the first.
+
+    A quarter of what is seen, so that no cache takes much more than its tokens; growing by a factor
+    keeps the cost of copying them constant for each.
+    """
+    return tokens + max(seen // 4, FEW // max(token_bytes, 1))
 
 
 class Tail:
@@ -29,6 +36,12 @@ class Tail:
     @property
     def batch(self) -> int:
         return self.keys.shape[0]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of a token, of all rows and heads."""
+        batch, heads, _, dim = self.keys.shape
+        return batch * heads * (dim + self.values.shape[3]) * self.keys.element_size()
 
     def append(
         self, keys: Tensor, values: Tensor, capacity: int, scratch: Scratch | None = None
@@ -48,20 +61,23 @@ class Tail:
         self.values[:, :, self.length : end] = values
         self.length = end
 
-    def drop(self, count: int, capacity: int, scratch: Scratch) -> None:
-        """Forget the oldest `count` tokens; the others move to a buffer for `capacity` tokens."""
-        borrowed, before = (self.keys, self.values), self._own
-        if before is None:
-            self._move(count, self._buffers(max(capacity, self.length - count)))
-        else:
-            fits = before[0].shape[2] >= capacity and is_writable(before[0])
-            self._move(count, before if fits else self._buffers(capacity))
-            scratch.give_back(*borrowed)
+    def drop(self, count: int, capacity: int, scratch: Scratch, *, is_own: bool) -> None:
+        """Forget the oldest `count` tokens; the others stay in a buffer for at most `capacity` tokens.
+
+        That is the one they stand in, or stood in before they were borrowed, if it is not larger and
+        the tail's own: not the model's, nor one for tokens that were held back.
+        """
+        left, current = self.length - count, (self.keys, self.values)
+        before = self._own or current
+        if not (is_own and left <= before[0].shape[2] <= capacity and is_writable(before[0])):
+            before = self._buffers(max(capacity, left))
+        self._move(count, before)
+        if self._own is not None:
+            scratch.give_back(*current)
             self._own = None
         self.length -= count
         if self.labels is not None:
-            left = self.labels.narrow(count, len(self.labels) - count)
-            self.labels = Span({name: own(t) for name, t in left.tensors.items()})
+            self.labels = self.labels.narrow(count, left).owned()
 
     def truncate(self, length: int) -> None:
         self.length = length
@@ -112,5 +128,6 @@ class Tail:
         """Into `buffers`, beginning with token `start`."""
         keep = self.length - start
         for old, new in zip((self.keys, self.values), buffers, strict=True):
-            new.narrow(2, 0, keep).copy_(old.narrow(2, start, keep))
+            states = old.narrow(2, start, keep)
+            new.narrow(2, 0, keep).copy_(states.clone() if new is old else states)
         self.keys, self.values = buffers
