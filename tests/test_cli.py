@@ -10,12 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner, Result
 
+import pikv_hf
 from pikv_hf import LossWarning, PiKVCache, __version__, demo
-from pikv_hf.cli import app
+from pikv_hf.bar import bar
+from pikv_hf.cli import COMMANDS, app, command
 from pikv_hf.compressors import Int8
 from pikv_hf.needles import NEEDLE_MODEL, make_haystack
 from pikv_hf.options import parse_cache
-from pikv_hf.schedulers import StreamingLLM
+from pikv_hf.placement import Offload
+from pikv_hf.schedulers import AdaKV, KeyDiff, KVzip, PyramidKV, StreamingLLM
+from pikv_hf.terminal import Dtype
 
 SMALL = ("--length", "384", "--needles", "2", "--questions", "2")
 
@@ -246,6 +250,33 @@ def test_generate_applies_the_chat_template(tmp_path, prompt):
             {"scheduler": StreamingLLM(sinks=8, window=56), "page_size": 16},
             "streaming_llm(sinks=8, window=56), page_size=16",
         ),
+        ("int8", {"compressor": Int8()}, "int8"),
+        ("keydiff,budget=25%", {"scheduler": KeyDiff(), "budget": 0.25}, "keydiff, budget=0.25"),
+        (
+            "scheduler=keydiff,budget=2GiB",
+            {"scheduler": KeyDiff(), "budget": "2GiB"},
+            "keydiff, budget='2GiB'",
+        ),
+        (
+            "PyramidKV(AdaKV(KeyDiff())), budget=12.5 %",
+            {"scheduler": PyramidKV(AdaKV(KeyDiff())), "budget": 0.125},
+            "PyramidKV(AdaKV(KeyDiff())), budget=0.125",
+        ),
+        (
+            "int8(rotate=true),hold_prompt=false,router=none",
+            {"compressor": Int8(rotate=True), "hold_prompt": False, "router": None},
+            "int8(rotate=true), hold_prompt=false, none",
+        ),
+        (
+            "kvzip,budget=64",
+            {"scheduler": KVzip(), "budget": 64, "hold_prompt": True},
+            "kvzip, budget=64",
+        ),
+        (
+            "offload(device_bytes=1GiB, ram_bytes=2 GiB, offload_folder='/tmp')",
+            {"placement": Offload("1GiB", "2 GiB", "/tmp")},
+            "offload(device_bytes='1GiB', ram_bytes='2 GiB', offload_folder='/tmp')",
+        ),
     ],
 )
 def test_text_of_a_cache(text, arguments, label):
@@ -269,7 +300,12 @@ def test_cache_is_made_with_its_arguments(bundled):
     [
         (("--cache", "compressor=int9"), "'int9'; it must be one of"),
         (("--cache", "color=red"), "'color' is no option of a cache; it has"),
-        (("--cache", "int8"), "'int8' is not name=value"),
+        (("--cache", "int9"), "'int9' is no method, nor name=value. Did you mean 'int8'"),
+        (("--cache", "keydiff"), "'keydiff' needs a budget: add budget=25%"),
+        (("--cache", "compresor=int8"), "Did you mean 'compressor'?"),
+        (("--cache", "int8,int4"), "'int8,int4' is not name=value"),
+        (("--dtype", "int7"), "'int7' is no dtype of weights; it must be one of auto"),
+        (("--device-map", "cuda"), "--device-map: 'cuda' cannot be used here"),
         (("--cache", "**x"), "'**x' is not name=value"),
         (("--cache", "compressor=int8,compressor=int8"), "is not name=value"),
         (("--cache", "compressor=3"), "`compressor` is 3"),
@@ -292,6 +328,9 @@ def test_demo_says_what_is_wrong_in_one_sentence(args, says, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     result = pikv("demo", *args)
     assert result.exit_code == 2
+    if args[0] == "--dtype":  # typer draws a box around it
+        assert says in " ".join(result.stderr.replace("│", "").split())
+        return
     assert says in result.stderr
     assert "Traceback" not in result.output
     assert len([line for line in result.stderr.splitlines() if "Loading" not in line]) == 1
@@ -325,3 +364,64 @@ def test_module_and_command_are_the_same():
         [sys.executable, "-m", "pikv_hf", "--version"], check=True, capture_output=True, text=True
     )
     assert done.stdout.strip() == f"pikv_hf {__version__}"
+
+
+# ---- help, and what is shown in a file ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_listed_as_it_describes_itself(name):
+    assert command(name).help == COMMANDS[name].help
+    assert pikv(name, "--help").exit_code == 0
+
+
+def test_help_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys; from typer.testing import CliRunner; from pikv_hf.cli import app; "
+        "print(CliRunner().invoke(app, ['--help']).output, *{'torch', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "Hide needles" in done.stdout and done.stdout.split()[-1] not in (
+        "torch",
+        "transformers",
+    )
+
+
+def test_an_unknown_command_is_a_usage_error():
+    result = pikv("generat")
+    assert result.exit_code == 2 and "generate" in result.stderr
+
+
+def test_public_names_are_those_that_are_exported():
+    assert {name for name in pikv_hf.__all__ if getattr(pikv_hf, name) is None} == set()
+    assert set(pikv_hf.__all__) <= set(dir(pikv_hf))
+    with pytest.raises(AttributeError, match="has no attribute 'PiKV'"):
+        _ = pikv_hf.PiKV
+
+
+@pytest.mark.parametrize("name", ["bf16", "bfloat16", "torch.bfloat16", "BF16"])
+def test_names_of_a_dtype(name, monkeypatch, prompt):
+    class Loaded(Exception):
+        pass
+
+    def load(path, dtype, device_map):
+        raise Loaded(dtype)
+
+    monkeypatch.setattr(demo, "load", load)
+    result = pikv("generate", "--prompt-file", prompt[0], "--dtype", name)
+    assert isinstance(result.exception, Loaded) and result.exception.args == (Dtype.bfloat16,)
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(tmp_path):
+    result = pikv("demo", *SMALL, "--out", tmp_path, "--cache", "kvzip,budget=128")
+    assert result.exit_code == 0, result.output
+    assert "answered 1 of 2 questions" in result.stderr and "answered 2 of 2" in result.stderr
+
+
+def test_a_bar_is_a_line_now_and_then_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("pikv_hf.bar.SECONDS", 0.0)
+    assert list(bar(range(3), desc="reading")) == [0, 1, 2]
+    assert "reading" in capsys.readouterr().err
+    monkeypatch.setattr("pikv_hf.bar.SECONDS", 1000.0)
+    assert list(bar(range(3), desc="reading")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""

@@ -1,12 +1,17 @@
 """PiKVCache: a paged KV cache for Mixture-of-Experts models in Hugging Face transformers."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import requirements  # first: it refuses versions that are too old
-from .cache import PiKVCache
-from .compressors import COMPRESSORS
-from .guard import LossWarning
-from .placement import PLACEMENTS
-from .routers import ROUTERS
-from .schedulers import SCHEDULERS
+
+if TYPE_CHECKING:
+    from .cache import PiKVCache
+    from .compressors import COMPRESSORS
+    from .guard import LossWarning
+    from .placement import PLACEMENTS
+    from .routers import ROUTERS
+    from .schedulers import SCHEDULERS
 
 __version__ = requirements.VERSION
 
@@ -19,3 +24,25 @@ __all__ = [
     "PiKVCache",
     "__version__",
 ]
+
+_HOMES = {
+    "PiKVCache": "cache",
+    "COMPRESSORS": "compressors",
+    "LossWarning": "guard",
+    "PLACEMENTS": "placement",
+    "ROUTERS": "routers",
+    "SCHEDULERS": "schedulers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: `pikv --help` needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

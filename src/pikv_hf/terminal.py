@@ -27,11 +27,26 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _dtype(text: str) -> Dtype:
+    """The dtype that a user means: `bf16` and `torch.bfloat16` are bfloat16."""
+    name = str(getattr(text, "value", text)).lower().removeprefix("torch.")
+    name = {**SHORT, "half": "float16"}.get(name, name)
+    if name not in [dtype.value for dtype in Dtype]:
+        names = ", ".join([*(dtype.value for dtype in Dtype), *SHORT])
+        raise typer.BadParameter(f"{text!r} is no dtype of weights; it must be one of {names}.")
+    return Dtype(name)
+
+
 Model = Annotated[
     str | None,
     typer.Option(help="A folder or a name on the Hugging Face Hub. Default: the bundled model."),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.", metavar="DTYPE")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Dtype of the weights.", metavar="DTYPE", parser=_dtype)
+]
 DeviceMap = Annotated[
     str | None, typer.Option(help="As in from_pretrained. Default: 'auto' on a GPU, else the CPU.")
 ]
@@ -76,6 +91,13 @@ def load(
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         fail(f"--model: {name or NEEDLE_MODEL} could not be loaded: {reason}")
+    except (AssertionError, RuntimeError) as error:  # of a device that is not there
+        if device_map is None:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        fail(
+            f"--device-map: {device_map!r} cannot be used here: {reason}; leave it out, or give 'cpu'."
+        )
 
 
 def parse_caches(caches: Sequence[str], compressors: Sequence[str] = ()) -> list[CacheOption]:

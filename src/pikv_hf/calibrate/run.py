@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attach import LOCK, binding_of, unwrap
+from ..bar import bar
 from ..model.rotary import Rotary
 from .capture import Observer
 from .fit import Fit, fit
@@ -82,11 +82,11 @@ def text_pieces(
     start = first if first == [tokenizer.bos_token_id] else []
     ids: list[int] = []
     total = sum(path.stat().st_size for path in paths)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+    with bar(total=total, unit="B", unit_scale=True, desc="reading") as shown:
         for path in paths:
             for block in _blocks(path):
                 ids += tokenizer(block, add_special_tokens=False, verbose=False).input_ids
-                bar.update(len(block.encode()))
+                shown.update(len(block.encode()))
                 while len(start) + len(ids) >= tokens:
                     taken = tokens - len(start)
                     yield torch.tensor([start + ids[:taken]])
@@ -142,7 +142,7 @@ def _rotaries(model: PreTrainedModel) -> dict[int, Rotary]:
 def _fit(model: PreTrainedModel, job: Job, progress: Progress, turns: dict[int, Rotary]) -> None:
     layers = progress.captured.layers
     todo = [(method, idx) for method in job.methods for idx in layers]
-    for method, idx in tqdm(todo, desc="fitting", disable=None):
+    for method, idx in bar(todo, desc="fitting"):
         fits = progress.fits[method]
         if idx not in fits:
             if not layers[idx].is_finite:

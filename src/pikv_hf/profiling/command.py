@@ -11,8 +11,8 @@ import typer
 from rich import box
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
+from ..bar import bar
 from ..calibrate.run import text_pieces
 from ..terminal import (
     DeviceMap,
@@ -68,7 +68,7 @@ def profile_command(
         if text:
             return islice(text_pieces(tokenizer, text, length), done, None)
         made = needle_pieces(tokenizer, length, texts, done)
-        return tqdm(made, total=texts, initial=done, desc="reading", disable=None)
+        return bar(made, total=texts, initial=done, desc="reading")
 
     source = json.dumps([[path.name, path.stat().st_size] for path in text or ()])
     with resumable(output):
