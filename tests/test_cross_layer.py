@@ -72,7 +72,7 @@ def test_kept_of_a_prompt(name, lengths, method) -> None:
 def keys_of(layer, row: int) -> dict[int, torch.Tensor]:
     """Position -> key [H, D] of every token that a row holds, when all heads hold the same."""
     spans = [(span["positions"][0, 0], span["keys"][0]) for span in layer.pages.spans([row])]
-    opened = layer.tail.view()[0][row]
+    opened = layer.tail.view()[0][row].clone()  # the next step moves them
     spans.append((torch.arange(layer.seen - opened.shape[1], layer.seen), opened))
     return {int(at): keys[:, place] for ats, keys in spans for place, at in enumerate(ats.tolist())}
 
