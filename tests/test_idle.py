@@ -21,7 +21,7 @@ IDLE = {
     "deepseek_v32": ({}, 0, "an indexer that chooses the keys"),
 }
 # Layers that turn out, on their first tokens, not to be ours to read.
-LATE = {"doge": "the model masks each head apart"}
+LATE = {"jetmoe": "the model changes the keys between cache and attention"}
 
 
 @pytest.mark.parametrize("name", IDLE)
@@ -41,8 +41,9 @@ def test_no_layer_can_be_paged(name, methods) -> None:
     inputs = prompt(model, (20,))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert_same(generate(model, inputs, cache), generate(model, inputs, dynamic(model)))
         PiKVCache(model)  # without a method there is nothing to warn of
+        if methods is METHODS:
+            assert_same(generate(model, inputs, cache), generate(model, inputs, dynamic(model)))
     report = cache.report()
     assert report.layers[idx].why.startswith(why)
     assert why.split(",")[0] in re.sub(r"[\s│]+", " ", str(report))

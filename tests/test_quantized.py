@@ -18,6 +18,7 @@ from zoo import build, prompt
 from pikv_hf import PiKVCache
 from pikv_hf.compressors.calibration import ModelIdentity
 from pikv_hf.model.linear import matrix
+from pikv_hf.model.versions import declared_gates
 
 kinds = pytest.mark.parametrize("kind", LINEARS)
 
@@ -73,7 +74,7 @@ def test_labels(part) -> None:
             torch.testing.assert_close(labels["weights"], wanted["weights"])
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
 def test_the_choice_of_a_router_is_not_that_of_its_logits(name) -> None:
     """Groups and biases decide, too: what the router returns as its choice counts."""
     plain, model = (build(name, n_group=2, topk_group=1) for _ in range(2))
@@ -81,6 +82,10 @@ def test_the_choice_of_a_router_is_not_that_of_its_logits(name) -> None:
         if hasattr(owner, "e_score_correction_bias"):
             owner.e_score_correction_bias.data = torch.linspace(-1, 1, 8)
     replace_parts(model, "experts", FusedExperts)
+    if not declared_gates(type(model)):  # some models have none before 5.23
+        with pytest.raises(ValueError, match="has none that is found"):
+            PiKVCache(model, router="all")
+        return
     inputs = prompt(plain, ONE_ROW)
     theirs, ours = (PiKVCache(m, router="all", page_size=4, window=64) for m in (plain, model))
     generate(plain, inputs, theirs), generate(model, inputs, ours)

@@ -64,6 +64,11 @@ class GateOutput:
         chosen = [part for part in parts if part.shape == (len(logits), self.top_k)]
         experts = next((part for part in chosen if not part.is_floating_point()), None)
         weights = next((part for part in chosen if part.is_floating_point()), None)
+        if experts is None and logits.shape[1] <= self.top_k:
+            raise RuntimeError(
+                f"{type(self.module).__name__} does not tell which experts it chose: use router=None "
+                "and a scheduler that needs no experts."
+            )
         if experts is None:
             experts, weights = logits.topk(self.top_k, dim=-1).indices, None
         if weights is None:
@@ -172,7 +177,8 @@ def _declared_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, GateOutput]
             target = getattr(entry, "target_class", entry)
             layer_name = getattr(entry, "layer_name", None)
             if isinstance(module, target) and (layer_name is None or layer_name in name):
-                yield name, GateOutput(module, getattr(entry, "index", 0), top_k)
+                # As transformers does, for a class without an index.
+                yield name, GateOutput(module, getattr(entry, "index", 1), top_k)
                 break
 
 
