@@ -341,7 +341,7 @@ def test_compiled(name) -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph_beside_a_cache_of_ours(name) -> None:
     """Calls with another cache: neither while ours is there, nor once it was used, the graph breaks."""
     model = build(name, num_hidden_layers=2)

@@ -20,6 +20,7 @@ from pikv_hf.compressors.calibration import ModelIdentity
 from pikv_hf.model.linear import matrix
 from pikv_hf.model.versions import declared_gates
 
+FEW = {"max_new_tokens": 5}  # a page more
 kinds = pytest.mark.parametrize("kind", LINEARS)
 
 
@@ -28,8 +29,8 @@ kinds = pytest.mark.parametrize("kind", LINEARS)
 def test_lossless(kind, name) -> None:
     model = quantize(build(name), kind)
     inputs = prompt(model, PADDED)
-    expected = generate(model, inputs, dynamic(model))
-    assert_same(generate(model, inputs, PiKVCache(model, router="all", **SMALL)), expected)
+    expected = generate(model, inputs, dynamic(model), **FEW)
+    assert_same(generate(model, inputs, PiKVCache(model, router="all", **SMALL), **FEW), expected)
 
 
 @kinds
@@ -44,7 +45,7 @@ def test_schedulers_see_what_the_module_applies(kind, name) -> None:
     inputs = prompt(plain, ONE_ROW)
     methods = {"scheduler": "criticalkv", "budget": 16, **SMALL}
     ours, theirs = (PiKVCache(m, **methods) for m in (model, plain))
-    assert_same(generate(model, inputs, ours), generate(plain, inputs, theirs))
+    assert_same(generate(model, inputs, ours, **FEW), generate(plain, inputs, theirs, **FEW))
     for mine, other in zip(paged(ours), paged(theirs), strict=False):
         assert mine.held_tokens() == other.held_tokens() < 40
 
@@ -66,7 +67,7 @@ def test_labels(part) -> None:
     replace_parts(model, name, make)
     inputs = prompt(plain, PADDED)
     theirs, ours = (PiKVCache(m, router="all", page_size=4, window=64) for m in (plain, model))
-    assert_same(generate(model, inputs, ours), generate(plain, inputs, theirs))
+    assert_same(generate(model, inputs, ours, **FEW), generate(plain, inputs, theirs, **FEW))
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         if hasattr(mine, "tail"):
             labels, wanted = mine.tail.labels, other.tail.labels
@@ -88,7 +89,7 @@ def test_the_choice_of_a_router_is_not_that_of_its_logits(name) -> None:
         return
     inputs = prompt(plain, ONE_ROW)
     theirs, ours = (PiKVCache(m, router="all", page_size=4, window=64) for m in (plain, model))
-    generate(plain, inputs, theirs), generate(model, inputs, ours)
+    generate(plain, inputs, theirs, **FEW), generate(model, inputs, ours, **FEW)
     labels = [
         [layer.tail.labels for layer in paged(cache) if layer.has_gate] for cache in (ours, theirs)
     ]
