@@ -18,7 +18,7 @@ from .pages import PageTable
 from .probe import Probe
 from .records import settle_held
 from .sealing import seal_excess
-from .shared import Shared, visible_columns
+from .shared import Shared, newest_columns, visible_columns
 from .span import Span
 from .tail import Tail, roomy
 
@@ -172,7 +172,9 @@ class PagedLayer(Listed):
         """Attention has run with `mask`: seal, or wait for the labels that come before sealing."""
         self._mask = mask
         if not self._seals and mask is not None:
-            self._mask = mask if mask.dim() == 2 else mask[:, :1, -1:]
+            # Of a whole prompt's mask only what its newest query sees is kept.
+            key = (mask, self.tail.length)
+            self._mask = self.shared.remember("held", key, lambda: newest_columns(*key))
         if self.shared.holding and self.observed.pending is not None:
             self.shared.note_sealed()
             settle_held(self, self._mask)
@@ -292,8 +294,11 @@ class PagedLayer(Listed):
         yield from self.observed.tensors()
         yield from self.probe.tensors()
         yield from self.scheduler_tensors()
+        if self._mask is not None:
+            yield self._mask
 
     def scheduler_tensors(self) -> Iterable[Tensor]:
-        """What the scheduler holds for this layer."""
-        scheduler = self.shared.scheduler
-        return () if scheduler is None else scheduler.tensors(self.layer_idx)
+        """What the scheduler holds for this layer, or reads of it."""
+        scheduler, rotary = self.shared.scheduler, self.shared.rotaries.get(self.layer_idx)
+        held = () if scheduler is None else scheduler.tensors(self.layer_idx)
+        return (*held, *(() if rotary is None else (rotary.frequencies,)))

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 EVERY = 2**62
+# At most 1/4 of the queries that are kept are older than they need be.
+SLACK = 4
 # Drafted tokens whose queries may have to be taken back.
 DRAFTED = 256
 
@@ -17,27 +19,33 @@ class Trail:
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
         self._most = EVERY
+        self._count = 0
 
     def append(self, newer: Tensor, most: int) -> None:
         """A copy of `newer`; of all, the newest `most` are kept."""
         self._parts.append(newer[:, :, :, -most:].clone())
         self._most = most
-        if len(self._parts) > most:
+        self._count += self._parts[-1].shape[3]
+        if self._count > most + most // SLACK:
             self.read()
 
     def read(self) -> Tensor | None:
         if len(self._parts) > 1:
             newest = torch.cat(self._parts, dim=3)
             over = newest.shape[3] - self._most
-            self._parts = [newest[:, :, :, over:].clone() if over > 0 else newest]
+            self.set(newest[:, :, :, over:].clone() if over > 0 else newest)
         return self._parts[0] if self._parts else None
 
     def __len__(self) -> int:
         """How many times something was appended since all was read."""
         return len(self._parts)
 
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self._parts
+
     def set(self, queries: Tensor | None) -> None:
         self._parts = [] if queries is None else [queries]
+        self._count = 0 if queries is None else queries.shape[3]
 
 
 class Observed:
@@ -158,8 +166,8 @@ class Observed:
         """
         size = 4 * owners * opened * (self.numbers + self.width)
         size += 0 if self.control is None else self.control.nbytes
-        drafted = DRAFTED * self.is_drafting
-        for held, most in ((self.queries, self.most + drafted), (self.pending, sealed)):
+        kept = self.most + DRAFTED * self.is_drafting
+        for held, most in ((self.queries, kept + kept // SLACK), (self.pending, sealed)):
             size += 0 if held is None else held[:, :, :, 0].nbytes * most
         return size
 
@@ -174,7 +182,9 @@ class Observed:
         self.control[rows] = control
 
     def tensors(self) -> Iterator[Tensor]:
-        held = (self.queries, self.pending, self.record, self.counted, self.control)
+        yield from self._queries.tensors()
+        yield from self._pending.tensors()
+        held = (self.record, self.counted, self.control)
         yield from (tensor for tensor in held if tensor is not None)
 
 

@@ -224,6 +224,13 @@ def visible_columns(mask: Tensor | None, length: int) -> Tensor | None:
     return last.bool()
 
 
+def newest_columns(mask: Tensor, length: int) -> Tensor:
+    """A copy of `visible_columns`, which does not keep the mask alive."""
+    visible = visible_columns(mask, length)
+    assert visible is not None, "there is a mask"
+    return visible.clone()
+
+
 def rows_by_visibility(
     mask: Tensor | None, length: int, count: int, batch: int
 ) -> list[tuple[list[int], Tensor | None]]:

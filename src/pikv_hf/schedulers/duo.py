@@ -1,6 +1,7 @@
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +69,12 @@ class Duo(Scheduler):
                 "profile` and pass Duo(profile=...)."
             )
         check_model(self.profile, model, PROFILE)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Duo":
+        return self  # copies of a cache share what the profile says
+
+    def tensors(self, layer_idx: int) -> Iterable[Tensor]:
+        return (self._streams[layer_idx],)
 
     @property
     def is_ragged(self) -> bool:
