@@ -107,12 +107,11 @@ def assert_refused(model, ids, mask, cache, match: str) -> None:
 def test_a_failed_pass_is_taken_back(read) -> None:
     model, ids, mask, (cache, untouched) = read
     states = [(layer.left, sealed_of(layer)) for layer in paged(cache)]
-    for place in places(model):
-        for length in (1, 2):
-            error = OutOfMemory() if length == 1 else KeyboardInterrupt()
-            fail(model, ids, mask, cache, 29, 29 + length, place, error)
-            cache.crop(-length)
-            assert {layer.seen for layer in paged(cache)} == {29} == {cache.log.length}
+    for place, length in zip(places(model), (1, 2, 1), strict=True):
+        error = OutOfMemory() if length == 1 else KeyboardInterrupt()
+        fail(model, ids, mask, cache, 29, 29 + length, place, error)
+        cache.crop(-length)
+        assert {layer.seen for layer in paged(cache)} == {29} == {cache.log.length}
     assert states == [(layer.left, sealed_of(layer)) for layer in paged(cache)]
     for start, end in ((29, 30), (30, 35), (35, 36)):
         both = [forward(model, ids[:, start:end], mask[:, :end], c) for c in (cache, untouched)]

@@ -30,13 +30,17 @@ def begin_forward(cache: "AttachedCache", length: int, mask: Any) -> None:
     shared.memo.clear()  # of a forward pass that failed
     shared.forget_notes()  # of one that failed, or of a `crop`
     seen = cache.get_seq_length()
-    is_drafting = any(getattr(layer, "record_past", False) for layer in cache.layers)
-    if shared.holds_prompts and not (is_drafting or shared.in_block):
+    if shared.holds_prompts and not (shared.in_block or is_drafting(cache)):
         if shared.is_prompt(seen, length):
             shared.holding = True
         elif shared.holding:
             cache.compress()
     shared.change = Change(seen, length)
+
+
+def is_drafting(cache: "AttachedCache") -> bool:
+    """Whether drafted tokens are being verified, which may be taken back."""
+    return any(getattr(layer, "record_past", False) for layer in cache.layers)
 
 
 def end_forward(cache: "AttachedCache", ids: Tensor | None) -> None:
