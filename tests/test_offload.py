@@ -61,6 +61,10 @@ def mapped(folder: Path) -> int:
     return total
 
 
+def number_of_maps(folder: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(folder))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_results(name, method, tmp_path) -> None:
@@ -259,9 +263,43 @@ def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path, monkeypatch) -> No
     inputs = prompt(model, (30,))
     cache = PiKVCache(model, placement=Offload(0, 0, tmp_path), **SMALL)
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        OSError, match=rf"`offload_folder` '{tmp_path}' cannot hold .*: No space left"
+    ):
         forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path) -> None:
+    model, folder = tiny("mixtral"), tmp_path / "pages"
+    folder.mkdir()
+    inputs = prompt(model, (30,))
+    cache = PiKVCache(model, placement=Offload(0, 0, folder), **SMALL)
+    folder.rmdir()
+    with pytest.raises(FileNotFoundError, match=rf"'{folder}' cannot hold \d+ more bytes of pages"):
+        forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
+
+
+@pytest.mark.parametrize("compressor", [None, Scattered()], ids=str)
+def test_files_grow_with_the_logarithm_of_the_tokens(compressor, tmp_path) -> None:
+    """Tokens come one page at a time, as they are generated."""
+    model = tiny("mixtral")
+    placement = Offload(0, 0, tmp_path)
+    cache = PiKVCache(model, placement=placement, compressor=compressor, page_size=4, window=4)
+    layer, counts = paged(cache)[0], []
+    for tokens in (200, 800, 3200):
+        while layer.seen < tokens:
+            layer.update(*torch.randn(2, 1, 2, 4, 16))
+            layer.finish(None)
+        counts.append(number_of_maps(tmp_path))
+    fields = max(len(slab.fields) for slab in layer.pages.slabs)
+    kinds = 2 if isinstance(compressor, Scattered) else 1
+    # log(4) / log(1.5) = 3.4 times as many pages with half as many more.
+    assert counts[0] > 0 and counts[2] - counts[1] <= 4 * fields * kinds
+    used = sum(slab.page_count for slab in layer.pages.slabs) * 4
+    assert used == 2 * (layer.seen - layer.tail.length)
+    held = sum(span["keys"].shape[2] for span in layer.pages.spans([0]))
+    assert held == layer.seen - layer.tail.length
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 Shapes: R rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
 """
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,7 @@ class PageTable:
             return slab.write(fields, known)
         heads, pages = next(iter(fields.values())).shape[1:3]
         grows = is_whole and len(known) % self.page_size == 0
-        grown, start = self._grown(batch * heads), 0
+        start = 0
         page_bytes = sum(t.nbytes // pages for t in (*fields.values(), *known.tensors.values()))
         for tier in self.tiers:
             free = self._free(tier, fields, 2)
@@ -131,7 +132,8 @@ class PageTable:
             if grows and start + count == pages:
                 spare = 0 if all(map(is_own, fields.values())) else count // SPARE
                 follow = max((room.tokens or 0) // self.page_size, spare)
-                wide = min(room.pages(count, follow, grown, page_bytes), free)
+                grown, spare_room = self._grown(batch * heads, tier), tier.room(room)
+                wide = min(spare_room.pages(count, follow, grown, page_bytes), free)
             tokens = min(count * self.page_size, len(known) - start * self.page_size)
             slab = Slab(
                 compressor=self.compressor,
@@ -172,14 +174,24 @@ class PageTable:
                 # What is encoded or copied at a time stays small.
                 for at in chosen.split(size) if len(chosen) else ():
                     pages = new.encoded(member, at, group)
-                    wide = self._pool_room(room, pages, to_come, batch * new.heads, len(members))
-                    self._open_pool(member, pages, batch, new.heads, wide).write(pages)
+                    room_of = functools.partial(
+                        self._pool_room, room, pages, to_come, batch * new.heads, len(members)
+                    )
+                    self._open_pool(member, pages, batch, new.heads, room_of).write(pages)
                     to_come -= len(at)
 
     def _open_pool(
-        self, member: Compressor, pages: Pages, batch: int, heads: int, wide: int
+        self,
+        member: Compressor,
+        pages: Pages,
+        batch: int,
+        heads: int,
+        room_of: Callable[[Tier], int],
     ) -> Pool:
-        """The last pool of `member` if `pages` can be written behind its own, or one for `wide` pages."""
+        """The last pool of `member` if `pages` can be written behind its own, or a new one.
+
+        `room_of`: for how many pages one is made in a tier.
+        """
         for pool in reversed(self.slabs):
             if isinstance(pool, Pool) and pool.compressor == member:
                 if pool.fits(pages, batch):
@@ -189,23 +201,29 @@ class PageTable:
             free = self._free(tier, pages.fields, 0)
             if free >= len(pages.owner):
                 break
-        pool = Pool.like(pages, member, tier, min(wide, free), batch, heads)
+        pool = Pool.like(pages, member, tier, min(room_of(tier), free), batch, heads)
         self.slabs.append(pool)
         return pool
 
-    def _pool_room(self, room: Room, pages: Pages, to_come: int, owners: int, members: int) -> int:
+    def _pool_room(
+        self, room: Room, pages: Pages, to_come: int, owners: int, members: int, tier: Tier
+    ) -> int:
         """For how many pages like `pages` a pool is made, `to_come` of which are written now."""
+        room = tier.room(room)
         known = (room.tokens or 0) // self.page_size * owners // members
         page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages.owner) * members
         if isinstance(
             self.compressor, MixedCompressor
         ):  # which encoding they will have is not known
             known = min(known, max(room.nbytes, 0) // page_bytes)
-        return room.pages(to_come, known, self._grown(owners) * owners // 2, page_bytes)
+        return room.pages(to_come, known, self._grown(owners, tier) * owners // 2, page_bytes)
 
-    def _grown(self, owners: int) -> int:
-        """Pages to make room for, for each of `owners`, the KV heads of all rows."""
-        return grown_pages(sum(slab.page_count for slab in self.slabs) // owners)
+    def _grown(self, owners: int, tier: Tier) -> int:
+        """Pages to make room for in `tier`, for each of `owners`, the KV heads of all rows."""
+        held = sum(slab.page_count for slab in self.slabs) // owners
+        # Where rows are reordered or pages shared, room is never filled.
+        is_filled = all(slab.is_in_order() and not slab.is_forked for slab in self.slabs)
+        return grown_pages(held, is_roomy=tier.is_roomy and is_filled)
 
     def bytes_with(self, nbytes: int) -> int:
         """Bytes of all pages once `nbytes` of pages are added, which take the room first."""

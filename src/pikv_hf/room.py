@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-# Room is made for 1/16 of the pages held.
-GROWTH = 16
+# Room is made for 1/16 of the pages held; on disk, where each piece is a file that is mapped, for 1/2.
+GROWTH, ROOMY_GROWTH = 16, 2
 MIN_GROWTH, MAX_GROWTH = 4, 32
 # Where so many pages are copied, one more has room: eviction then finds old and new tokens in one piece.
 SPARE = 256
@@ -31,6 +31,8 @@ class Room:
 NO_ROOM = Room(0)
 
 
-def grown_pages(held: int) -> int:
+def grown_pages(held: int, *, is_roomy: bool) -> int:
     """Pages of a KV head to make room for where it holds `held` of them."""
+    if is_roomy:
+        return max(held // ROOMY_GROWTH, MIN_GROWTH)
     return min(max(held // GROWTH, MIN_GROWTH), MAX_GROWTH)

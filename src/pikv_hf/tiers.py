@@ -4,19 +4,21 @@ Shapes: R rows, H KV heads, S pages; or N pages of a pool.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .memory import empty_like, is_on_disk, own
+from .room import Room
 from .staging import BLOCK_BYTES, Block, staged
 
 
@@ -27,6 +29,12 @@ class Tier(ABC):
     device: torch.device
     limit: int | None = None
     name: ClassVar[str]
+    #: Whether unused room for more pages takes no memory.
+    is_roomy: ClassVar[bool] = False
+
+    def room(self, room: Room) -> Room:
+        """How much of `room` there is in this tier."""
+        return replace(room, nbytes=sys.maxsize) if self.is_roomy else room
 
     @abstractmethod
     def has(self, tensor: Tensor) -> bool:
@@ -114,11 +122,13 @@ class Disk(Ram):
     """Files in `folder`, mapped into memory: read in place on a CPU.
 
     A file loses its name as soon as it is mapped, so that the system removes it with the last tensor
-    that reads it, however the process ends; the folder looks empty.
+    that reads it, however the process ends; the folder looks empty. Room for half as many pages
+    more costs no memory, and keeps files few: their number grows with the logarithm of the tokens.
     """
 
     folder: str = ""
     name: ClassVar[str] = "disk"
+    is_roomy: ClassVar[bool] = True
 
     def has(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu" and (is_on_disk(tensor) or not tensor.numel())
@@ -127,15 +137,25 @@ class Disk(Ram):
         size = torch.Size(shape).numel()
         if not size:
             return torch.empty(shape, dtype=like.dtype)
+        try:
+            return self._mapped(size, like).view(shape)
+        except (OSError, RuntimeError) as error:  # torch's own, where the system maps no more
+            number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+            raise OSError(
+                number or errno.ENOMEM,
+                f"`offload_folder` {self.folder!r} cannot hold {size * like.element_size()} more bytes "
+                f"of pages: {reason or error}",
+            ) from error
+
+    def _mapped(self, size: int, like: Tensor) -> Tensor:
         file, path = tempfile.mkstemp(".pages", "pikv-", self.folder)
         try:
             if hasattr(os, "posix_fallocate"):  # a full disk: an error here, not a signal later
                 os.posix_fallocate(file, 0, size * like.element_size())
-            flat = torch.from_file(path, shared=True, size=size, dtype=like.dtype)
+            return torch.from_file(path, shared=True, size=size, dtype=like.dtype)
         finally:
             os.unlink(path)
             os.close(file)
-        return flat.view(shape)
 
     def read_ahead(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
