@@ -270,6 +270,10 @@ def arange(start, end, step=1, *, dtype=None, layout=None, device=None, pin_memo
     return FakeGpuTensor(torch.arange(start, end, step, dtype=dtype), with_index(device))
 
 
+def eye(n, *, dtype=None, layout=None, device=None, pin_memory=None):
+    return FakeGpuTensor(torch.eye(n, dtype=dtype), with_index(device))
+
+
 def arange_from_zero(end, **options):
     return arange(0, end, **options)
 
@@ -281,6 +285,7 @@ def copy_from(source, destination, non_blocking=False):
 LIBRARY = torch.library.Library("aten", "IMPL")  # the kernels live as long as this object
 LIBRARY.impl("empty.memory_format", empty, "PrivateUse1")
 LIBRARY.impl("empty_strided", empty_strided, "PrivateUse1")
+LIBRARY.impl("eye", eye, "PrivateUse1")
 LIBRARY.impl("arange", arange_from_zero, "PrivateUse1")
 LIBRARY.impl("arange.start", arange, "PrivateUse1")
 LIBRARY.impl("arange.start_step", arange, "PrivateUse1")
