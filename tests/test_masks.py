@@ -223,3 +223,24 @@ def test_a_repetition_hides_what_was_hidden() -> None:
     for layer in paged(cache):
         kept = sealed(layer, 2)
         assert set(range(9, 14)).isdisjoint(kept) and 40 in kept
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_own_masks_of_each_head_from_the_first_tokens_on(name) -> None:
+    """The model attends by itself then: keys, and latents with their rotary part, are all given."""
+    model = tiny(name)
+    ids, _ = padded_prompt(model, (34,))
+    heads = model.config.num_attention_heads
+    mask = torch.ones(1, heads, 34, 34).tril()
+    mask[:, ::2, :, 5] = mask[:, ::2, :, 5] * (torch.arange(34) == 5)  # hidden from half of them
+    mask = (1 - mask) * torch.finfo(torch.float32).min
+    logits = []
+    for cache in (PiKVCache(model, **SMALL), dynamic(model)):
+        outs = []
+        for start, end in ((0, 20), (20, 33), (33, 34)):
+            given = mask[:, :, start:end, :end]
+            with torch.no_grad():
+                out = model(ids[:, start:end], attention_mask=given, **with_cache(cache))
+            outs.append(out.logits)
+        logits.append(torch.cat(outs, dim=1))
+    assert_close(*logits)

@@ -95,7 +95,7 @@ class PagedLayer(Listed):
         if self.unpaged is not None:
             self.shared.unpaged[self.layer_idx] = self.tail
             CONTEXT.layer = self
-            keys, values = self.tail.view()
+            keys, values = self._given()
             return keys.to(key_states.dtype), values.to(value_states.dtype)
         CONTEXT.layer = self
         return key_states, value_states
@@ -121,6 +121,13 @@ class PagedLayer(Listed):
         if self.latent_rank is None:
             return keys, values
         return torch.cat([keys, values], dim=-1), keys[..., :0]
+
+    def _given(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tail as `update` was given them, a latent and its rotary key apart."""
+        keys, values = self.tail.view()
+        if self.latent_rank is None:
+            return keys, values
+        return keys[..., : self.latent_rank], keys[..., self.latent_rank :]
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         if self.awaits is not None:
