@@ -197,6 +197,13 @@ class AttachedCache(Cache):
         release_prompt(layer)
         return states
 
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether a layer holds a state, which models before 5.23 then write to in place."""
+        if layer_idx is not None:
+            self._check_use()
+            self.shared.note_written()
+        return super().has_previous_state(layer_idx, *args, **kwargs)
+
     get_conv_state = _checked("get_conv_state")  # whose result a model may write to
     get_recurrent_state = _checked("get_recurrent_state")
     update_conv_state = _checked("update_conv_state")
