@@ -154,6 +154,8 @@ def test_networks_count_as_bytes_once_for_all_copies(tmp_path) -> None:
         held.append(caches[-1].nbytes)
     slabs = [slab for layer in paged(caches[0]) for slab in layer.pages.slabs]
     size += sum(slab.meta["constant"].nbytes for slab in slabs)
+    frequencies = [rotary.frequencies for rotary in caches[0].shared.rotaries.values()]
+    size += sum({t.data_ptr(): t.nbytes for t in frequencies}.values())
     assert held[0] - held[2] == size and held[1] >= held[2] + size
     for other in (caches[0].fork(2), copy.deepcopy(caches[0])):
         mine, theirs = ([*c.shared.scheduler.tensors(0)] for c in (caches[0], other))

@@ -134,8 +134,9 @@ def test_no_more_than_a_layer_is_held() -> None:
         model(ids, **with_cache(cache))
     layer = 2 * model.config.num_key_value_heads * paged(cache)[0].tail.keys.shape[3] * 4 * 2000
     queries = len(paged(cache)) * QUERIES * model.config.num_attention_heads * 16 * 4
+    mask = 4 * 2000 * 2000  # the model's own, which the running forward pass refers to
     assert len(most) == len(paged(cache)) > 1
-    assert max(most) < 1.2 * layer + queries + 10_000
+    assert max(most) < 1.2 * layer + queries + mask + 10_000
     assert cache.nbytes < 0.1 * layer + queries + 10_000
     cache.reset()
     assert sum(t.nbytes for e in effect.sums.values() for t in e) < 1000

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from helpers import SMALL, assert_close, dynamic, tiny
 from pikv_kernels import partial_attention
 from pikv_kernels.weighted_attention import is_fast_bfloat16
@@ -30,7 +29,7 @@ OLD_NAME = "ignore:`past_key_values` is deprecated:FutureWarning"
 @pytest.fixture
 def untested(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers says that it is a version that nobody has tried."""
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(versions.transformers, "__version__", "5.99.0")
     versions.warn_if_untested.cache_clear()
 
 

@@ -216,17 +216,16 @@ class PiKVCache(AttachedCache):
         except BaseException:
             with contextlib.suppress(Exception):  # the exception of the block says more
                 self._end_block()
+            self.shared.holding = False
             raise
         self._end_block()
 
     def _end_block(self) -> None:
         change = self.shared.change
         self.shared.in_block = False
-        try:
-            if change is None or not change.is_half_done:
-                self.compress()
-        finally:
-            self.shared.holding = False
+        if change is None or not change.is_half_done:
+            self.compress()  # if it fails, it can be called again
+        self.shared.holding = False
 
     def fork(self, n: int = 1) -> Self:
         """A new cache whose rows `i * n` to `i * n + n - 1` continue row i; this one stays as it is.
