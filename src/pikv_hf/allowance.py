@@ -32,7 +32,7 @@ def excess(layer: "PagedLayer") -> tuple[int, int]:
 
 
 def _row_windows(layer: "PagedLayer") -> set[tuple[int, int, int]]:
-    """Of each batch row, its open tokens, and its window now and with one more token generated."""
+    """Return the open tokens of each row, its window now, and one generated token later."""
     tail = layer.tail
     key = (layer._mask, tail.length, tail.batch)
     opened = layer.shared.remember("opened", key, lambda: _opened(*key))
@@ -109,7 +109,7 @@ def page_bytes(layer: "PagedLayer") -> int | None:
 
 
 def _bytes_for_pages(layer: "PagedLayer", nbytes: int) -> int:
-    """What is left to the pages of a layer of the `nbytes` of a cache.
+    """Return the bytes that a cache of `nbytes` leaves to the pages of a layer.
 
     Raises:
         ValueError: its open tokens and sinks take more than its share.
@@ -129,9 +129,9 @@ def _bytes_for_pages(layer: "PagedLayer", nbytes: int) -> int:
     if share <= fixed or share < least:
         raise ValueError(
             f"`budget` is {nbytes} bytes, of which layers that are not paged and token ids take "
-            f"{beside}. That leaves {share} for layer {layer.layer_idx}, but its open tokens and sinks "
-            f"alone take {math.ceil(least)} in this batch of {tail.batch}: give more, or a smaller `window`, "
-            "`page_size` or batch."
+            f"{beside}. That leaves {share} for layer {layer.layer_idx}, but its open tokens "
+            f"and sinks alone take {math.ceil(least)} in this batch of {tail.batch}: give more, or a "
+            "smaller `window`, `page_size` or batch."
         )
     return share - fixed
 
@@ -156,7 +156,7 @@ def token_bytes(layer: "PagedLayer") -> float:
 
 
 def _is_pooled(layer: "PagedLayer") -> bool:
-    """Whether each KV head has pages of its own number, or encodings."""
+    """Tell if KV heads differ in their number of pages or in the encodings of their pages."""
     scheduler = layer.shared.scheduler
     is_ragged = scheduler is not None and scheduler.is_ragged
     return is_ragged or isinstance(layer.pages.compressor, MixedCompressor)
