@@ -75,6 +75,25 @@ def test_generate_in_pieces(name) -> None:
             assert_same(out, outs[0])
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_generate_with_a_cache_made_in_its_call(name) -> None:
+    """`model.generate` is looked up before the cache attaches: its last piece is a prompt, too."""
+    model = tiny(name)
+    inputs = prompt(model, PADDED)
+    outs = []
+    for piece in (None, 29):
+        more = {"prefill_chunk_size": piece, "max_new_tokens": 8, "do_sample": False}
+        outs.append(
+            model.generate(
+                **inputs,
+                **with_cache(PiKVCache(model, scheduler="snapkv", hold_prompt=True, **OPTIONS)),
+                **{name: value for name, value in more.items() if value is not None},
+            )
+        )
+        assert "_prefill" not in vars(model), "the cache is gone, and what it changed, too"
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize(
     "name, method", [("mixtral", "snapkv"), ("mixtral", "kvzip"), ("deepseek_v3", "h2o")]
 )

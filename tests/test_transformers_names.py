@@ -45,6 +45,7 @@ PRIVATE = {
     "_attn_implementation_internal": ("model/versions.py", "to set it on a copied config"),
     "_can_record_outputs": ("model/versions.py", "declares the gates of a model"),
     "_hf_hook": ("model/linear.py", "accelerate brings the weights of a module when it is called"),
+    "_prefill": ("model/versions.py", "reads the prompt: how long it is, also in pieces"),
     "_orig_mod": ("attach.py", "the module inside of a compiled one"),
     "_sliding_window_tensor": ("cache.py", "`iter(cache)` yields what DynamicCache yields"),
     "_is_mkldnn_bf16_supported": ("weighted_attention.py", "optional: is bf16 fast on this CPU"),
@@ -74,6 +75,8 @@ def private(file: Path) -> Iterator[str]:
             yield node.attr
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"getattr", "hasattr"}:
             yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            yield str(node.value.value)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield from (alias.name for alias in node.names)
 

@@ -19,6 +19,7 @@ from .model.gates import Choice, block_of, gates_of_layers
 from .model.modules import attention_modules
 from .model.rotary import Rotary, check_axes, rotaries
 from .model.versions import (
+    PREFILL,
     forward_inputs,
     given_cache,
     unread_argument,
@@ -119,6 +120,7 @@ class Binding:
         changes.add(decoder.register_forward_hook(self._leave, always_call=True))
         if hasattr(model, "generate"):
             self._of(model).put("generate", CheckedGenerate(model))
+            self._of(model).put(PREFILL, _prefill_of(model))
 
     def _of(self, module: nn.Module) -> Changes:
         """The changes of a module."""
@@ -218,6 +220,25 @@ class CheckedGenerate:
                 return type(model).generate(model, *args, **kwargs)
         finally:
             CONTEXT.generating = outer
+
+
+def _prefill_of(model: PreTrainedModel) -> Callable[..., Any]:
+    """The step of `generate` that reads the prompt, for `model`; it says how long the prompt is.
+
+    `model.generate(cache=PiKVCache(model))` looks `generate` up before the cache attaches.
+    """
+    found, own = weakref.ref(model), vars(model).get(PREFILL)
+
+    def prefill(input_ids: Any, config: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
+        model: Any = found()
+        call = own or functools.partial(getattr(type(model), PREFILL), model)
+        cache = _given(inputs)
+        if cache is None:
+            return call(input_ids, config, inputs, *args, **kw)
+        with reading_prompt(cache, prompt_length(cache, model, (input_ids,), inputs)):
+            return call(input_ids, config, inputs, *args, **kw)
+
+    return prefill
 
 
 def _given(inputs: dict[str, Any]) -> AttachedCache | None:

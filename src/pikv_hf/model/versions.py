@@ -30,6 +30,7 @@ from ..requirements import NEWEST_TRANSFORMERS, TESTED, VERSION, minor
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "CACHE",
+    "PREFILL",
     "BaseStreamer",
     "CacheLayerMixin",
     "DynamicLayer",
@@ -83,6 +84,10 @@ def current_cache_name(fields: set[str]) -> str:
 
 #: "cache" since transformers 5.24, "past_key_values" before.
 CACHE = current_cache_name({f.name for f in dataclasses.fields(BaseModelOutputWithPast)})
+
+
+#: The method of a model that `generate` calls to read the prompt.
+PREFILL = "_prefill"
 
 
 def with_cache(cache: Cache | None) -> dict[str, Cache | None]:
