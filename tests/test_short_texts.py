@@ -1,5 +1,8 @@
 """Few tokens take few bytes: buffers grow with a text, and a fork copies what is open of it."""
 
+import random
+from collections.abc import Iterable, Iterator
+
 import pytest
 import torch
 from helpers import dynamic, forward, paged, tiny
@@ -28,11 +31,14 @@ SETTINGS = [
 ]
 
 
-def lengths(layer: PagedLayer, first: int, step: int, last: int):
-    """Reads a prompt of `first` tokens, then `step` at a time; yields how many were read."""
+def held_bytes(layer: PagedLayer) -> int:
+    return storage_bytes([*layer.tensors(), *layer.shared.scratch.tensors()])
+
+
+def lengths(layer: PagedLayer, pieces: Iterable[int]) -> Iterator[int]:
+    """Reads `pieces` of a text; yields how many tokens were read."""
     seen = 0
-    while seen < last:
-        new = step if seen else first
+    for new in pieces:
         layer.update(*torch.randn(2, ROWS, HEADS, new, DIM))
         assert take_layer() is layer
         layer.finish(None)
@@ -41,25 +47,46 @@ def lengths(layer: PagedLayer, first: int, step: int, last: int):
         yield seen
 
 
-@pytest.mark.parametrize(("first", "step"), [(1, 1), (300, 7)])
+def random_pieces(seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.choice([1, draw.randint(1, 64), draw.randint(1, 600)]) for _ in range(30)]
+
+
+PIECES = {
+    "tokens": [1] * 700,
+    "prompt": [300, *[7] * 140],
+    "sixties": [1, *[61] * 67],
+    **{f"random{seed}": random_pieces(seed) for seed in range(3)},
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_little_more_than_the_tokens(options, first, step) -> None:
+def test_little_more_than_the_tokens(options, pieces) -> None:
     layer = PiKVCache(tiny("mixtral"), **options).layers[0]
-    for seen in lengths(layer, first, step, 1300):
-        held = storage_bytes([*layer.tensors(), *layer.shared.scratch.tensors()])
-        assert held <= 1.25 * seen * TOKEN + CONSTANT, seen
+    for seen in lengths(layer, PIECES[pieces]):
+        assert held_bytes(layer) <= 1.25 * seen * TOKEN + CONSTANT, seen
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_little_more_than_the_tokens_of_a_prompt(options) -> None:
+    layer = PiKVCache(tiny("mixtral"), **options).layers[0]
+    for length in (2, 129, 577, 1000, 2049, 3333, 4095, 4096):
+        layer.reset()
+        assert [*lengths(layer, [length])] == [length]
+        assert held_bytes(layer) <= 1.25 * length * TOKEN + CONSTANT, length
 
 
 def test_a_full_tail_stays_where_it_is() -> None:
     """It moves rarely while it grows, and not at all once it has its full size."""
     layer = PiKVCache(tiny("mixtral")).layers[0]
     places = []
-    for _ in lengths(layer, 1, 1, 1300):
+    for _ in lengths(layer, [1] * 1300):
         places.append((layer.tail.keys.data_ptr(), layer.tail.values.data_ptr()))
     moved = [at for at in range(1, 1300) if places[at] != places[at - 1]]
     assert len(moved) <= 25 and max(moved) < 512 + 64
     layer.reset()
-    read = lengths(layer, 900, 1, 1300)
+    read = lengths(layer, [900, *[1] * 400])
     next(read)
     place = layer.tail.keys.data_ptr()
     assert all(layer.tail.keys.data_ptr() == place for _ in read)

@@ -117,11 +117,15 @@ class PageTable:
         in each of the tiers that has room for some of them.
         """
         slab, is_whole = self.slabs[-1] if self.slabs else None, len(rows) == batch
-        if isinstance(slab, Slab) and is_whole and slab.fits(known, batch):
-            return slab.write(fields, known)
         heads, pages = next(iter(fields.values())).shape[1:3]
         grows = is_whole and len(known) % self.page_size == 0
         start = 0
+        if isinstance(slab, Slab) and is_whole and (free := slab.free_pages(known, batch)):
+            start = min(free, pages)
+            tokens = min(start * self.page_size, len(known))
+            slab.write(
+                {k: t.narrow(2, 0, start) for k, t in fields.items()}, known.narrow(0, tokens)
+            )
         page_bytes = sum(t.nbytes // pages for t in (*fields.values(), *known.tensors.values()))
         for tier in self.tiers:
             free = self._free(tier, fields, 2)
@@ -174,11 +178,14 @@ class PageTable:
                 # What is encoded or copied at a time stays small.
                 for at in chosen.split(size) if len(chosen) else ():
                     pages = new.encoded(member, at, group)
-                    room_of = functools.partial(
-                        self._pool_room, room, pages, to_come, batch * new.heads, len(members)
-                    )
-                    self._open_pool(member, pages, batch, new.heads, room_of).write(pages)
-                    to_come -= len(at)
+                    while len(pages):
+                        room_of = functools.partial(
+                            self._pool_room, room, pages, to_come, batch * new.heads, len(members)
+                        )
+                        pool = self._open_pool(member, pages, batch, new.heads, room_of)
+                        first, pages = pages.split(pool.free_pages(pages, batch))
+                        pool.write(first)
+                        to_come -= len(first)
 
     def _open_pool(
         self,
@@ -188,18 +195,18 @@ class PageTable:
         heads: int,
         room_of: Callable[[Tier], int],
     ) -> Pool:
-        """The last pool of `member` if `pages` can be written behind its own, or a new one.
+        """The last pool of `member` if some of `pages` can be written behind its own, or a new one.
 
         `room_of`: for how many pages one is made in a tier.
         """
         for pool in reversed(self.slabs):
             if isinstance(pool, Pool) and pool.compressor == member:
-                if pool.fits(pages, batch):
+                if pool.free_pages(pages, batch):
                     return pool
                 break
         for tier in self.tiers:
             free = self._free(tier, pages.fields, 0)
-            if free >= len(pages.owner):
+            if free >= len(pages):
                 break
         pool = Pool.like(pages, member, tier, min(room_of(tier), free), batch, heads)
         self.slabs.append(pool)
@@ -211,7 +218,7 @@ class PageTable:
         """For how many pages like `pages` a pool is made, `to_come` of which are written now."""
         room = tier.room(room)
         known = (room.tokens or 0) // self.page_size * owners // members
-        page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages.owner) * members
+        page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages) * members
         if isinstance(
             self.compressor, MixedCompressor
         ):  # which encoding they will have is not known

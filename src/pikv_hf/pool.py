@@ -101,20 +101,21 @@ class Pool(StoredRows):
             stored=list(range(rows)),
         )
 
-    def fits(self, pages: Pages, batch: int) -> bool:
-        """Whether pages like `pages` of any of `batch` rows can be written behind these."""
-        return (
+    def free_pages(self, pages: Pages, batch: int) -> int:
+        """How many pages like `pages`, whole groups, of any of `batch` rows fit behind these."""
+        is_free = (
             pages.meta.tensors.keys() == self.meta.tensors.keys()
             and not self.is_forked
             and self.is_read_by_all(batch)
             and self.is_in_order()
-            and self.page_count + len(pages.owner) <= self.owner.shape[0]
             and is_writable(self.owner)
         )
+        free = self.owner.shape[0] - self.page_count if is_free else 0
+        return free // pages.group * pages.group
 
     def write(self, pages: Pages) -> None:
         """Write `pages` behind these."""
-        start, count = self.page_count, len(pages.owner)
+        start, count = self.page_count, len(pages)
         for mine, new in zip(self._stored(), pages.tensors(), strict=True):
             mine.narrow(0, start, count).copy_(new)
         self._add_run(Run(count, pages.group))

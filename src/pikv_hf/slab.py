@@ -56,23 +56,23 @@ class Slab(StoredRows):
     def held(self) -> Tensor:
         return torch.full(next(iter(self.fields.values())).shape[:2], self.length, device="cpu")
 
-    def fits(self, meta: Span, batch: int) -> bool:
-        """Whether tokens like `meta` of all `batch` rows can be written behind these."""
+    def free_pages(self, meta: Span, batch: int) -> int:
+        """How many pages of tokens like `meta` of all `batch` rows can be written behind these."""
         # What is the same in all rows or heads can be written where it differs, not the other way.
         alike = meta.tensors.keys() == self.meta.tensors.keys() and all(
             new in (1, held)
             for name in meta.tensors
             for new, held in zip(meta[name].shape[:2], self.meta[name].shape[:2], strict=True)
         )
-        return (
+        is_free = (
             alike
             and not self.is_forked
             and self.is_read_by_all(batch)
             and self.is_in_order()
             and self.length % self.page_size == 0
-            and self.length + len(meta) <= self.capacity
             and is_writable(next(iter(self.fields.values())))
         )
+        return (self.capacity - self.length) // self.page_size if is_free else 0
 
     def write(self, fields: dict[str, Tensor], meta: Span) -> None:
         """Write pages `fields` [R, H, s, ...], of the tokens `meta`, behind these."""

@@ -29,6 +29,23 @@ class Pages:
     lengths: Tensor
     group: int
 
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def split(self, count: int) -> "tuple[Pages, Pages]":
+        """The first `count` pages, whole groups of them, and the others."""
+        first, other = (
+            Pages(
+                {name: field[part] for name, field in self.fields.items()},
+                Span({name: tensor[part] for name, tensor in self.meta.tensors.items()}),
+                self.owner[part],
+                self.lengths[part],
+                self.group,
+            )
+            for part in (slice(count), slice(count, None))
+        )
+        return first, other
+
     def tensors(self) -> Iterator[Tensor]:
         yield from (*self.fields.values(), *self.meta.tensors.values(), self.owner, self.lengths)
 
