@@ -40,7 +40,7 @@ Limits:
 from collections import Counter
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 DEVICE_COUNT = 4
@@ -219,28 +219,29 @@ def copy_into(destination, source):
 
 
 def compute(func, args, kwargs):
-    device = device_of_result(func, args, kwargs)
-    if "device" in kwargs:
-        kwargs = kwargs | {"device": torch.device("cpu")}
+    leaves, spec = tree_flatten((args, kwargs))
+    device = device_of_result(func, args, kwargs, leaves)
     DISPATCHED[str(device)] += 1
-    inner_args, inner_kwargs = tree_map(unwrap, (args, kwargs))
+    inner_args, inner_kwargs = tree_unflatten([unwrap(leaf) for leaf in leaves], spec)
+    if "device" in kwargs:
+        inner_kwargs["device"] = torch.device("cpu")
     out = func(*inner_args, **inner_kwargs)
     if device.type != "fakegpu":
         return out
     # An in-place operator returns its argument: give back the wrapper that the caller holds, not a new one.
-    wrappers = {id(t.inner): t for t in tree_leaves((args, kwargs)) if isinstance(t, FakeGpuTensor)}
+    wrappers = {id(t.inner): t for t in leaves if isinstance(t, FakeGpuTensor)}
 
     def wrap(x):
         if not isinstance(x, torch.Tensor):
             return x
         return wrappers[id(x)] if id(x) in wrappers else FakeGpuTensor(x, device)
 
-    return tree_map(wrap, out)
+    return wrap(out) if isinstance(out, torch.Tensor) else tree_map(wrap, out)
 
 
-def device_of_result(func, args, kwargs):
+def device_of_result(func, args, kwargs, leaves):
     """The one device of all tensors (0-dim CPU tensors may join any device), unless `device=` names another."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
     fake = {t.device for t in tensors if isinstance(t, FakeGpuTensor)}
     cpu = [t for t in tensors if not isinstance(t, FakeGpuTensor) and t.dim() > 0]
     if func.__name__ in CPU_INDEX_OPS:

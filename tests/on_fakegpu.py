@@ -1,4 +1,7 @@
-"""Run by test_placement.py in a process of its own: a model spread over logical devices."""
+"""Run by test_placement.py in a process of its own: a model spread over logical devices.
+
+Arguments: cases, such as mixtral:int8.
+"""
 
 import sys
 
@@ -10,6 +13,8 @@ from zoo import build, prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.model.versions import with_cache
+
+FEW_LAYERS = {"num_hidden_layers": 2}  # each takes seconds
 
 
 def device_map(model, first, second):
@@ -25,14 +30,13 @@ def tokens(model, inputs, cache, **options):
     return out.cpu()
 
 
-def main(name: str, method: str) -> None:
-    torch.set_num_threads(1)
+def check(name: str, method: str) -> None:
     methods = {
         "default": {},
         "int8": {"compressor": "int8"},
         "streaming": {"scheduler": "streaming_llm", "budget": 14},
     }[method]
-    model = build(name)
+    model = build(name, **FEW_LAYERS if name != "gpt_oss" else {})
     model.set_experts_implementation("eager")
     inputs = prompt(model, PADDED)
     options = {**methods, **SMALL, "router": "all"}
@@ -70,4 +74,6 @@ def check_traffic(model, options) -> None:
     assert 0 < moved < 4096, f"{moved} bytes moved to the second device in one step"
 
 
-main(*sys.argv[1:])
+torch.set_num_threads(1)
+for case in sys.argv[1:]:
+    check(*case.split(":"))

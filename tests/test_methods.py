@@ -18,6 +18,7 @@ from helpers import (
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.memory import storage_bytes
 from pikv_hf.model.versions import with_cache
 from pikv_hf.pages import Slab
 from pikv_hf.schedulers import StreamingLLM
@@ -120,7 +121,7 @@ def test_constant_bytes(name, router) -> None:
     with torch.no_grad():
         for token in ids:
             model(token, **with_cache(cache))
-            layer_bytes.append(sum(row.nbytes for row in cache.report().layers))
+            layer_bytes.append(sum(storage_bytes([*layer.tensors()]) for layer in paged(cache)))
             totals.append(cache.nbytes)
     assert cache.get_seq_length() == 2000
     assert max(layer_bytes[200:1100]) == max(layer_bytes[1100:])

@@ -75,7 +75,7 @@ def numbers_of(cache: PiKVCache) -> dict[int, int]:
 def test_a_full_cache_in_bfloat16_is_the_unit() -> None:
     """A bfloat16 model without compression: once; a float32 model: half."""
     for dtype, expected in ((torch.bfloat16, 1.0), (torch.float32, 0.5)):
-        model = build("mixtral", dtype=dtype, head_dim=64)
+        model = build("mixtral", "sdpa", dtype=dtype, head_dim=64)
         cache = PiKVCache(model)
         with torch.no_grad():
             model(prompt(model, (2500,))["input_ids"], **with_cache(cache))
