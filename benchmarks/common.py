@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pikv_hf.context import take_layer
-from pikv_hf.layer import PagedLayer
+from pikv_hf.layer.handoff import take_layer
+from pikv_hf.layer.paged_layer import PagedLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "benchmarks"

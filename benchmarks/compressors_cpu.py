@@ -20,11 +20,11 @@ from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pikv_hf import COMPRESSORS, PiKVCache
-from pikv_hf.attention import attend
+from pikv_hf.attention.function import attend
 from pikv_hf.compressors import Compressor, Fp8, Int2, Int4, Int8
-from pikv_hf.context import take_layer
-from pikv_hf.guard import LossWarning
-from pikv_hf.pages import PageTable
+from pikv_hf.layer.handoff import take_layer
+from pikv_hf.layer.loss_guard import LossWarning
+from pikv_hf.storage.page_table import PageTable
 
 HEADS, DIM = SHAPE[:2]
 GROUPS, PAGE, SCALE = 8, 64, SHAPE[1] ** -0.5

@@ -56,7 +56,7 @@ def tiny_model() -> Qwen3MoeForCausalLM:
 
 def filled(model: Qwen3MoeForCausalLM, cache: Any, tokens: int) -> Callable[[], torch.Tensor]:
     """A decode step of `model` on `cache` with `tokens` tokens in it."""
-    if isinstance(cache, PiKVCache) and cache.shared.router is not None:
+    if isinstance(cache, PiKVCache) and cache.settings.router is not None:
         model(input_ids=torch.randint(256, (1, tokens)), **with_cache(cache))
     else:
         fill(cache, tokens, SHAPE, torch.float32)

@@ -20,11 +20,13 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from pikv_hf import PiKVCache
-from pikv_hf.calibrate.progress import write
-from pikv_hf.compressors.calibration import ModelIdentity
-from pikv_hf.demo import load
-from pikv_hf.needles import NEEDLE_MODEL
-from pikv_hf.profiling import Job, needle_pieces, profile
+from pikv_hf.fitting.needle_texts import needle_pieces
+from pikv_hf.fitting.profile import profile
+from pikv_hf.fitting.profile_job import Job
+from pikv_hf.fitting.resumable import write
+from pikv_hf.model.artifact import ModelIdentity
+from pikv_hf.needles.haystack import NEEDLE_MODEL
+from pikv_hf.needles.trials import load
 from pikv_hf.schedulers.duo import PROFILE, SCORES, Duo, streaming_heads
 
 SPARSITY, SINKS, RECENT = 0.5, 64, 256

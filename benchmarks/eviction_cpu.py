@@ -18,8 +18,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, Qwen3MoeForCausalLM
 
 from pikv_hf import SCHEDULERS, PiKVCache
-from pikv_hf.attention import attend
-from pikv_hf.context import take_layer
+from pikv_hf.attention.function import attend
+from pikv_hf.layer.handoff import take_layer
 from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import Knorm, Scheduler, Tokens
 
@@ -146,8 +146,8 @@ def check_same_kept(model: Qwen3MoeForCausalLM, scores: Tensor) -> None:
     keys, values = random_states(0, TOKENS, SHAPE, torch.float32)
     layer = PiKVCache(model, scheduler=Halving(0, scores), window=WINDOW).layers[0]
     write(layer, keys, values)
-    (span,) = layer.pages.spans([0])
-    found = torch.cat([span["keys"], layer.tail.view()[0]], dim=2)
+    (span,) = layer.state.pages.spans([0])
+    found = torch.cat([span["keys"], layer.state.tail.view()[0]], dim=2)
     expected = scores.topk(TOKENS // 2, dim=-1).indices.sort(dim=-1).values
     assert torch.equal(found, keys[:, torch.arange(SHAPE[0])[:, None], expected[0]])
 
@@ -180,7 +180,7 @@ def step(layer: Any, states: tuple[Tensor, Tensor], query: Tensor, scale: float)
     layer.update(*states)
     assert take_layer() is layer
     attend(layer, None, query, None, scale)
-    if layer.observed.limit:
+    if layer.state.observed.limit:
         layer.observe(query, None, scale)
     layer.finish(None)
 
@@ -197,11 +197,11 @@ def filled(model: Qwen3MoeForCausalLM, scheduler: str | None, compressor: str | 
     tokens = TOKENS if scheduler else BUDGET - STEPS // 2
     layer.update(*random_states(0, tokens, SHAPE, torch.bfloat16))
     assert take_layer() is layer
-    if layer.observed.limit:
+    if layer.state.observed.limit:
         query = torch.randn(1, SHAPE[0] * GROUPS, 64, SHAPE[1])
         layer.observe(query.to(torch.bfloat16), None, SCALE)
     layer.finish(None)
-    if cache.shared.needs_labels:
+    if cache.settings.needs_labels:
         chosen = 1, tokens, DECODER_LAYER["num_experts_per_tok"]
         layer.label(torch.randint(DECODER_LAYER["num_experts"], chosen), torch.rand(chosen))
     return cache
@@ -213,7 +213,7 @@ def decoding(cache: Any, one_step: Callable[[], object]) -> Prepared:
         one_step()
 
     def prepare() -> Callable[[], object]:
-        if cache.shared.scheduler is None:
+        if cache.settings.scheduler is None:
             cache.crop(-STEPS)
         return one_step
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pikv_hf import PiKVCache
-from pikv_hf.demo import load
-from pikv_hf.needles import NEEDLE_MODEL
+from pikv_hf.needles.haystack import NEEDLE_MODEL
+from pikv_hf.needles.trials import load
 from pikv_hf.schedulers import Expert, KeyDiff, Random, Scheduler, SnapKV, Tokens
 from pikv_hf.schedulers.expert import TERMS
 

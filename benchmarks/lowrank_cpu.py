@@ -10,11 +10,12 @@ from common import Result, start
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pikv_hf import demo
-from pikv_hf.calibrate import METHODS, Job, calibrate, text_pieces
-from pikv_hf.calibrate.capture import Capture, Observer
 from pikv_hf.compressors import Compressor, Int2, Int4, Svd
-from pikv_hf.needles import NEEDLE_MODEL, make_haystack
+from pikv_hf.fitting.calibrate import calibrate, text_pieces
+from pikv_hf.fitting.calibration_job import METHODS, Job
+from pikv_hf.fitting.capture import Capture, Observer
+from pikv_hf.needles import trials as demo
+from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
 
 CONTEXT, PAGE, NEWEST = 895, 64, 127  # tokens, of which the newest stay as they are
 TRAIN, TEST = range(1000, 1080), range(900_000, 900_020)  # seeds of haystacks

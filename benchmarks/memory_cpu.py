@@ -23,12 +23,13 @@ from tqdm import tqdm
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pikv_hf import COMPRESSORS, PiKVCache
-from pikv_hf.attention import attend
-from pikv_hf.calibrate import Job, calibrate
+from pikv_hf.attention.function import attend
 from pikv_hf.compressors import Compressor
-from pikv_hf.context import take_layer
-from pikv_hf.guard import LossWarning
-from pikv_hf.layer import PagedLayer
+from pikv_hf.fitting.calibrate import calibrate
+from pikv_hf.fitting.calibration_job import Job
+from pikv_hf.layer.handoff import take_layer
+from pikv_hf.layer.loss_guard import LossWarning
+from pikv_hf.layer.paged_layer import PagedLayer
 from pikv_hf.model.versions import with_cache
 
 LAYERS, SHAPE, DTYPE = 12, (4, 128, 128), torch.bfloat16
@@ -120,7 +121,7 @@ def append(cache: Any, keys: Tensor, values: Tensor, query: Tensor, attends: boo
             assert take_layer() is layer
             if attends:
                 attend(layer, None, query, None, SCALE)  # ty: ignore[invalid-argument-type]
-            if layer.observed.limit:
+            if layer.state.observed.limit:
                 layer.observe(query, None, SCALE)
             layer.finish(None)
     if isinstance(cache, PiKVCache):

@@ -23,9 +23,9 @@ from decode_cpu import DIM, KV_HEADS, LAYERS, decode_step, random_model
 from torch import Tensor
 
 from pikv_hf import PiKVCache
-from pikv_hf.layer import PagedLayer
-from pikv_hf.placement import Local, Offload, Placement
-from pikv_hf.tiers import Disk
+from pikv_hf.layer.paged_layer import PagedLayer
+from pikv_hf.placements import Local, Offload, Placement
+from pikv_hf.storage.tiers import Disk
 
 PAGEOUT = 21  # MADV_PAGEOUT of Linux: write back and give up
 CASES = [(None, 8192), (None, 32768), ("int4", 32768)]
@@ -46,7 +46,7 @@ def files_of(cache: PiKVCache) -> list[Tensor]:
         tensor
         for layer in cache.layers
         if isinstance(layer, PagedLayer)
-        for slab in layer.pages.slabs
+        for slab in layer.state.pages.slabs
         if isinstance(slab.tier, Disk)
         for tensor in slab.fields.values()
         if tensor.numel()

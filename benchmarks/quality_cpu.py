@@ -24,10 +24,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from pikv_hf import PiKVCache
 from pikv_hf.compressors import Compressor, Fp8, Identity, Int2, Int4, Int8, TurboQuant
-from pikv_hf.demo import load
-from pikv_hf.guard import LossWarning
+from pikv_hf.layer.loss_guard import LossWarning
 from pikv_hf.model.versions import with_cache
-from pikv_hf.needles import NEEDLE_MODEL, Haystack, make_haystack
+from pikv_hf.needles.haystack import NEEDLE_MODEL, Haystack, make_haystack
+from pikv_hf.needles.trials import load
 
 PAGE, WINDOW = 64, 16
 NEEDLES, SEED = 8, 3_000_000
@@ -135,7 +135,7 @@ def code_bytes(model: PreTrainedModel, method: Compressor | Peer, texts: Tensor)
     cache, config = maker(model, method)(), model.config
     model(texts, **with_cache(cache), logits_to_keep=1)
     if isinstance(cache, PiKVCache):
-        pages = [encoded_bytes(layer.pages) for layer in cache.layers]
+        pages = [encoded_bytes(layer.state.pages) for layer in cache.layers]
         cache.detach()
         return sum(pages) / len(pages) / (2 * PAGE * config.head_dim)
     return sum(map(quantized_bytes, cache.layers)) / elements(config, len(texts), cache)

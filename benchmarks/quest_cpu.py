@@ -20,14 +20,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pikv_hf import SCHEDULERS, PiKVCache
-from pikv_hf.attach import binding_of
-from pikv_hf.calibrate.capture import QUERIES, Observer
-from pikv_hf.calibrate.progress import write
-from pikv_hf.calibrate.utility import fit_utility
-from pikv_hf.compressors.calibration import ModelIdentity
-from pikv_hf.demo import load
+from pikv_hf.attach.binding import binding_of
+from pikv_hf.fitting.capture import QUERIES, Observer
+from pikv_hf.fitting.resumable import write
+from pikv_hf.fitting.utility_networks import fit_utility
+from pikv_hf.model.artifact import ModelIdentity
 from pikv_hf.model.rotary import Rotary
-from pikv_hf.needles import NEEDLE_MODEL, Haystack, make_haystack
+from pikv_hf.needles.haystack import NEEDLE_MODEL, Haystack, make_haystack
+from pikv_hf.needles.trials import load
 from pikv_hf.schedulers import AdaKV, PiKVQuest, Scheduler, Tokens
 
 CONTEXT, STEPS, WINDOWS, NEEDLES = 447, 500, 64, 8
@@ -89,7 +89,7 @@ def attention_kept(observer: Observer, scheduler: Scheduler | None) -> float:
         rotary = binding_of(observer.model).rotaries[idx]
         for query, keys, values in (*layer.fitted, *layer.held_out):
             old = keys.shape[1] - keys.shape[1] // 8
-            attention = (query @ keys.mT * layer.scale).softmax(-1).mean(1)[:, :old]
+            attention = (query @ keys.mT * layer.state.scale).softmax(-1).mean(1)[:, :old]
             tokens = Tokens(
                 positions=torch.arange(old).expand(1, len(keys), -1),
                 keys=keys[None, :, :old],
@@ -98,7 +98,7 @@ def attention_kept(observer: Observer, scheduler: Scheduler | None) -> float:
                 open_values=values[None, :, old:],
                 seen=keys.shape[1],
                 layer_idx=idx,
-                scale=layer.scale,
+                scale=layer.state.scale,
                 rotary=rotary,
             )
             if scheduler is None:

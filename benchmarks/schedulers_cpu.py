@@ -26,9 +26,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pikv_hf import SCHEDULERS, PiKVCache
 from pikv_hf.compressors import Compressor, TurboQuant
-from pikv_hf.demo import load
 from pikv_hf.model.versions import with_cache
-from pikv_hf.needles import NEEDLE_MODEL
+from pikv_hf.needles.haystack import NEEDLE_MODEL
+from pikv_hf.needles.trials import load
 from pikv_hf.schedulers import Scheduler
 
 PAGE, WINDOW, COUNT, PROCESSES = 16, 16, 512, 3
@@ -116,8 +116,8 @@ def ask(model: PreTrainedModel, cache: Cache, batch: Questions, mode: str) -> Te
 
 def holding(cache: Cache) -> AbstractContextManager[object]:
     """For a scheduler that reads what is held once more before it drops anything."""
-    is_ours = isinstance(cache, PiKVCache) and cache.shared.scheduler is not None
-    return cache.holding() if is_ours and cache.shared.scheduler.repetition else nullcontext()
+    is_ours = isinstance(cache, PiKVCache) and cache.settings.scheduler is not None
+    return cache.holding() if is_ours and cache.settings.scheduler.repetition else nullcontext()
 
 
 def measure(

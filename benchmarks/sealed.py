@@ -5,9 +5,9 @@ from pikv_kernels import merge_partial
 from torch import Tensor
 
 from pikv_hf.compressors import Compressor
-from pikv_hf.pages import PageTable
-from pikv_hf.pool import Pool
-from pikv_hf.span import Span
+from pikv_hf.storage.page_table import PageTable
+from pikv_hf.storage.ragged_pages import RaggedPages
+from pikv_hf.storage.token_table import TokenTable
 
 
 def seal(
@@ -16,7 +16,7 @@ def seal(
     """Pages of `keys` and `values` [1, H, T, D], by a layer that has seen `queries` [1, H, Q, D]."""
     table = PageTable(compressor, page_size)
     positions = torch.arange(keys.shape[2])[None, None]
-    span = Span({"keys": keys, "values": values, "positions": positions})
+    span = TokenTable({"keys": keys, "values": values, "positions": positions})
     table.append(span, [0], 1, queries if compressor.observed_queries else None)
     return table
 
@@ -27,7 +27,7 @@ def encoded_bytes(table: PageTable) -> float:
     for slab in table.slabs:
         first = next(iter(slab.fields.values()))
         # Slabs have fields [R, H, S, ...], pools [N, ...], both with room for more pages.
-        room = len(first) if isinstance(slab, Pool) else first.shape[:3].numel()
+        room = len(first) if isinstance(slab, RaggedPages) else first.shape[:3].numel()
         total += sum(t.nbytes for t in slab.fields.values()) * slab.page_count / room
     return total / sum(slab.page_count for slab in table.slabs)
 

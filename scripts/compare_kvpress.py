@@ -30,10 +30,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pikv_hf import SCHEDULERS, PiKVCache
+from pikv_hf.cache.from_text import parse_cache
 from pikv_hf.model.versions import cache_in, with_cache
-from pikv_hf.options import parse_cache
 from pikv_hf.schedulers import PyramidKV
-from pikv_hf.span import Span
+from pikv_hf.storage.token_table import TokenTable
 
 GOAL = 0.99
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pikv_hf" / "kvpress"
@@ -81,12 +81,14 @@ def ours(model: PreTrainedModel, case: Case, row: Row, theirs: Tensor) -> Tensor
     if row.repeats:
         options |= {"sinks": 4, "hold_prompt": True}
     with torch.no_grad(), PiKVCache(model, scheduler=scheduler, budget=budget, **options) as cache:
-        cache.shared.window = row.window  # a cache keeps one token open at least; a press need not
+        cache.settings.window = (
+            row.window
+        )  # a cache keeps one token open at least; a press need not
         model(case.prompt(), **with_cache(cache))
         if row.repeats:
             cache.compress()
         for kept, layer in zip(found, cache.layers, strict=True):
-            for span in map(Span.all_valid, layer.pages.spans([0])):
+            for span in map(TokenTable.all_valid, layer.state.pages.spans([0])):
                 head, place = span["valid"][0].expand(len(kept), -1).nonzero(as_tuple=True)
                 kept[head, span["positions"][0].expand(len(kept), -1)[head, place].long()] = True
     return found

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pikv_hf import needles
-from pikv_hf.needles import KINDS, NEEDLE_MODEL, REPLY_ROOM, is_exact, make_haystack
+from pikv_hf.needles import haystack as needles
+from pikv_hf.needles.haystack import KINDS, NEEDLE_MODEL, REPLY_ROOM, is_exact, make_haystack
 
 WORD_TYPES = {
     "noun": needles.NOUNS,

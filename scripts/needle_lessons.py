@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from pikv_hf.needles import Needle, bury, draw_filler, draw_needles
+from pikv_hf.needles.haystack import Needle, bury, draw_filler, draw_needles
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 TEXT, ANSWER = 0.1, 1.0  # loss weights; random payload has 0: nobody can predict it

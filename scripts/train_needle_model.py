@@ -26,7 +26,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from pikv_hf.needles import NEEDLE_MODEL, vocabulary
+from pikv_hf.needles.haystack import NEEDLE_MODEL, vocabulary
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,7 +12,7 @@ from zoo import build, prompt
 
 from pikv_hf import SCHEDULERS, PiKVCache
 from pikv_hf.compressors import Identity, MixedCompressor
-from pikv_hf.layer import PagedLayer
+from pikv_hf.layer.paged_layer import PagedLayer
 from pikv_hf.model.versions import cache_in, with_cache
 
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_next")  # GQA, MLA, sinks + sliding, hybrid
@@ -43,7 +43,7 @@ class Scattered(MixedCompressor):
     def members(self):
         return Identity(), Negated()
 
-    def choose(self, keys, values, queries):
+    def assign(self, keys, values, queries):
         return (keys[..., 0, 0] > 0.3).long()
 
     def bytes_per_token(self, key_dim, value_dim, element_size, page_size):
@@ -95,7 +95,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 def paged(cache: PiKVCache) -> list[PagedLayer]:
     layers = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
-    assert layers and all(layer.unpaged is None for layer in layers)
+    assert layers and all(layer.state.unpaged_reason is None for layer in layers)
     return layers
 
 
@@ -111,14 +111,14 @@ def sealed(layer: PagedLayer, row: int) -> list[int]:
 
 def page_contents(layer: PagedLayer) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """What is known of sealed tokens: a batch row, and [H or 1, T, ...] by name; in turn."""
-    for row in range(layer.tail.batch):
-        for span in layer.pages.spans([row]):
+    for row in range(layer.state.tail.batch):
+        for span in layer.state.pages.spans([row]):
             yield row, {name: t[0] for name, t in span.without("keys", "values").tensors.items()}
 
 
 def assert_sealed_in_prefill_and_decode(cache: PiKVCache, prompt_length: int) -> None:
     for layer in paged(cache):
-        for row in range(layer.tail.batch):
+        for row in range(layer.state.tail.batch):
             positions = sealed(layer, row)
             assert positions, "no page was sealed"
             assert positions[0] < prompt_length <= positions[-1], (positions, prompt_length)

@@ -15,9 +15,10 @@ from helpers import PADDED, SMALL, Scattered, paged
 from torch.utils._pytree import tree_leaves
 from zoo import build, prompt
 
-from pikv_hf import PiKVCache, staging
+from pikv_hf import PiKVCache
 from pikv_hf.model.versions import with_cache
-from pikv_hf.placement import Offload
+from pikv_hf.placements import Offload
+from pikv_hf.storage import prefetch as staging
 
 DEVICE = torch.device("fakegpu:0")
 # Options of a cache, and bytes near, of all layers.
@@ -138,7 +139,7 @@ def check(name: str, method: str, streams: Streams | None) -> None:
         cache = PiKVCache(model, placement=Offload(limit), **options)
         assert torch.equal(generate(model, inputs, cache, beams), reference)
         layers = paged(cache)
-        slabs = [slab for layer in layers for slab in layer.pages.slabs]
+        slabs = [slab for layer in layers for slab in layer.state.pages.slabs]
         assert {slab.tier.name for slab in slabs} == {"device", "ram"}
         for slab in slabs:
             place = "cpu" if slab.tier.name == "ram" else "fakegpu"

@@ -52,10 +52,12 @@ def check(name: str, method: str) -> None:
         cache = PiKVCache(model, **options)
         assert torch.equal(tokens(model, inputs, cache, num_beams=beams), reference)
         for layer in paged(cache):
-            place = torch.device(places[f"model.layers.{layer.layer_idx}"])
-            assert layer.pages.slabs
-            held = [t for slab in layer.pages.slabs for t in slab.fields.values()]
-            assert all(t.device == place for t in [layer.tail.keys, layer.tail.values, *held])
+            place = torch.device(places[f"model.layers.{layer.state.layer_idx}"])
+            assert layer.state.pages.slabs
+            held = [t for slab in layer.state.pages.slabs for t in slab.fields.values()]
+            assert all(
+                t.device == place for t in [layer.state.tail.keys, layer.state.tail.values, *held]
+            )
             assert layer.device == place
         if method == "default":
             assert_sealed_in_prefill_and_decode(cache, max(PADDED))

@@ -44,7 +44,7 @@ def test_kept_set(name, lengths, page_size) -> None:
         whole, everything = read_alone(name, model, ids[row : row + 1, -length:])
         found_in_layers = kept(cache, row)
         for layer, queries, found in zip(paged(whole), everything, found_in_layers, strict=True):
-            scores = snapkv(queries[0], layer.states()[0][0], paged(cache)[0].scale)
+            scores = snapkv(queries[0], layer.states()[0][0], paged(cache)[0].state.scale)
             # In pages of 4 the newest tokens that fill no page stay open.
             scores = scores[:, : (length - OPEN) // page_size * page_size]
             if page_size > 1:
@@ -72,8 +72,8 @@ def test_ragged_heads_free_their_bytes() -> None:
     for scheduler in (SNAP, AdaKV(SNAP)):
         cache = PiKVCache(model, scheduler=scheduler, budget=300, page_size=8, window=8)
         forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
-        held.append(sum(t.nbytes for layer in paged(cache) for t in layer.pages.tensors()))
-        heads, dim = paged(cache)[0].tail.keys.shape[1::2]
+        held.append(sum(t.nbytes for layer in paged(cache) for t in layer.state.pages.tensors()))
+        heads, dim = paged(cache)[0].state.tail.keys.shape[1::2]
     page = 8 * heads * (2 * dim * 4 + 4) + 12 * heads
     assert held[0] <= held[1] <= held[0] * 1.02 + 2 * page * len(paged(cache))
 

@@ -8,7 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import FAMILIES, PADDED, SMALL, assert_close, assert_same, dynamic, generate, tiny
+from helpers import (
+    FAMILIES,
+    NEW_TOKENS,
+    PADDED,
+    SMALL,
+    assert_close,
+    assert_same,
+    dynamic,
+    generate,
+    tiny,
+)
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
@@ -167,7 +177,7 @@ def test_attach_again() -> None:
     generate(model, inputs, cache)
     cache.detach()
     assert cache.model is None and cache.get_seq_length() == tokens.shape[1] - 1
-    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 14).long()], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, NEW_TOKENS).long()], dim=1)
     full = {"input_ids": tokens, "attention_mask": mask}
     assert cache.attach(model) is cache
     assert_same(generate(model, full, cache), generate(model, full, reference))

@@ -10,9 +10,9 @@ from torch import Tensor
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.attention import pikv_attention
+from pikv_hf.attention.function import pikv_attention
 from pikv_hf.compressors import Svd
-from pikv_hf.layer import PagedLayer
+from pikv_hf.layer.paged_layer import PagedLayer
 
 # Every scheduler, and every compressor.
 PAIRS = [p for p in zip(SINGLE, itertools.cycle(UNCALIBRATED), strict=False) if p[0] != "kvzip"]
@@ -45,16 +45,16 @@ def attended(scheduler: str, compressor: str) -> tuple[PagedLayer, list[Tensor]]
         )
         layer.update(key, value)
         mask = torch.ones(end - start, end, dtype=torch.bool).tril(start)[None, None]
-        mask = mask[..., -layer.tail.length :]
+        mask = mask[..., -layer.state.tail.length :]
         outputs.append(pikv_attention(module, query, key, value, mask, scaling=0.25)[0])
-        if layer.awaits:
+        if layer.state.awaits:
             layer.label(*chosen(2, end - start, draw))
-        cache.shared.end_forward()
+        cache.step.release()
     return layer, outputs[1:]
 
 
 def held(layer: PagedLayer) -> list[Tensor]:
-    spans = (span for row in range(2) for span in layer.pages.spans([row]))
+    spans = (span for row in range(2) for span in layer.state.pages.spans([row]))
     return [span[name] for span in spans for name in ("positions", "keys", "values")]
 
 
@@ -82,7 +82,7 @@ def test_logits_are_those_of_a_full_cache(name, methods) -> None:
             parts = [forward(model, ids[:, a:b], mask[:, :b], each) for a, b in PARTS]
         logits.append(torch.stack([part[:, -1].float() for part in parts]))
     assert (logits[1] - logits[0]).norm() < 0.05 * logits[0].norm()
-    assert all(layer.pages.slabs for layer in paged(cache))
+    assert all(layer.state.pages.slabs for layer in paged(cache))
 
 
 def test_rotation_of_keys_is_measured_without_it() -> None:
@@ -90,7 +90,7 @@ def test_rotation_of_keys_is_measured_without_it() -> None:
     model = build("mixtral", dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.float16):
         cache = PiKVCache(model, scheduler="expected_attention", budget=16, **SMALL)
-    rotary = cache.shared.rotaries[0]
+    rotary = cache.states[0].rotary
     assert torch.equal(rotary.frequencies, model.model.rotary_emb.inv_freq.float())
 
 

@@ -9,7 +9,7 @@ from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PiKVCache
 from pikv_hf.compressors import Identity, Int2, Int4, Int8, TurboQuant
-from pikv_hf.model.geometry import head_dims
+from pikv_hf.model.head_dims import head_dims
 from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import StreamingLLM
 
@@ -33,7 +33,7 @@ def test_head_dims_are_known_beforehand(name) -> None:
     expected = [head_dims(modules[0]) for _, modules in sorted(cache.binding.attention.items())]
     generate(model, prompt(model, ONE_ROW), cache)
     for dims, layer in zip(expected, paged(cache), strict=True):
-        assert dims == (layer.tail.keys.shape[3], layer.tail.values.shape[3])
+        assert dims == (layer.state.tail.keys.shape[3], layer.state.tail.values.shape[3])
 
 
 @pytest.mark.parametrize(
@@ -136,5 +136,5 @@ def test_autocast_mixes_the_dtypes_of_keys_and_values(name) -> None:
             model(ids[:, :-1], **with_cache(cache))
             logits.append(model(ids[:, -1:], **with_cache(cache)).logits.float())
     assert (logits[1] - logits[0]).norm() < 0.03 * logits[0].norm()
-    assert {layer.tail.values.dtype for layer in paged(caches[1])} == {torch.float32}
-    assert all(layer.pages.slabs for layer in paged(caches[1]))
+    assert {layer.state.tail.values.dtype for layer in paged(caches[1])} == {torch.float32}
+    assert all(layer.state.pages.slabs for layer in paged(caches[1]))

@@ -7,15 +7,9 @@ from test_schedulers import kept
 from zoo import prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.budget import Budget, make_budget, parse_bytes
-from pikv_hf.schedulers import (
-    AdaKV,
-    ExpectedAttention,
-    LagKV,
-    PyramidKV,
-    SnapKV,
-    StreamingLLM,
-)
+from pikv_hf.layer.budget import Budget, make_budget
+from pikv_hf.schedulers import AdaKV, ExpectedAttention, LagKV, PyramidKV, SnapKV, StreamingLLM
+from pikv_hf.validation import parse_bytes
 
 SMALL = {"page_size": 1, "window": 4}
 
@@ -25,7 +19,7 @@ def type_name(method) -> str:
 
 
 def held(cache: PiKVCache) -> int:
-    return paged(cache)[0].held_tokens()
+    return paged(cache)[0].state.held_tokens()
 
 
 def read(cache, model, inputs, first: int, step: int = 1) -> list[tuple[int, int]]:
@@ -81,10 +75,10 @@ def test_a_share_is_never_exceeded(name, method, budget, options) -> None:
         for layer in paged(cache):
             for row, seen in enumerate(mask[:, :end].sum(-1).tolist()):
                 allowed = amounts.tokens(seen, end - first, int)
-                pages = layer.pages.held(row)
+                pages = layer.state.pages.held(row)
                 assert pages is not None, "it is long enough for a choice"
-                held = pages.double().mean() + min(seen, layer.tail.length)
-                assert allowed / 2 <= held <= allowed + cache.shared.page_size, (row, end)
+                held = pages.double().mean() + min(seen, layer.state.tail.length)
+                assert allowed / 2 <= held <= allowed + cache.settings.page_size, (row, end)
 
 
 def test_defaults_leave_a_choice() -> None:
@@ -94,7 +88,7 @@ def test_defaults_leave_a_choice() -> None:
         cache = PiKVCache(model, scheduler="knorm", budget=budget)
         inputs = prompt(model, (length,))
         forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
-        assert held(cache) - paged(cache)[0].tail.length == least
+        assert held(cache) - paged(cache)[0].state.tail.length == least
 
 
 def test_interval() -> None:
@@ -228,6 +222,6 @@ def test_sinks_of_a_scheduler_are_within_the_budget(name, method) -> None:
     cache = PiKVCache(model, scheduler=method, budget=6, page_size=1)
     inputs = prompt(model, (40,))
     for _, tokens in read(cache, model, inputs, 30):
-        totals = [layer.held_tokens() for layer in paged(cache)]
-        assert sum(totals) / len(totals) <= 6 + cache.shared.page_size
+        totals = [layer.state.held_tokens() for layer in paged(cache)]
+        assert sum(totals) / len(totals) <= 6 + cache.settings.page_size
         assert min(totals) >= 4 and tokens == totals[0]

@@ -7,7 +7,9 @@ import torch
 from helpers import chunks, forward, generate, paged, tiny
 from zoo import prompt
 
-from pikv_hf import PiKVCache, attention, beside
+from pikv_hf import PiKVCache
+from pikv_hf.attention import function as attention
+from pikv_hf.cache.held_elsewhere import HeldElsewhere
 from pikv_hf.schedulers import AdaKV, SnapKV
 
 # What stands beside the paged layers: sliding windows, chunks, states of linear attention and of
@@ -116,27 +118,27 @@ def test_layers_that_grow() -> None:
     sizes, held = [], []
     for step in chunks(460, 300):
         sizes += used(cache, [step])
-        held.append(paged(cache)[0].held_tokens())
+        held.append(paged(cache)[0].state.held_tokens())
     assert max(sizes[SMALL["page_size"] :]) <= limit
     assert held[-1] < held[100] - 20
 
 
 def test_layers_that_are_not_ours_to_read(monkeypatch) -> None:
     """A layer that turns out unpaged keeps every token; the others share what it leaves."""
-    why = attention._why_unpaged
+    why = attention.unpaged_reason
 
-    def unpaged(layer, *args):
-        return "a test says so" if layer.layer_idx == 1 else why(layer, *args)
+    def unpaged(state, *args):
+        return "a test says so" if state.layer_idx == 1 else why(state, *args)
 
-    monkeypatch.setattr(attention, "_why_unpaged", unpaged)
+    monkeypatch.setattr(attention, "unpaged_reason", unpaged)
     model = model_of("mixtral")
     limit = full_bytes(model, 460) * 6 // 10
     cache = PiKVCache(model, scheduler="knorm", budget=f"{limit}B", **SMALL)
     sizes = used(cache, chunks(460, 300))
-    assert cache.layers[1].unpaged is not None
+    assert cache.layers[1].state.unpaged_reason is not None
     assert max(sizes[SMALL["page_size"] :]) <= limit
     cache.reset()
-    assert not cache.shared.unpaged
+    assert not cache.elsewhere.unpaged
 
 
 def test_copies_and_new_texts() -> None:
@@ -147,10 +149,10 @@ def test_copies_and_new_texts() -> None:
     used(cache, [(0, 400)])
     for other in (cache.fork(), copy.deepcopy(cache)):
         assert max(used(other, chunks(460, 400)[1:])) <= limit
-        assert all(any(o is layer for layer in other.layers) for o in other.shared.others)
+        assert all(any(o is layer for layer in other.layers) for o in other.elsewhere.others)
     cache.reset()
     assert max(used(cache, chunks(460, 400))) <= limit
-    assert all(any(o is layer for layer in cache.layers) for o in cache.shared.others)
+    assert all(any(o is layer for layer in cache.layers) for o in cache.elsewhere.others)
 
 
 def test_too_little_is_refused() -> None:
@@ -172,8 +174,8 @@ def test_counted_once_for_all_layers_of_a_step(monkeypatch) -> None:
     model = model_of("gpt_oss")
     limit = full_bytes(model, 400) // 2
     calls = []
-    counted = beside._counted
-    monkeypatch.setattr(beside, "_counted", lambda layer: calls.append(1) or counted(layer))
+    counted = HeldElsewhere._counted
+    monkeypatch.setattr(HeldElsewhere, "_counted", lambda *args: calls.append(1) or counted(*args))
     cache = PiKVCache(model, scheduler="knorm", budget=f"{limit}B", **SMALL)
     used(cache, [(0, 400)])
     calls.clear()

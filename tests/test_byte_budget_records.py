@@ -37,4 +37,4 @@ def test_never_exceeded(name, method, first, share) -> None:
         used.append(cache.nbytes)
     assert max(used) <= limit
     assert used[-1] >= 0.6 * limit
-    assert paged(cache)[0].held_tokens() < first + 50
+    assert paged(cache)[0].state.held_tokens() < first + 50

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.layer import PagedLayer
+from pikv_hf.layer.paged_layer import PagedLayer
 from pikv_hf.model.versions import with_cache
 
 PREFILL = 22  # of prompts of 30: the other tokens come one by one
@@ -40,7 +40,7 @@ def pair(name):
     caches = PiKVCache(model, **SMALL), dynamic(model)
     for cache in caches:
         feed(model, ids[:, :27], mask, cache)
-    assert all(len(layer.pages.slabs) > 1 for layer in paged(caches[0]))
+    assert all(len(layer.state.pages.slabs) > 1 for layer in paged(caches[0]))
     return model, ids, mask, caches
 
 
@@ -80,7 +80,7 @@ def test_reorder_cache(pair, index) -> None:
 
 
 def stored_pages(cache):
-    slabs = [slab for layer in paged(cache) for slab in layer.pages.slabs]
+    slabs = [slab for layer in paged(cache) for slab in layer.state.pages.slabs]
     return {slab.fields["keys"].data_ptr() for slab in slabs}
 
 
@@ -174,7 +174,7 @@ def test_recording(pair, times) -> None:
         end += 9 - rejected
         assert caches[0].get_seq_length() == end
         for layer in paged(caches[0]):
-            assert layer.tail.length < 8, "the verified tokens were not sealed"
+            assert layer.state.tail.length < 8, "the verified tokens were not sealed"
     mask = torch.cat([mask[:, :27], torch.ones(3, end - 27).long()], dim=1)
     assert_continue_alike(model, text[:, :end], mask, caches, end)
 
@@ -202,7 +202,7 @@ def test_properties(pair) -> None:
     for idx, layer in enumerate(cache.layers):
         if isinstance(layer, PagedLayer):
             assert cache.get_seq_length(idx) == cache.get_query_offset(idx) == 27
-            tail = layer.tail.length
+            tail = layer.state.tail.length
             assert cache.get_mask_sizes(3, idx) == (tail + 3, 27 - tail)
             assert not cache.is_recording_past(idx)
         elif not reference.is_linear[idx]:
@@ -273,7 +273,7 @@ def test_the_prompt_is_freed(name) -> None:
     with torch.no_grad():
         model(prompt(model, (320,))["input_ids"], **with_cache(cache))
     for layer in cache.layers:
-        held = vars(layer) if not isinstance(layer, PagedLayer) else list(layer.tensors())
+        held = vars(layer) if not isinstance(layer, PagedLayer) else list(layer.state.tensors())
         for tensor in tensors(held):
             own = tensor.numel() * tensor.element_size()
             assert tensor.untyped_storage().nbytes() <= own

@@ -13,14 +13,18 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 from zoo import build, prompt
 
-from pikv_hf import PiKVCache, demo
-from pikv_hf.calibrate import METHODS, Job, calibrate, capture, run, text_pieces
-from pikv_hf.calibrate.capture import HELD_OUT, QUERIES, Observer, Window
-from pikv_hf.cli import app
+from pikv_hf import PiKVCache
+from pikv_hf.commands.app import app
 from pikv_hf.compressors import Distill, LowRank, LowRankAffine
-from pikv_hf.compressors.calibration import read_metadata
+from pikv_hf.fitting import calibrate as run
+from pikv_hf.fitting import capture
+from pikv_hf.fitting.calibrate import calibrate, text_pieces
+from pikv_hf.fitting.calibration_job import METHODS, Job
+from pikv_hf.fitting.capture import HELD_OUT, QUERIES, Observer, Window
+from pikv_hf.model.artifact import read_metadata
 from pikv_hf.model.versions import with_cache
-from pikv_hf.needles import NEEDLE_MODEL, make_haystack
+from pikv_hf.needles import trials as demo
+from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
 from pikv_hf.schedulers import AdaKV, SnapKV, StreamingLLM
 
 TINY = Job(length=40, windows=4, steps=4)
@@ -91,7 +95,7 @@ def test_captured_queries_are_those_of_the_model() -> None:
         weights = model(piece, output_attentions=True).attentions
     for idx, layer in observer.captured.layers.items():
         query, keys, _ = layer.fitted[0]
-        mine = (query @ keys.mT * layer.scale).softmax(-1)
+        mine = (query @ keys.mT * layer.state.scale).softmax(-1)
         theirs = weights[idx][0, :, -QUERIES:, : TINY.length]
         theirs = theirs.reshape(mine.shape) / theirs.sum(-1).reshape(*mine.shape[:2], 1)
         assert_close(mine, theirs)
@@ -174,7 +178,7 @@ def test_training_that_does_not_help_changes_nothing(kind, tmp_path, monkeypatch
     """Then the file is the untrained one."""
     model = tiny("mixtral")
     untrained = load_file(made(model, tmp_path, Job((kind.name,), length=24, steps=0)))
-    monkeypatch.setattr("pikv_hf.calibrate.fit.RATE", 100.0)
+    monkeypatch.setattr("pikv_hf.fitting.projections.RATE", 100.0)
     trained = load_file(made(model, tmp_path, Job((kind.name,), length=24, steps=5)))
     assert trained.keys() == untrained.keys()
     assert all(torch.equal(trained[name], tensor) for name, tensor in untrained.items())
@@ -260,7 +264,7 @@ def output_error(observer: Observer, compressor: LowRank) -> float:
                 torch.cat([page.flatten(2, 3), exact[:, :, sealed:]], dim=2)
                 for page, exact in zip(bound.decode(bound.encode(*pages)), states, strict=True)
             ]
-            exact, changed = (exact_output(query, *kv, layer.scale) for kv in (states, near))
+            exact, changed = (exact_output(query, *kv, layer.state.scale) for kv in (states, near))
             change += (changed - exact).square().sum().item()
             size += exact.square().sum().item()
     return (change / size) ** 0.5
@@ -547,7 +551,7 @@ def test_weights_are_counted_once(kind, tmp_path) -> None:
         empty = cache.nbytes
         forward(model, prompt(model, (40,))["input_ids"], torch.ones(1, 40), cache)
         layer = paged(cache)[1]
-        held = sum(t.nbytes for t in layer.pages.compressor.tensors())
+        held = sum(t.nbytes for t in layer.state.pages.codec.tensors())
         assert held == sum(t.nbytes for k, t in mine.items() if k.startswith(f"{kind.name}.1."))
         assert cache.report().layers[1].nbytes > held and cache.nbytes > empty
         cache.reset()
@@ -587,7 +591,7 @@ def test_with_a_scheduler(kind, router, tmp_path) -> None:
             forward(model, ids[:, :60], torch.ones(1, 60), cache)
             layer = paged(cache)[0]
             first = torch.cat(
-                [s.span([0], with_values=False)["keys"] for s in layer.pages.slabs], dim=2
+                [s.span([0], with_values=False)["keys"] for s in layer.state.pages.slabs], dim=2
             )
             held.append(first[:, :, :4])
     assert_close(held[1], held[0])

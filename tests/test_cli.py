@@ -11,15 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner, Result
 
 import pikv_hf
-from pikv_hf import LossWarning, PiKVCache, __version__, demo
-from pikv_hf.bar import bar
-from pikv_hf.cli import COMMANDS, app, command
+from pikv_hf import LossWarning, PiKVCache, __version__
+from pikv_hf.cache.from_text import parse_cache
+from pikv_hf.commands.app import COMMANDS, app, command
+from pikv_hf.commands.terminal import Dtype
 from pikv_hf.compressors import Int8
-from pikv_hf.needles import NEEDLE_MODEL, make_haystack
-from pikv_hf.options import parse_cache
-from pikv_hf.placement import Offload
+from pikv_hf.fitting.progress_bar import bar
+from pikv_hf.needles import trials as demo
+from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
+from pikv_hf.placements import Offload
 from pikv_hf.schedulers import AdaKV, KeyDiff, KVzip, PyramidKV, StreamingLLM
-from pikv_hf.terminal import Dtype
 
 SMALL = ("--length", "384", "--needles", "2", "--questions", "2")
 
@@ -288,8 +289,8 @@ def test_text_of_a_cache(text, arguments, label):
 def test_cache_is_made_with_its_arguments(bundled):
     cache = parse_cache("compressor=int8,page_size=32").make(bundled[0])
     assert isinstance(cache, PiKVCache)
-    assert cache.shared.compressor == Int8()
-    assert cache.shared.page_size == 32
+    assert cache.settings.compressor == Int8()
+    assert cache.settings.page_size == 32
 
 
 # ---- mistakes -----------------------------------------------------------------------------------
@@ -419,9 +420,9 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(tmp_path):
 
 
 def test_a_bar_is_a_line_now_and_then_where_there_is_no_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("pikv_hf.bar.SECONDS", 0.0)
+    monkeypatch.setattr("pikv_hf.fitting.progress_bar.SECONDS", 0.0)
     assert list(bar(range(3), desc="reading")) == [0, 1, 2]
     assert "reading" in capsys.readouterr().err
-    monkeypatch.setattr("pikv_hf.bar.SECONDS", 1000.0)
+    monkeypatch.setattr("pikv_hf.fitting.progress_bar.SECONDS", 1000.0)
     assert list(bar(range(3), desc="reading")) == [0, 1, 2]
     assert capsys.readouterr().err == ""

@@ -38,24 +38,16 @@ from transformers.cache_utils import DynamicLayer
 from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PiKVCache
-from pikv_hf.calibrate import METHODS, Job, calibrate
-from pikv_hf.compressors import (
-    Compressor,
-    Fp8,
-    Int2,
-    Int4,
-    Int8,
-    MixedCompressor,
-    Svd,
-    encoded,
-    flat_tokens,
-)
+from pikv_hf.compressors import Compressor, Fp8, Int2, Int4, Int8, MixedCompressor, Svd
 from pikv_hf.compressors.integer import Integer
 from pikv_hf.compressors.moments import Moments
-from pikv_hf.context import take_layer
+from pikv_hf.fitting.calibrate import calibrate
+from pikv_hf.fitting.calibration_job import METHODS, Job
+from pikv_hf.layer.handoff import take_layer
 from pikv_hf.model.versions import with_cache
-from pikv_hf.pages import PageTable
 from pikv_hf.schedulers import StreamingLLM
+from pikv_hf.storage.codec import encoded, flat_tokens
+from pikv_hf.storage.page_table import PageTable
 
 # They encode no page themselves: their members do, in caches.
 MIXED = {n: method() for n, method in COMPRESSORS.items() if issubclass(method, MixedCompressor)}
@@ -414,7 +406,7 @@ BOUNDS = {"int8": 1.04, "int4": 0.54, "int2": 0.30, "fp8": 1.04, "identity": 2.0
 
 def sealed_bytes(cache: PiKVCache) -> tuple[int, int]:
     """Bytes of the encoded pages of the first layer, and how many tokens they hold."""
-    slabs = paged(cache)[0].pages.slabs
+    slabs = paged(cache)[0].state.pages.slabs
     tensors = [tensor for slab in slabs for tensor in slab.fields.values()]
     assert all(slab.length == slab.capacity for slab in slabs)
     return sum(t.untyped_storage().nbytes() for t in tensors), sum(slab.length for slab in slabs)
@@ -431,7 +423,7 @@ def test_bytes_in_a_cache(name, dtype) -> None:
     nbytes, tokens = sealed_bytes(cache)
     assert tokens == 512
     heads = model.config.num_key_value_heads
-    formula = paged(cache)[0].pages.compressor.bytes_per_token(128, 128, dtype.itemsize, 64)
+    formula = paged(cache)[0].state.pages.codec.bytes_per_token(128, 128, dtype.itemsize, 64)
     assert nbytes / tokens / heads == pytest.approx(formula, rel=0.03)
     if name in BOUNDS and (dtype == torch.bfloat16 or name != "identity"):
         assert nbytes / tokens / heads / 256 <= BOUNDS[name]
@@ -470,7 +462,9 @@ class Asked:
         monkeypatch.setattr(PageTable, "append", watched)
 
     def of(self, cache: PiKVCache) -> dict[int, dict[tuple[int, int], list[Tensor]]]:
-        return {layer.layer_idx: self.tables.get(layer.pages, {}) for layer in paged(cache)}
+        return {
+            layer.state.layer_idx: self.tables.get(layer.state.pages, {}) for layer in paged(cache)
+        }
 
 
 @pytest.fixture
@@ -482,7 +476,7 @@ def decoded(compressor: Compressor, keys: Tensor, values: Tensor, queries: Tenso
     """What pages [R, H, S, P, D] are after they were encoded, by members for a mixed compressor."""
     if not isinstance(compressor, MixedCompressor):
         return compressor.decode(encoded(compressor, keys, values, queries))
-    choice = compressor.choose(keys, values, queries)[..., None, None]
+    choice = compressor.assign(keys, values, queries)[..., None, None]
     found = [decoded(member, keys, values, queries) for member in compressor.members]
     for number, (keys_, values_) in enumerate(found):
         keys = torch.where(choice == number, keys_, keys)
@@ -630,10 +624,10 @@ def test_pages_are_encoded_once(name) -> None:
     cache = PiKVCache(model, compressor=name, **SMALL)
     with torch.no_grad():
         model(ids[:, :24], **with_cache(cache))
-        codes = paged(cache)[1].pages.slabs[0].fields["key_codes"][:, :, :5].clone()
+        codes = paged(cache)[1].state.pages.slabs[0].fields["key_codes"][:, :, :5].clone()
         for token in ids[:, 24:].split(1, dim=1):
             model(token, **with_cache(cache))
-    assert torch.equal(paged(cache)[1].pages.slabs[0].fields["key_codes"][:, :, :5], codes)
+    assert torch.equal(paged(cache)[1].state.pages.slabs[0].fields["key_codes"][:, :, :5], codes)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int2"])
@@ -649,7 +643,7 @@ def test_what_a_scheduler_keeps_is_not_changed_again(name) -> None:
             layer.update(keys[:, :, at : at + 4], values[:, :, at : at + 4])
             assert take_layer() is layer
             layer.finish(None)
-        spans = [slab.span([0], with_values=True) for slab in layer.pages.slabs]
+        spans = [slab.span([0], with_values=True) for slab in layer.state.pages.slabs]
         held.append(torch.cat([span["values"] for span in spans], dim=2)[:, :, :6])
     assert distance(held[1], held[0]) < 1e-5
     assert distance(held[1], values[:, :, :6]) > 1e-3
@@ -703,7 +697,7 @@ def test_numbers_without_a_code(name, bad, part) -> None:
     pair = [states("", 1, 2, 16, 16).float() for _ in range(2)]
     pair[part][0, 1, 5, 3] = bad
     title = name.partition("_")[0]
-    match = f"layer {layer.layer_idx}: {title} cannot store {['key', 'value'][part]}s that are NaN"
+    match = f"layer {layer.state.layer_idx}: {title} cannot store {['key', 'value'][part]}s that are NaN"
     layer.update(*pair)
     with pytest.raises(ValueError, match=match):
         layer.finish(None)

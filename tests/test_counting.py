@@ -14,12 +14,13 @@ from pikv_kernels import (
 from pikv_kernels.weighted_attention import FEW
 from zoo import build, prompt
 
-from pikv_hf import PiKVCache, attention
+from pikv_hf import PiKVCache
+from pikv_hf.attention import function as attention
+from pikv_hf.layer.records import recorded, tail_record
 from pikv_hf.model.versions import with_cache
-from pikv_hf.records import recorded, tail_record
 from pikv_hf.schedulers import H2O, LRU
 from pikv_hf.schedulers.attention_mass import attention_weights
-from pikv_hf.span import Span
+from pikv_hf.storage.token_table import TokenTable
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = {"few": (2, 2, 4, 37, 24), "many": (1, 2, 8, FEW // 128 + 77, 64)}
@@ -113,8 +114,8 @@ def read(model, lengths, options, *, crop: int = 0):
 
 
 def positions(cache) -> list[torch.Tensor]:
-    rows = range(paged(cache)[0].tail.batch)
-    return [s["positions"] for x in paged(cache) for r in rows for s in x.pages.spans([r])]
+    rows = range(paged(cache)[0].state.tail.batch)
+    return [s["positions"] for x in paged(cache) for r in rows for s in x.state.pages.spans([r])]
 
 
 def assert_same_kept(cache, other) -> None:
@@ -131,15 +132,15 @@ def test_counted_equals_asked_again(name, compressor, scheduler) -> None:
     options = {"scheduler": scheduler, "budget": 30, "compressor": compressor}
     cache, _ = read(model, (59, 59), options)
     for layer in paged(cache):
-        counted, queries = layer.observed.counted, layer.observed.pending
+        counted, queries = layer.state.observed.counted, layer.state.observed.pending
         assert queries.shape[3] == 5, "some tokens were generated since the last were sealed"
-        (span,) = layer.pages.spans([0, 1])
+        (span,) = layer.state.pages.spans([0, 1])
         opened = tail_record(layer)
         newest = torch.arange(59 - opened.shape[2], 59).expand(*opened.shape[:3])
         every = span.then(
-            Span({"keys": layer.tail.view()[0], "record": opened, "positions": newest})
+            TokenTable({"keys": layer.state.tail.view()[0], "record": opened, "positions": newest})
         )
-        expected = recorded(scheduler, every, queries, 59, layer.scale)
+        expected = recorded(scheduler, every, queries, 59, layer.state.scale)
         assert (expected != every["record"]).any()
         if isinstance(scheduler, H2O):
             assert torch.allclose(counted, expected, atol=1e-4)
@@ -155,11 +156,11 @@ def test_same_tokens_stay(name, lengths, crop, monkeypatch) -> None:
     model = tiny(name)
     options = {"scheduler": "h2o", "budget": 30}
     cache, logits = read(model, lengths, options, crop=crop)
-    counts = all(layer.observed.counted is not None for layer in paged(cache))
+    counts = all(layer.state.observed.counted is not None for layer in paged(cache))
     assert counts == (len(set(lengths)) == 1), "rows of different lengths are asked again"
     asked_again(monkeypatch)
     other, expected = read(model, lengths, options, crop=crop)
-    assert not any(layer.observed.counted is not None for layer in paged(other))
+    assert not any(layer.state.observed.counted is not None for layer in paged(other))
     assert (logits - expected).abs().max() <= 1e-4
     assert_same_kept(cache, other)
 
@@ -168,8 +169,8 @@ def test_what_gives_no_weights_is_asked_again() -> None:
     cache, _ = read(
         tiny("mixtral"), (59,), {"scheduler": "h2o", "budget": 30, "compressor": "turboquant"}
     )
-    assert all(layer.observed.counted is None for layer in paged(cache))
-    assert all(layer.observed.pending.shape[3] == 5 for layer in paged(cache))
+    assert all(layer.state.observed.counted is None for layer in paged(cache))
+    assert all(layer.state.observed.pending.shape[3] == 5 for layer in paged(cache))
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
@@ -200,10 +201,10 @@ def test_forks_count_apart() -> None:
     for start, end in chunks(45, 40):
         forward(model, ids[:, start:end], mask[:, :end], cache)
     fork = cache.fork(1)
-    before = [[s["record"].clone() for s in x.pages.spans([0])] for x in paged(fork)]
+    before = [[s["record"].clone() for s in x.state.pages.spans([0])] for x in paged(fork)]
     for at in range(45, 60):
         forward(model, ids[:, at : at + 1], mask[:, : at + 1], cache)
-    after = [[s["record"] for s in x.pages.spans([0])] for x in paged(fork)]
+    after = [[s["record"] for s in x.state.pages.spans([0])] for x in paged(fork)]
     assert all(
         torch.equal(a, b)
         for mine, other in zip(before, after, strict=True)
@@ -224,8 +225,8 @@ def test_gradients_go_through_attention_and_not_into_records(scheduler, compress
         (gradient,) = torch.autograd.grad(logits.sum(), [model.lm_head.weight])
     assert gradient.isfinite().all()
     for layer in paged(cache):
-        kept = [layer.observed.counted, layer.observed.record]
-        kept += [slab.meta.tensors.get("record") for slab in layer.pages.slabs]
+        kept = [layer.state.observed.counted, layer.state.observed.record]
+        kept += [slab.meta.tensors.get("record") for slab in layer.state.pages.slabs]
         assert not any(tensor.requires_grad for tensor in kept if tensor is not None)
 
 
@@ -250,7 +251,7 @@ def test_float64() -> None:
     model.set_experts_implementation("eager")
     cache, logits = read(model, (59,), {"scheduler": "h2o", "budget": 30})
     assert logits.dtype == torch.float64
-    assert paged(cache)[0].observed.counted.dtype == torch.float32
+    assert paged(cache)[0].state.observed.counted.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

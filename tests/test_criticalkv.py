@@ -30,10 +30,10 @@ SNAP = SnapKV(window_size=6, kernel_size=3)
 
 def norms(model, layer) -> torch.Tensor:
     """[H, T]: the mean over a KV head's query heads of the L1 norm of W_o v, head by head."""
-    module = model.model.layers[layer.layer_idx].self_attn
+    module = model.model.layers[layer.state.layer_idx].self_attn
     keys, values = (t[0].double() for t in layer.states())
     output = module.o_proj.weight.double()
-    if layer.latent_rank is not None:
+    if layer.state.latent_rank is not None:
         dims = module.qk_nope_head_dim, module.v_head_dim
         up = module.kv_b_proj(keys[0].float()).double().unflatten(-1, (-1, sum(dims)))
         values = up[..., dims[0] :].transpose(0, 1)  # of each query head
@@ -97,7 +97,7 @@ def test_kept_set(name, lengths, method) -> None:
         whole, everything = read_alone(name, model, ids[row : row + 1, -length:])
         for layer, queries, found in zip(paged(whole), everything, kept(cache, row), strict=True):
             queries, keys = in_cached_space(model, layer, queries)
-            scores = snapkv(queries, keys, paged(cache)[0].scale)
+            scores = snapkv(queries, keys, paged(cache)[0].state.scale)
             norm = norms(model, layer)[:, :-OPEN]
             expected = oracle(scores, norm, BUDGET - OPEN)
             pad = ids.shape[1] - length
@@ -183,7 +183,7 @@ def test_each_norm_is_made_once(name, monkeypatch) -> None:
     model.generate(ids, **with_cache(cache), max_new_tokens=40, do_sample=False)
     for layer in range(2):
         found = [at for idx, *places in Spy.read if idx == layer for at in places]
-        assert found == list(range(cache.layers[layer].left[0]))
+        assert found == list(range(cache.layers[layer].state.num_departed[0]))
         assert Spy.decided.count(layer) >= 5
     assert "values" not in CriticalKV().needs
 

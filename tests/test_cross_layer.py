@@ -53,7 +53,7 @@ def test_kept_of_a_prompt(name, lengths, method) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cache = PiKVCache(model, scheduler=scheduler, **OPTIONS)
     forward(model, ids, mask, cache)
-    scale = paged(cache)[0].scale
+    scale = paged(cache)[0].state.scale
     for row, length in enumerate(lengths):
         whole, everything = read_alone(name, model, ids[row : row + 1, -length:])
         masses = []
@@ -71,9 +71,11 @@ def test_kept_of_a_prompt(name, lengths, method) -> None:
 
 def keys_of(layer, row: int) -> dict[int, torch.Tensor]:
     """Position -> key [H, D] of every token that a row holds, when all heads hold the same."""
-    spans = [(span["positions"][0, 0], span["keys"][0]) for span in layer.pages.spans([row])]
-    opened = layer.tail.view()[0][row].clone()  # the next step moves them
-    spans.append((torch.arange(layer.seen - opened.shape[1], layer.seen), opened))
+    spans = [(span["positions"][0, 0], span["keys"][0]) for span in layer.state.pages.spans([row])]
+    opened = layer.state.tail.view()[0][row].clone()  # the next step moves them
+    spans.append(
+        (torch.arange(layer.state.num_seen - opened.shape[1], layer.state.num_seen), opened)
+    )
     return {int(at): keys[:, place] for ats, keys in spans for place, at in enumerate(ats.tolist())}
 
 
@@ -94,10 +96,10 @@ def test_kept_while_generating(name, method) -> None:
         for row in (0, 1):
             masses = []
             for layer, held in zip(paged(cache), before[row], strict=True):
-                held[end - 1] = layer.tail.view()[0][row][:, -1]
-                queries = layer.observed.queries[row][:, :, -newest:].double()
+                held[end - 1] = layer.state.tail.view()[0][row][:, -1]
+                queries = layer.state.observed.queries[row][:, :, -newest:].double()
                 keys = torch.stack(list(held.values()), dim=1).double()
-                scores = queries @ keys[:, None].transpose(-1, -2) * layer.scale
+                scores = queries @ keys[:, None].transpose(-1, -2) * layer.state.scale
                 at = torch.tensor(list(held))
                 hidden = at > torch.arange(end - newest, end)[:, None]
                 attention = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean((0, 1, 2))
@@ -124,14 +126,14 @@ def test_notes_are_of_one_forward_pass(method) -> None:
     with pytest.raises(KeyError):
         forward(model, ids.flip(1), mask, cache)
     last.remove()
-    assert cache.shared.notes([0])
+    assert cache.step.notes([0])
     cache.reset()
     forward(model, ids, mask, cache)
     assert kept(cache, 0) == kept(expected, 0)
     cache.activate_past_recording()
     forward(model, ids[:, :5], torch.ones(1, 55), cache)
     cache.crop(-1)
-    assert not cache.shared.notes([0])
+    assert not cache.step.notes([0])
 
 
 def fail(*args) -> None:
@@ -143,7 +145,7 @@ def test_budgets_and_refusals() -> None:
     inputs = prompt(model, (60, 51))
     cache = PiKVCache(model, scheduler=FastV(layer=3), **OPTIONS)
     generate(model, inputs, cache, max_new_tokens=20)
-    held = [[int(layer.pages.held(row)[0]) for layer in paged(cache)] for row in (0, 1)]
+    held = [[int(layer.state.pages.held(row)[0]) for layer in paged(cache)] for row in (0, 1)]
     assert held == [[79 - OPEN] * 3 + [BUDGET - OPEN], [70 - OPEN] * 3 + [BUDGET - OPEN]]
     for scheduler in (FastV(layer=4), ChunkKV(FastV(layer=9))):
         with pytest.raises(ValueError, match="only 4 layers of the model are paged"):

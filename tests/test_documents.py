@@ -50,7 +50,7 @@ def test_pieces_end_as_one(name, method, compressor) -> None:
         if way == "holding":
             with cache.holding():
                 read()
-                assert paged(cache)[0].tail.length == 48
+                assert paged(cache)[0].state.tail.length == 48
         else:
             read()
         logits = [forward(model, ids[:, at : at + 1], mask[:, : at + 1], cache) for at in (48, 49)]
@@ -70,7 +70,7 @@ def test_generate_in_pieces(name) -> None:
         for extra in ({}, *({"prefill_chunk_size": piece} for piece in pieces)):
             cache = PiKVCache(model, scheduler="snapkv", hold_prompt=True, **OPTIONS)
             outs.append(generate(model, inputs, cache, max_new_tokens=8, **options, **extra))
-            assert paged(cache)[0].pages.slabs and paged(cache)[0].prompt_end == 30
+            assert paged(cache)[0].state.pages.slabs and paged(cache)[0].state.prompt_end == 30
         for out in outs[1:]:
             assert_same(out, outs[0])
 
@@ -112,7 +112,7 @@ def test_a_second_turn_in_pieces(name, method) -> None:
                 forward(model, ids[:, 33:-1], mask[:, :-1], cache)
             again = {"input_ids": ids, "attention_mask": mask}
             outs.append(generate(model, again, cache, max_new_tokens=4))
-            assert {layer.prompt_end for layer in paged(cache)} == {34 + new}
+            assert {layer.state.prompt_end for layer in paged(cache)} == {34 + new}
         assert_same(*outs)
 
 
@@ -136,12 +136,12 @@ def test_fork(name, method) -> None:
 
     document = PiKVCache(model, **options)
     forward(model, ids, mask, document)
-    before = [t.clone() for layer in paged(document) for t in layer.pages.tensors()]
+    before = [t.clone() for layer in paged(document) for t in layer.state.pages.tensors()]
     nbytes = document.nbytes
     forked = document.fork(3)
     actual = answer(forked, slice(None))
     assert document.nbytes == nbytes and document.get_seq_length() == 40
-    after = [t for layer in paged(document) for t in layer.pages.tensors()]
+    after = [t for layer in paged(document) for t in layer.state.pages.tensors()]
     for was, now in zip(before, after, strict=True):  # room that is not written to may be NaN
         assert torch.equal(was.view(torch.uint8), now.contiguous().view(torch.uint8))
     alone = PiKVCache(model, **options)
@@ -160,9 +160,11 @@ def test_forks_share_sealed_pages() -> None:
     inputs = prompt(model, (400,))
     document = PiKVCache(model, page_size=8, window=8)
     forward(model, inputs["input_ids"], inputs["attention_mask"], document)
-    held = {t.data_ptr() for layer in paged(document) for t in layer.pages.tensors()}
+    held = {t.data_ptr() for layer in paged(document) for t in layer.state.pages.tensors()}
     fork = document.fork(4)
-    slabs = [t for layer in paged(fork) for slab in layer.pages.slabs for t in slab.fields.values()]
+    slabs = [
+        t for layer in paged(fork) for slab in layer.state.pages.slabs for t in slab.fields.values()
+    ]
     assert slabs and all(t.data_ptr() in held for t in slabs)
     out = model.generate(
         torch.cat([inputs["input_ids"], torch.tensor([[5, 6]])], dim=1).repeat(4, 1),
@@ -186,7 +188,7 @@ def test_an_error_within_holding_still_ends_it() -> None:
     with pytest.raises(KeyError), cache.holding():
         forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
         raise KeyError
-    assert not cache.shared.holding and paged(cache)[0].held_tokens() == 16
+    assert not cache.reading.is_held and paged(cache)[0].state.held_tokens() == 16
 
 
 def test_the_exception_within_holding_is_the_one_that_is_raised() -> None:
@@ -198,4 +200,4 @@ def test_the_exception_within_holding_is_the_one_that_is_raised() -> None:
         layer.update(torch.full((1, 2, 20, 16), torch.nan), torch.zeros(1, 2, 20, 16))
         layer.finish(None)
         raise KeyError("mine")
-    assert not cache.shared.holding
+    assert not cache.reading.is_held

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.calibrate.progress import write
-from pikv_hf.compressors.calibration import METADATA, ModelIdentity
+from pikv_hf.fitting.resumable import write
+from pikv_hf.model.artifact import METADATA, ModelIdentity
 from pikv_hf.schedulers import AdaKV, ChunkKV, Duo, StreamingLLM
 from pikv_hf.schedulers.duo import PROFILE, SCORES, streaming_heads
 
@@ -87,7 +87,7 @@ def test_pages_and_interval(model, heads) -> None:
         for start, end in chunks(90, 40):
             forward(model, ids[:, start:end], mask[:, :end], cache)
             layer = paged(cache)[0]
-            retrieval, streaming = (layer.tail.length + layer.pages.held(0)).tolist()
+            retrieval, streaming = (layer.state.tail.length + layer.state.pages.held(0)).tolist()
             assert retrieval == end
             most.append(streaming)
         assert max(most) == SINKS + RECENT + size - 1
@@ -100,7 +100,7 @@ def test_all_retrieval_is_exact(model, heads, mode) -> None:
     expected = generate(model, inputs, dynamic(model), **mode)
     cache = PiKVCache(model, scheduler=Duo(heads, sparsity=0.0, **SMALL), page_size=4, window=4)
     assert_same(generate(model, inputs, cache, **mode), expected)
-    assert all(layer.held_tokens() == layer.seen for layer in paged(cache))
+    assert all(layer.state.held_tokens() == layer.state.num_seen for layer in paged(cache))
 
 
 @pytest.mark.parametrize("compressor", [None, "int8"])
@@ -145,7 +145,9 @@ def test_streaming_heads_free_their_bytes(model, heads) -> None:
         scheduler = Duo(heads, sparsity, sinks=8, recent=40)
         cache = PiKVCache(model, scheduler=scheduler, page_size=8, window=8)
         forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
-        held[sparsity] = sum(t.nbytes for layer in paged(cache) for t in layer.pages.tensors())
+        held[sparsity] = sum(
+            t.nbytes for layer in paged(cache) for t in layer.state.pages.tensors()
+        )
     assert held[1.0] < 0.08 * held[0.0]
     assert 0.5 * held[0.0] < held[0.5] < 0.56 * held[0.0]
 

@@ -78,7 +78,7 @@ def test_kept_set(name, lengths, method) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cache = PiKVCache(model, scheduler=scheduler, budget=0.5, page_size=1, window=OPEN)
     forward(model, ids, mask, cache)
-    numbers = [layer.layer_idx for layer in paged(cache)]
+    numbers = [layer.state.layer_idx for layer in paged(cache)]
     order = []
     for row, length in enumerate(lengths):
         pad = ids.shape[1] - length
@@ -89,8 +89,8 @@ def test_kept_set(name, lengths, method) -> None:
         assert len(everything) == len(numbers)
         for layer, queries, found in zip(paged(whole), everything, kept(cache, row), strict=True):
             queries, keys = in_cached_space(model, layer, queries)
-            values = layer.states()[layer.latent_rank is None][0]
-            scale = paged(cache)[0].scale
+            values = layer.states()[layer.state.latent_rank is None][0]
+            scale = paged(cache)[0].state.scale
             scores = expected_scores(scheduler, queries, keys, values, scale, TURNING[name])
             chosen = best(scores, int(length * 0.5) - OPEN)
             for head, best_head, score in zip(found, chosen, scores, strict=True):
@@ -109,7 +109,7 @@ def test_scores(missing) -> None:
     cache = PiKVCache(model, scheduler=scheduler, budget=1000)
     forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
     layer = paged(cache)[1]
-    (keys, values), queries = layer.tail.view(), layer.observed.queries
+    (keys, values), queries = layer.state.tail.view(), layer.state.observed.queries
     places = LENGTHS[0] - OPEN
     valid = torch.ones(1, 2, places, dtype=torch.bool)
     valid[:, 1, :missing] = False
@@ -120,14 +120,14 @@ def test_scores(missing) -> None:
         open_keys=keys[:, :, places:],
         seen=LENGTHS[0],
         queries=queries,
-        scale=layer.scale,
+        scale=layer.state.scale,
         valid=valid if missing else None,
-        rotary=cache.shared.rotaries[1],
+        rotary=cache.states[1].rotary,
     )
     scores = scheduler.scores(tokens)[0]
     for head, first in enumerate((0, missing)):
         mine = queries[0, [head]], keys[0, [head], first:], values[0, [head], first:]
-        expected = expected_scores(scheduler, *mine, layer.scale, TURNING["mixtral"])
+        expected = expected_scores(scheduler, *mine, layer.state.scale, TURNING["mixtral"])
         assert torch.allclose(scores[head, first:].double(), expected[0], rtol=1e-4)
 
 

@@ -138,11 +138,11 @@ def test_kept_set(name, lengths, term) -> None:
     witness = Witness(model)
     cache = PiKVCache(model, scheduler=only(term), budget=BUDGET, page_size=1, window=OPEN)
     forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
-    top_k = paged(cache)[0].tail.labels["experts"].shape[-1]
+    top_k = paged(cache)[0].state.tail.labels["experts"].shape[-1]
     for row, length in enumerate(lengths):
         pad = 50 - length
         for layer, heads in zip(paged(cache), kept(cache, row), strict=True):
-            experts, weights = witness.choice(layer.layer_idx, len(lengths), top_k)
+            experts, weights = witness.choice(layer.state.layer_idx, len(lengths), top_k)
             labels = experts[row, pad:], weights[row, pad:]
             parts = [t[:-OPEN].tolist() for t in labels] + [t[-OPEN:].tolist() for t in labels]
             scores = torch.tensor(plain_term(term, *parts))
@@ -166,7 +166,7 @@ def test_the_scorer_alone(scorer) -> None:
         inputs = prompt(model, (60,))
         cache = PiKVCache(model, scheduler=scheduler, **options)
         forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
-        return [layer.has_gate for layer in paged(cache)], kept(cache, 0)
+        return [layer.state.facts.has_gate for layer in paged(cache)], kept(cache, 0)
 
     assert sets("mixtral", Expert(scorer, **OFF)) == sets("mixtral", scorer)
     gates, found = sets("deepseek_v3", only("spread", scorer))

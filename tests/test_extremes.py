@@ -19,7 +19,7 @@ from test_compressors import (
 from torch import Tensor
 
 from pikv_hf import PiKVCache
-from pikv_hf.compressors import flat_tokens
+from pikv_hf.storage.codec import flat_tokens
 
 DIM = 64
 
@@ -69,7 +69,7 @@ def test_a_number_far_from_the_others(name, dtype, size) -> None:
         part[0, 1, 5, 3] = size
     layer.update(*pair)
     layer.finish(None)
-    (span,) = layer.pages.spans([0])
+    (span,) = layer.state.pages.spans([0])
     for part, original in zip(("keys", "values"), pair, strict=True):
         near, exact = span[part].double(), original[:, :, : len(span)].double()
         assert near.isfinite().all()

@@ -74,7 +74,7 @@ def read(request, name):
     for cache in caches:
         for start, end in ((0, 27), (27, 28), (28, 29)):
             forward(model, ids[:, start:end], mask[:, :end], cache)
-        assert all(layer.pages.slabs for layer in paged(cache))
+        assert all(layer.state.pages.slabs for layer in paged(cache))
     return model, ids, mask, caches
 
 
@@ -106,23 +106,24 @@ def assert_refused(model, ids, mask, cache, match: str) -> None:
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
 def test_a_failed_pass_is_taken_back(read) -> None:
     model, ids, mask, (cache, untouched) = read
-    states = [(layer.left, sealed_of(layer)) for layer in paged(cache)]
+    states = [(layer.state.num_departed, sealed_of(layer)) for layer in paged(cache)]
     for place, length in zip(places(model), (1, 2, 1), strict=True):
         error = OutOfMemory() if length == 1 else KeyboardInterrupt()
         fail(model, ids, mask, cache, 29, 29 + length, place, error)
         cache.crop(-length)
-        assert {layer.seen for layer in paged(cache)} == {29} == {cache.log.length}
-    assert states == [(layer.left, sealed_of(layer)) for layer in paged(cache)]
+        assert {layer.state.num_seen for layer in paged(cache)} == {29} == {cache.log.length}
+    assert states == [(layer.state.num_departed, sealed_of(layer)) for layer in paged(cache)]
     for start, end in ((29, 30), (30, 35), (35, 36)):
         both = [forward(model, ids[:, start:end], mask[:, :end], c) for c in (cache, untouched)]
         assert_close(*both)
     for mine, other in zip(paged(cache), paged(untouched), strict=True):
-        assert (mine.left, sealed_of(mine)) == (other.left, sealed_of(other))
+        assert mine.state.num_departed == other.state.num_departed
+        assert sealed_of(mine) == sealed_of(other)
 
 
 def sealed_of(layer) -> list[list[list[int]]]:
     """Positions of the sealed tokens, by row and KV head."""
-    spans = (layer.pages.spans([row]) for row in range(layer.tail.batch))
+    spans = (layer.state.pages.spans([row]) for row in range(layer.state.tail.batch))
     return [[span["positions"].flatten().tolist() for span in row] for row in spans]
 
 
@@ -134,13 +135,13 @@ def test_until_then_it_is_refused(read) -> None:
     for count in (0, -1, 1):
         with pytest.raises(ValueError, match="2 tokens must go: it must be -2 or less"):
             cache.crop(count)
-    if cache.shared.scheduler is None:
+    if cache.settings.scheduler is None:
         cache.crop(-2 - 24)  # into pages
-        assert {layer.seen for layer in paged(cache)} == {5}
+        assert {layer.state.num_seen for layer in paged(cache)} == {5}
         again = dynamic(model)
         forward(model, ids[:, :5], mask[:, :5], again)
         both = [forward(model, ids[:, 5:9], mask[:, :9], c) for c in (cache, again)]
-        if cache.shared.compressor.is_lossless:
+        if cache.settings.compressor.is_lossless:
             assert_close(*both)
 
 
@@ -246,7 +247,7 @@ def test_interrupted_at_any_line(settings) -> None:
     for at in range(1, lines, lines // 20):
         cache = base.fork()
         step(model, ids, mask, cache, at)
-        if cache.shared.change is None and cache.log.length == 28:
+        if cache.step.change is None and cache.log.length == 28:
             continue  # all was done
         try:
             out = forward(model, ids[:, -1:], mask, cache)
@@ -275,12 +276,12 @@ def test_sealing_that_fails(scheduler) -> None:
     cache = PiKVCache(model, compressor="int8", **budget, **SMALL)
     with pytest.raises(ValueError, match="layer 2: .* NaN"), cache.holding():
         forward(model, ids, mask, cache)
-        paged(cache)[2].tail.keys[0, 0, 3] = torch.nan
+        paged(cache)[2].state.tail.keys[0, 0, 3] = torch.nan
     assert_refused(model, ids, mask, cache, r"sealing has failed.*call `cache\.reset\(\)`")
-    left = [layer.left for layer in paged(cache)]
+    left = [layer.state.num_departed for layer in paged(cache)]
     with pytest.raises(RuntimeError, match="sealing has failed"):
         cache.compress()
-    assert left == [layer.left for layer in paged(cache)]
+    assert left == [layer.state.num_departed for layer in paged(cache)]
     cache.reset()
     forward(model, ids, mask, cache)
     assert sealed(paged(cache)[0], 0)
@@ -294,7 +295,7 @@ def test_an_error_within_holding_is_the_one_that_is_raised() -> None:
         forward(model, ids[:, :20], mask[:, :20], cache)
         with failing(model.model.layers[1].mlp, OutOfMemory()):
             forward(model, ids[:, 20:], mask, cache)
-    assert not cache.shared.holding
+    assert not cache.reading.is_held
     cache.crop(-10)
     cache.compress()
     assert sealed(paged(cache)[0], 0)

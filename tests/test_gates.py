@@ -10,7 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from zoo import build, discover, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.layer import PagedLayer
+from pikv_hf.layer.paged_layer import PagedLayer
 from pikv_hf.model.versions import with_cache
 
 LENGTHS = (9, 7)
@@ -93,9 +93,9 @@ def test_labels_are_the_recorded_choice(name) -> None:
     expected = chosen(events, paged)
     for idx in paged - cache.unpaged.keys():
         layer = cache.layers[idx]
-        assert layer.has_gate == (idx in expected)
-        if layer.has_gate:
-            labels = layer.tail.labels["experts"].long().flatten(0, 2).sort(-1).values
+        assert layer.state.facts.has_gate == (idx in expected)
+        if layer.state.facts.has_gate:
+            labels = layer.state.tail.labels["experts"].long().flatten(0, 2).sort(-1).values
             assert torch.equal(labels, expected[idx]), f"layer {idx}"
 
 

@@ -54,7 +54,7 @@ def test_mode(name, lengths, mode) -> None:
     assert_same(generate(model, inputs, cache, **options), expected)
     if expected.tokens.shape[1] == max(lengths) + 14:
         assert_sealed_in_prefill_and_decode(cache, max(lengths))
-    assert paged(cache)[0].pages.slabs
+    assert paged(cache)[0].state.pages.slabs
 
 
 @pytest.mark.parametrize(
@@ -299,8 +299,8 @@ def test_bf16(name, attn) -> None:
     default = (logits["default"] - logits["exact"]).abs().median()
     ours = (logits["pikv"] - logits["exact"]).abs().median()
     assert 0 < ours <= 1.2 * default, (ours, default)
-    assert paged(cache)[0].tail.keys.dtype == torch.bfloat16
-    assert paged(cache)[0].pages.slabs[0].fields["keys"].dtype == torch.bfloat16
+    assert paged(cache)[0].state.tail.keys.dtype == torch.bfloat16
+    assert paged(cache)[0].state.pages.slabs[0].fields["keys"].dtype == torch.bfloat16
 
 
 @families

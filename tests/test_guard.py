@@ -12,10 +12,10 @@ from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, LossWarning, PiKVCache
 from pikv_hf.compressors import Fp8, Identity, Int2, Int4, Int8, Svd, TurboQuant
-from pikv_hf.context import take_layer
-from pikv_hf.guard import LIMIT, MOST_PAGES
-from pikv_hf.pages import PageTable
+from pikv_hf.layer.handoff import take_layer
+from pikv_hf.layer.loss_guard import LIMIT, MOST_PAGES
 from pikv_hf.schedulers import StreamingLLM
+from pikv_hf.storage.page_table import PageTable
 
 DIM, PAGE, WINDOW = 64, 32, 16
 SILENT = [Identity(), Int8(), Int8(rotate=True), Int8(symmetric=False), Fp8(), Fp8("e5m2"), Int4()]
@@ -181,7 +181,9 @@ def test_it_looks_when_tokens_have_doubled_and_at_few_pages(monkeypatch) -> None
     layer = paged(cache)[1]
 
     def spy(self, span, queries=None):
-        looked.append((layer.left[0], span["keys"].shape[0] * span["keys"].shape[1] * len(span)))
+        looked.append(
+            (layer.state.num_departed[0], span["keys"].shape[0] * span["keys"].shape[1] * len(span))
+        )
         return apart(self, span, queries)
 
     monkeypatch.setattr(PageTable, "apart", spy)
@@ -230,7 +232,7 @@ def test_it_can_be_silenced() -> None:
         layer.update(*tokens("normal"))
         assert take_layer() is layer
         layer.finish(None)
-    assert layer.guard.has_warned
+    assert layer.state.guard.has_warned
 
 
 def test_it_survives_as_an_error() -> None:

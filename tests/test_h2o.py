@@ -89,14 +89,19 @@ def test_records_do_not_depend_on_pages(chunk) -> None:
         for start, end in [(0, 30), (30, 45), *((at, at + chunk) for at in range(45, 60, chunk))]:
             forward(model, ids[:, start:end], mask[:, :end], cache)
         layer = paged(cache)[0]
-        assert layer.observed.pending is None or layer.observed.pending.shape[3] <= page_size + 4
-        total = torch.zeros(2, layer.tail.keys.shape[1])
+        assert (
+            layer.state.observed.pending is None
+            or layer.state.observed.pending.shape[3] <= page_size + 4
+        )
+        total = torch.zeros(2, layer.state.tail.keys.shape[1])
         for row in range(2):
-            for span in layer.pages.spans([row]):
+            for span in layer.state.pages.spans([row]):
                 total[row] += span["record"][0, ..., 0].sum(-1)
-        total += layer.observed.record[..., 0].sum(-1)
-        pending = 0 if layer.observed.pending is None else layer.observed.pending.shape[3]
-        groups = layer.observed.queries is None and model.config.num_attention_heads // 2
+        total += layer.state.observed.record[..., 0].sum(-1)
+        pending = (
+            0 if layer.state.observed.pending is None else layer.state.observed.pending.shape[3]
+        )
+        groups = layer.state.observed.queries is None and model.config.num_attention_heads // 2
         # Each query spreads an attention of 1.
         expected = torch.tensor([60.0 - pending, 52.0 - pending])[:, None] * groups
         assert torch.allclose(total, expected.expand_as(total), rtol=1e-5)

@@ -9,7 +9,7 @@ from zoo import build, prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.model.versions import with_cache
-from pikv_hf.placement import Offload
+from pikv_hf.placements import Offload
 
 ALTERNATING = ["sliding_attention", "full_attention"] * 3
 SHARED = {"num_hidden_layers": 6, "layer_types": ALTERNATING, "num_kv_shared_layers": 4}

@@ -8,7 +8,8 @@ from test_schedulers import in_cached_space, kept
 from torch import Tensor
 from zoo import build, prompt
 
-from pikv_hf import PiKVCache, repetition
+from pikv_hf import PiKVCache
+from pikv_hf.cache import repetition
 from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import AdaKV, ChunkKV, KVzip
 
@@ -135,7 +136,7 @@ def test_nothing_is_left_of_the_repetition(name) -> None:
     for at in range(45, 50):
         step = ids[:, at : at + 1], mask[:, : at + 1]
         assert_close(forward(model, *step, cache), forward(model, *step, full))
-    assert all(layer.pages.held(0)[0] == 50 - OPEN for layer in paged(cache))
+    assert all(layer.state.pages.held(0)[0] == 50 - OPEN for layer in paged(cache))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_next"])
@@ -171,8 +172,8 @@ def test_a_second_text(name) -> None:
     again = reconstruction(name, ids[0].tolist(), CHUNKED, first)
     before = reconstruction(name, ids[0, :28].tolist(), CHUNKED)
     for layer, older, newer in zip(paged(cache), before, again, strict=True):
-        sealed = [span["record"][0, :, :, 0] for span in layer.pages.spans([0])]
-        marks = torch.cat([*sealed, layer.observed.record[0, :, :, 0]], dim=1).double()
+        sealed = [span["record"][0, :, :, 0] for span in layer.state.pages.spans([0])]
+        marks = torch.cat([*sealed, layer.state.observed.record[0, :, :, 0]], dim=1).double()
         expected = torch.cat([older[:, :first], newer], dim=1)
         assert torch.allclose(marks, expected, rtol=1e-4, atol=1e-6)
 
@@ -187,7 +188,7 @@ def test_where_a_prompt_ends() -> None:
         with cache.holding():
             forward(model, ids[:, :40], mask[:, :40], cache)
             forward(model, ids[:, 40:], mask, cache)
-        assert paged(cache)[0].held_tokens() == 20
+        assert paged(cache)[0].state.held_tokens() == 20
 
 
 def test_an_interrupted_repetition_can_be_taken_up() -> None:
@@ -210,8 +211,8 @@ def test_an_interrupted_repetition_can_be_taken_up() -> None:
     with pytest.raises(KeyError), cache.holding():
         forward(model, ids, mask, cache)
     hook.remove()
-    assert {layer.seen for layer in paged(cache)} == {45} and cache.log.length == 45
-    assert {layer.tail.length for layer in paged(cache)} == {45}
+    assert {layer.state.num_seen for layer in paged(cache)} == {45} and cache.log.length == 45
+    assert {layer.state.tail.length for layer in paged(cache)} == {45}
     cache.compress()
     assert kept(cache, 0) == kept(expected, 0)
 
@@ -274,7 +275,7 @@ def test_budget_in_bytes() -> None:
         forward(model, ids[:, :560], mask[:, :560], cache)
     for end in range(561, 601):
         forward(model, ids[:, end - 1 : end], mask[:, :end], cache)
-        used = sum(t.nbytes for layer in paged(cache) for t in layer.tensors())
+        used = sum(t.nbytes for layer in paged(cache) for t in layer.state.tensors())
         assert 30_000 < used <= 60_000
 
 

@@ -40,7 +40,7 @@ def ranked(states: list[Tensor], sinks: int, lag: int) -> list[int]:
 def states_of(layer) -> list[Tensor]:
     """Keys and values [H, T, D] of one row; latents are keys alone."""
     keys, values = (each[0] for each in layer.states())
-    return [keys, values] if layer.latent_rank is None else [torch.cat([keys, values], -1)]
+    return [keys, values] if layer.state.latent_rank is None else [torch.cat([keys, values], -1)]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])

@@ -5,7 +5,7 @@ import torch
 from helpers import FAMILIES, PADDED, SMALL, assert_close, chunks, dynamic, forward, padded_prompt
 from zoo import build
 
-import pikv_hf.attention
+import pikv_hf.attention.function
 from pikv_hf import PiKVCache
 
 
@@ -22,8 +22,8 @@ def test_several_tokens_over_a_filled_cache(name, attn, monkeypatch) -> None:
         outputs.append(attention(*args))
         return outputs[-1]
 
-    attention = pikv_hf.attention.attend
-    monkeypatch.setattr(pikv_hf.attention, "attend", attend)
+    attention = pikv_hf.attention.function.attend
+    monkeypatch.setattr(pikv_hf.attention.function, "attend", attend)
     cache, reference = PiKVCache(model, **SMALL), dynamic(model)
     for start, end in [*chunks(28, 12, 4), (28, 29), (29, 30)]:
         ours, theirs = (

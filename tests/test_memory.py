@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pikv_hf.memory import LARGE, empty_like, own
+from pikv_hf.storage.memory import LARGE, empty_like, own
 
 
 @pytest.mark.parametrize("numbers", [0, 3, LARGE // 4, LARGE // 4 + 1234])

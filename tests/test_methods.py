@@ -18,10 +18,10 @@ from helpers import (
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.memory import storage_bytes
 from pikv_hf.model.versions import with_cache
-from pikv_hf.pages import Slab
 from pikv_hf.schedulers import StreamingLLM
+from pikv_hf.storage.memory import storage_bytes
+from pikv_hf.storage.page_table import UniformPages
 
 # ---- streaming_llm ------------------------------------------------------------------------------
 
@@ -40,9 +40,11 @@ def kept(cache, mask):
     """Who is held, [layer, B, seen] bool, and that all heads hold the same."""
     out = []
     for layer in paged(cache):
-        seen = torch.zeros(layer.tail.batch, layer.seen, dtype=torch.int64)
-        seen[:, layer.seen - layer.tail.length :] += mask[:, -layer.tail.length :]
-        for row in range(layer.tail.batch):
+        seen = torch.zeros(layer.state.tail.batch, layer.state.num_seen, dtype=torch.int64)
+        seen[:, layer.state.num_seen - layer.state.tail.length :] += mask[
+            :, -layer.state.tail.length :
+        ]
+        for row in range(layer.state.tail.batch):
             at = torch.tensor(sealed(layer, row), dtype=torch.int64)
             seen[row].index_add_(0, at, torch.ones_like(at))
         assert seen.max() <= 1, "a token is held twice"
@@ -121,7 +123,9 @@ def test_constant_bytes(name, router) -> None:
     with torch.no_grad():
         for token in ids:
             model(token, **with_cache(cache))
-            layer_bytes.append(sum(storage_bytes([*layer.tensors()]) for layer in paged(cache)))
+            layer_bytes.append(
+                sum(storage_bytes([*layer.state.tensors()]) for layer in paged(cache))
+            )
             totals.append(cache.nbytes)
     assert cache.get_seq_length() == 2000
     assert max(layer_bytes[200:1100]) == max(layer_bytes[1100:])
@@ -216,17 +220,17 @@ def test_labels(name, mode) -> None:
             told += 2
     checked = 0
     for layer in paged(cache):
-        if not layer.has_gate:
-            assert layer.layer_idx not in witness.calls
+        if not layer.state.facts.has_gate:
+            assert layer.state.layer_idx not in witness.calls
             continue
         experts, weights = witness.choice(
-            layer.layer_idx, batch, layer.tail.labels["experts"].shape[-1]
+            layer.state.layer_idx, batch, layer.state.tail.labels["experts"].shape[-1]
         )
         experts, weights = experts[:, columns], weights[:, columns]
-        sealed_end = layer.seen - layer.tail.length
-        assert torch.equal(layer.tail.labels["experts"][:, 0].long(), experts[:, sealed_end:])
-        assert_close(layer.tail.labels["weights"][:, 0], weights[:, sealed_end:])
-        assert layer.pages.slabs
+        sealed_end = layer.state.num_seen - layer.state.tail.length
+        assert torch.equal(layer.state.tail.labels["experts"][:, 0].long(), experts[:, sealed_end:])
+        assert_close(layer.state.tail.labels["weights"][:, 0], weights[:, sealed_end:])
+        assert layer.state.pages.slabs
         for row, tokens in page_contents(layer):
             at = tokens["positions"][0].long()
             assert mask[row, at].all(), "padding was sealed"
@@ -245,7 +249,7 @@ def test_labels_follow_what_a_scheduler_keeps() -> None:
     for start, end in chunks(40, 25):
         forward(model, ids[:, start:end], mask[:, :end], cache)
     for layer in paged(cache):
-        experts, weights = witness.choice(layer.layer_idx, 2, 2)
+        experts, weights = witness.choice(layer.state.layer_idx, 2, 2)
         for row, tokens in page_contents(layer):
             for head, at in enumerate(tokens["positions"].long()):
                 own = [tokens[k].expand(2, -1, -1)[head] for k in ("experts", "weights")]
@@ -257,8 +261,10 @@ def test_no_labels_without_a_router() -> None:
     model = build("mixtral")
     cache = PiKVCache(model, **SMALL)
     generate(model, prompt(model, PADDED), cache)
-    assert all(layer.tail.labels is None for layer in paged(cache))
-    assert all("experts" not in slab.meta for layer in paged(cache) for slab in layer.pages.slabs)
+    assert all(layer.state.tail.labels is None for layer in paged(cache))
+    assert all(
+        "experts" not in slab.meta for layer in paged(cache) for slab in layer.state.pages.slabs
+    )
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "jamba"])
@@ -304,14 +310,14 @@ def test_a_lost_page_is_seen(monkeypatch) -> None:
     model = tiny("mixtral")
     inputs = prompt(model, (29,))
     expected = generate(model, inputs, dynamic(model))
-    blocks = Slab.blocks
+    blocks = UniformPages.blocks
 
     def short(slab, *args):
         for fields, tokens in blocks(slab, *args):
             lost = 1 if tokens > 4 else 0
             yield {name: pages[:, :, lost:] for name, pages in fields.items()}, tokens - 4 * lost
 
-    monkeypatch.setattr(Slab, "blocks", short)
+    monkeypatch.setattr(UniformPages, "blocks", short)
     with pytest.raises(AssertionError, match="differs by|assert"):
         assert_close(generate(model, inputs, PiKVCache(model, **SMALL)).logits, expected.logits)
 
@@ -325,5 +331,5 @@ def test_a_budget_that_the_window_fills(lengths, sinks) -> None:
     cache = PiKVCache(model, scheduler=scheduler, budget=0.01, page_size=4, window=8)
     generate(model, prompt(model, lengths), cache)
     for layer in paged(cache):
-        kept = [slab.length for slab in layer.pages.slabs]
+        kept = [slab.length for slab in layer.state.pages.slabs]
         assert set(kept) <= {sinks} and bool(kept) == bool(sinks)

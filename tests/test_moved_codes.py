@@ -17,7 +17,7 @@ SCHEDULERS = {"keydiff": KeyDiff(), "ragged": AdaKV(KeyDiff()), "records": AdaKV
 def codes_by_position(layer, row: int) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     """The stored codes of each sealed token of a batch row, by KV head and position."""
     out = {}
-    for span in layer.pages._spans([row], with_values=False):
+    for span in layer.state.pages._spans([row], with_values=False):
         codes, heads = span.codes(), span["keys"].shape[1]
         positions = span["positions"].expand(1, heads, -1)[0]
         valid = span.all_valid()["valid"].expand(1, heads, -1)[0]
@@ -65,4 +65,4 @@ def test_what_mixes_tokens_is_encoded_again(compressor) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for start, end in [(0, 40), *((at, at + 1) for at in range(40, 60))]:
         assert forward(model, ids[:, start:end], mask[:, :end], cache).isfinite().all()
-    assert paged(cache)[0].pages.held(0).tolist() == [26] * 2
+    assert paged(cache)[0].state.pages.held(0).tolist() == [26] * 2

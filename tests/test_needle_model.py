@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pikv_hf.needles import (
+from pikv_hf.needles.haystack import (
     KINDS,
     NEEDLE_MODEL,
     REPLY_ROOM,

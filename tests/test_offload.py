@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,11 @@ from test_compressors import exact_model
 from test_pages import CacheOperations
 from zoo import prompt
 
-from pikv_hf import PiKVCache, tiers
-from pikv_hf.options import parse_cache
-from pikv_hf.pages import PageTable
-from pikv_hf.placement import Offload
+from pikv_hf import PiKVCache
+from pikv_hf.cache.from_text import parse_cache
+from pikv_hf.placements import Offload
+from pikv_hf.storage import tiers
+from pikv_hf.storage.page_table import PageTable
 
 METHODS = {
     "lossless": {},
@@ -98,8 +100,8 @@ class OffloadedOperations(CacheOperations):
     )
     def make(self, page_size, window, router, compressor) -> None:
         super().make(page_size, window, router, compressor)
-        for table in self.cache.shared.tables:
-            table.placement = Offload(400, 400, "/tmp")
+        for state in self.cache.states:
+            state.pages.tiers_of = partial(Offload(400, 400, "/tmp").tiers_of, 1)
 
 
 TestOffloadedOperations = OffloadedOperations.TestCase
@@ -127,7 +129,7 @@ def test_limits_hold_whenever_pages_were_sealed(method, tmp_path, monkeypatch) -
         append(table, *args, **kwargs)
         held = Counter()
         for layer in paged(cache):
-            for slab in layer.pages.slabs:
+            for slab in layer.state.pages.slabs:
                 held[slab.tier.name] += sum(t.nbytes for t in slab.fields.values())
         for name in held:
             most[name] = max(most[name], held[name])
@@ -249,7 +251,7 @@ def test_the_next_layers_files_are_read_ahead(tmp_path, monkeypatch) -> None:
     expected = [
         t.data_ptr()
         for layer in [*layers[1:], layers[0]]
-        for slab in layer.pages.slabs
+        for slab in layer.state.pages.slabs
         for t in slab.fields.values()
     ]
     assert announced == expected
@@ -288,18 +290,18 @@ def test_files_grow_with_the_logarithm_of_the_tokens(compressor, tmp_path) -> No
     cache = PiKVCache(model, placement=placement, compressor=compressor, page_size=4, window=4)
     layer, counts = paged(cache)[0], []
     for tokens in (200, 800, 3200):
-        while layer.seen < tokens:
+        while layer.state.num_seen < tokens:
             layer.update(*torch.randn(2, 1, 2, 4, 16))
             layer.finish(None)
         counts.append(number_of_maps(tmp_path))
-    fields = max(len(slab.fields) for slab in layer.pages.slabs)
+    fields = max(len(slab.fields) for slab in layer.state.pages.slabs)
     kinds = 2 if isinstance(compressor, Scattered) else 1
     # log(4) / log(1.5) = 3.4 times as many pages with half as many more.
     assert counts[0] > 0 and counts[2] - counts[1] <= 4 * fields * kinds
-    used = sum(slab.page_count for slab in layer.pages.slabs) * 4
-    assert used == 2 * (layer.seen - layer.tail.length)
-    held = sum(span["keys"].shape[2] for span in layer.pages.spans([0]))
-    assert held == layer.seen - layer.tail.length
+    used = sum(slab.page_count for slab in layer.state.pages.slabs) * 4
+    assert used == 2 * (layer.state.num_seen - layer.state.tail.length)
+    held = sum(span["keys"].shape[2] for span in layer.state.pages.spans([0]))
+    assert held == layer.state.num_seen - layer.state.tail.length
 
 
 @pytest.mark.parametrize(
@@ -334,7 +336,7 @@ def test_on_the_command_line() -> None:
     assert option.arguments["placement"] == Offload("2MiB")
     option = parse_cache("placement=offload(ram_bytes=0, offload_folder='/tmp')")
     cache = option.make(tiny("mixtral"))
-    assert cache.shared.placement == Offload(0, 0, "/tmp")
+    assert cache.settings.placement == Offload(0, 0, "/tmp")
     with pytest.raises(ValueError, match="`placement` is offload"):
         parse_cache("placement=offload(gpu_bytes=3)")
 

@@ -10,12 +10,12 @@ from pikv_kernels import partial_attention
 from transformers.cache_utils import DynamicLayer
 
 from pikv_hf import PiKVCache
-from pikv_hf.context import take_layer
-from pikv_hf.layer import PagedLayer
+from pikv_hf.cache.passes import end_forward
+from pikv_hf.layer.handoff import take_layer
+from pikv_hf.layer.paged_layer import PagedLayer
 from pikv_hf.model.versions import with_cache
-from pikv_hf.pages import SPARE
-from pikv_hf.passes import end_forward
-from pikv_hf.span import Span
+from pikv_hf.storage.page_table import SPARE
+from pikv_hf.storage.token_table import TokenTable
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 3, 2
 
@@ -82,8 +82,8 @@ class CacheOperations(RuleBasedStateMachine):
         self.layer.finish(None if self.mask.all() else self.mask)
         experts = torch.randint(0, 8, (*new.shape, 2), generator=self.generator)
         self.experts = torch.cat([self.experts, experts], dim=1)
-        if self.cache.shared.router is not None:
-            assert self.layer.awaits == "experts"
+        if self.cache.settings.router is not None:
+            assert self.layer.state.awaits == "experts"
             self.cache.label(0, experts.flatten(0, 1), experts.flatten(0, 1).float())
         ids = torch.randint(0, 9, new.shape, generator=self.generator)
         self.ids = torch.cat([self.ids, ids], dim=1)
@@ -161,7 +161,7 @@ class CacheOperations(RuleBasedStateMachine):
         length, offset = layer.get_mask_sizes(3)
         more = torch.cat([self.ids, self.ids[:, :1]], dim=1)
         assert self.cache.log.starts(more) and not self.cache.log.starts(more + 1)
-        assert length + offset == self.seen + 3 and length == layer.tail.length + 3
+        assert length + offset == self.seen + 3 and length == layer.state.tail.length + 3
         visible = self.mask[:, None, :, None]
         for ours, theirs in zip(
             layer.states(), (self.oracle.keys, self.oracle.values), strict=True
@@ -173,17 +173,17 @@ class CacheOperations(RuleBasedStateMachine):
         """Every visible token once, padding in no page; a full tail is sealed."""
         if not hasattr(self, "cache") or self.seen == 0:
             return
-        start = self.seen - self.layer.tail.length
+        start = self.seen - self.layer.state.tail.length
         for row in range(self.batch):
             expected = self.mask[row, :start].nonzero().flatten().tolist()
             assert sorted(sealed(self.layer, row)) == expected
 
     @invariant()
     def same_labels(self) -> None:
-        if not hasattr(self, "cache") or self.seen == 0 or self.cache.shared.router is None:
+        if not hasattr(self, "cache") or self.seen == 0 or self.cache.settings.router is None:
             return
-        start = self.seen - self.layer.tail.length
-        tail = self.layer.tail.labels["experts"][:, 0].long()
+        start = self.seen - self.layer.state.tail.length
+        tail = self.layer.state.tail.labels["experts"][:, 0].long()
         assert torch.equal(tail.expand(self.batch, -1, -1), self.experts[:, start:])
         for row, tokens in page_contents(self.layer):
             at = tokens["positions"][0].long()
@@ -294,8 +294,8 @@ def test_attention_over_any_partition(parts, page_size) -> None:
 def test_eviction_from_a_long_prompt_copies_only_what_stays(is_long, monkeypatch) -> None:
     """There is room for the page that is one too many; what stays is what a short one leaves, too."""
     joined = []
-    then = Span.then
-    monkeypatch.setattr(Span, "then", lambda *spans: joined.append(1) or then(*spans))
+    then = TokenTable.then
+    monkeypatch.setattr(TokenTable, "then", lambda *spans: joined.append(1) or then(*spans))
     tokens = 4 * (SPARE if is_long else SPARE // 2)
     model = tiny("mixtral", num_hidden_layers=1)
     cache = PiKVCache(model, scheduler="knorm", budget=tokens + 6, page_size=4, window=6)
@@ -307,7 +307,7 @@ def test_eviction_from_a_long_prompt_copies_only_what_stays(is_long, monkeypatch
         layer.finish(None)
     norms = states[0][:, :, : tokens + 4].norm(dim=-1)
     expected = norms.topk(tokens, largest=False).indices.sort().values
-    (span,) = layer.pages.spans([0])
+    (span,) = layer.state.pages.spans([0])
     assert torch.equal(span["positions"].long(), expected)
     for name, all_of in zip(("keys", "values"), states, strict=True):
         assert torch.equal(span[name], all_of.gather(2, expected[..., None].expand(-1, -1, -1, 8)))

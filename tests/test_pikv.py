@@ -29,8 +29,8 @@ from pikv_hf.compressors import (
 from pikv_hf.compressors.observed_attention import output_errors
 from pikv_hf.compressors.pikv import SHRINK, best_of_equal, cheapest
 from pikv_hf.model.versions import with_cache
-from pikv_hf.needles import KINDS, NEEDLE_MODEL, make_haystack
-from pikv_hf.pool import Pool
+from pikv_hf.needles.haystack import KINDS, NEEDLE_MODEL, make_haystack
+from pikv_hf.storage.ragged_pages import RaggedPages
 
 SEEDS = pytest.mark.parametrize("seed", range(3))
 MODES = {
@@ -51,9 +51,9 @@ def test_a_full_budget_loses_nothing(name, lengths, mode) -> None:
     expected = generate(model, inputs, dynamic(model), **MODES[mode])
     cache = PiKVCache(model, compressor=PiKV(share=1.0), **SMALL)
     assert_same(generate(model, inputs, cache, **MODES[mode]), expected)
-    pools = [slab for layer in paged(cache) for slab in layer.pages.slabs]
-    assert pools and all(isinstance(pool, Pool) for pool in pools)
-    assert {pool.compressor for pool in pools} == {Identity()}
+    pools = [slab for layer in paged(cache) for slab in layer.state.pages.slabs]
+    assert pools and all(isinstance(pool, RaggedPages) for pool in pools)
+    assert {pool.codec for pool in pools} == {Identity()}
 
 
 # ---- errors of pages ----------------------------------------------------------------------------
@@ -242,12 +242,12 @@ def test_bytes_go_where_the_queries_say(seed) -> None:
     """There is room for one page of each row as it is: that of the largest predicted error."""
     keys, values, queries = random_pages(seed, pages=10)
     for asked in (queries, queries.flip(-1)):
-        choice = PiKV(share=0.24, candidates=(Int4(), Identity())).choose(keys, values, asked)
+        choice = PiKV(share=0.24, candidates=(Int4(), Identity())).assign(keys, values, asked)
         errors = output_errors((Int4(),), keys, values, asked, SHRINK)[0]
         assert choice.flatten(1).sum(1).tolist() == [1, 1]
         assert torch.equal(choice.flatten(1).argmax(1), errors.flatten(1).argmax(1))
     assert not torch.equal(
-        choice, PiKV(share=0.24, candidates=(Int4(), Identity())).choose(keys, values, queries)
+        choice, PiKV(share=0.24, candidates=(Int4(), Identity())).assign(keys, values, queries)
     )
 
 
@@ -255,9 +255,9 @@ def test_rows_have_budgets_of_their_own() -> None:
     keys, values, queries = random_pages(0)
     keys[0] *= 5
     method = PiKV(share=0.5)
-    choice = method.choose(keys, values, queries)
+    choice = method.assign(keys, values, queries)
     for row in range(2):
-        alone = method.choose(*(t[row : row + 1] for t in (keys, values, queries)))
+        alone = method.assign(*(t[row : row + 1] for t in (keys, values, queries)))
         assert torch.equal(alone[0], choice[row])
 
 
@@ -271,7 +271,7 @@ def test_bytes_in_a_cache(share) -> None:
     with torch.no_grad():
         for part in (ids[:, :256], *ids[:, 256:].split(1, dim=1)):
             model(part, **with_cache(cache))
-    pools = paged(cache)[0].pages.slabs
+    pools = paged(cache)[0].state.pages.slabs
     tokens = sum(int(pool.held().sum()) for pool in pools)
     fields = [t[: pool.page_count] for pool in pools for t in pool.fields.values()]
     nbytes = sum(t.numel() * t.element_size() for t in fields)
@@ -367,7 +367,7 @@ def loss(method: Compressor, seeds: range) -> tuple[float, float]:
             pages = pages_of(heads)
             choice = torch.zeros(pages[0].shape[:3], dtype=torch.int64)
             if isinstance(method, PiKV):
-                choice = method.choose(*pages, heads.seen)
+                choice = method.assign(*pages, heads.seen)
             mixed = [torch.zeros_like(t) for t in pages]
             for number, member in enumerate(members):
                 nbytes, decoded = again(member, seed)[layer]

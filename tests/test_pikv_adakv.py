@@ -10,9 +10,9 @@ from zoo import prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.model.versions import with_cache
-from pikv_hf.pool import Pool
 from pikv_hf.schedulers import AdaKV, Knorm, PiKVAdaKV, SnapKV, Tokens
-from pikv_hf.slab import Slab
+from pikv_hf.storage.ragged_pages import RaggedPages
+from pikv_hf.storage.uniform_pages import UniformPages
 
 BUDGET, SEEN, OPEN = 60, 90, 10
 
@@ -92,11 +92,11 @@ def test_each_row_of_a_cache_has_its_own() -> None:
         mine = ids[1 - row : 2 - row, -length:]
         alone = read(mine, torch.ones_like(mine), length - 15)
         for layer, single in zip(paged(both), paged(alone), strict=True):
-            assert layer.pages.held(row).tolist() == single.pages.held(0).tolist()
+            assert layer.state.pages.held(row).tolist() == single.pages.held(0).tolist()
             assert torch.allclose(
-                layer.observed.control[row], single.observed.control[0], atol=1e-5
+                layer.state.observed.control[row], single.observed.control[0], atol=1e-5
             )
-            counts.append(int(layer.pages.held(row)[0]))
+            counts.append(int(layer.state.pages.held(row)[0]))
     assert max(counts) <= 26 and min(counts) < 20
 
 
@@ -104,10 +104,10 @@ def test_heads_of_one_length_need_no_pool() -> None:
     """Rows keep different numbers of tokens, but the heads of each equally many."""
     model = tiny("mixtral")
     inputs = prompt(model, (120, 60))
-    for scheduler, kind in ((PiKVAdaKV(Knorm()), Slab), (AdaKV(Knorm()), Pool)):
+    for scheduler, kind in ((PiKVAdaKV(Knorm()), UniformPages), (AdaKV(Knorm()), RaggedPages)):
         cache = PiKVCache(model, scheduler=scheduler, budget=40, page_size=4, window=6, interval=8)
         model.generate(**inputs, **with_cache(cache), max_new_tokens=20, do_sample=False)
-        assert {type(slab) for layer in paged(cache) for slab in layer.pages.slabs} == {kind}
+        assert {type(slab) for layer in paged(cache) for slab in layer.state.pages.slabs} == {kind}
 
 
 def test_bad_arguments() -> None:

@@ -15,13 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from zoo import build, prompt
 
-from pikv_hf import PiKVCache, demo
-from pikv_hf.attach import binding_of
-from pikv_hf.calibrate import Job, calibrate, run, text_pieces
-from pikv_hf.calibrate.capture import QUERIES, Observer
-from pikv_hf.calibrate.progress import write
-from pikv_hf.compressors.calibration import METADATA, ModelIdentity, read_metadata
-from pikv_hf.needles import NEEDLE_MODEL, make_haystack
+from pikv_hf import PiKVCache
+from pikv_hf.attach.binding import binding_of
+from pikv_hf.fitting import calibrate as run
+from pikv_hf.fitting.calibrate import calibrate, text_pieces
+from pikv_hf.fitting.calibration_job import Job
+from pikv_hf.fitting.capture import QUERIES, Observer
+from pikv_hf.fitting.resumable import write
+from pikv_hf.model.artifact import METADATA, ModelIdentity, read_metadata
+from pikv_hf.needles import trials as demo
+from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
 from pikv_hf.schedulers import AdaKV, KeyDiff, Knorm, PiKVQuest, Random, Scheduler, Tokens
 from pikv_hf.schedulers.duo import PROFILE
 
@@ -36,12 +39,12 @@ def file_of(model: PreTrainedModel, path: Path, seed: int = 0, heads: int | None
     with PiKVCache(model) as cache:
         forward(model, torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4), cache)
         for layer in paged(cache):
-            tail = layer.tail
+            tail = layer.state.tail
             dims, count = tail.keys.shape[3] + tail.values.shape[3], heads or tail.keys.shape[1]
             shapes = {"hidden": (count, dims, 6), "bias": (count, 6), "out": (count, 6)}
             for name, shape in shapes.items():
                 numbers = torch.randn(shape, generator=generator)
-                tensors[f"pikv_quest.{layer.layer_idx}.{name}"] = numbers
+                tensors[f"pikv_quest.{layer.state.layer_idx}.{name}"] = numbers
     metadata = {"model": asdict(ModelIdentity.of(model)), "job": {"methods": ["pikv_quest"]}}
     write(path, tensors, metadata)
     return path
@@ -139,7 +142,7 @@ def test_generate(name, wrap, tmp_path) -> None:
         cache = PiKVCache(model, scheduler=scheduler, budget=16, compressor="int8", **SMALL)
         generate(model, inputs, cache, **options)
         for layer in paged(cache):
-            assert 0 < float(layer.pages.held(0).double().mean()) <= 16 - SMALL["window"]
+            assert 0 < float(layer.state.pages.held(0).double().mean()) <= 16 - SMALL["window"]
 
 
 def test_networks_count_as_bytes_once_for_all_copies(tmp_path) -> None:
@@ -152,13 +155,13 @@ def test_networks_count_as_bytes_once_for_all_copies(tmp_path) -> None:
         caches.append(PiKVCache(model, scheduler=method, budget=24, **SMALL))
         forward(model, inputs["input_ids"], inputs["attention_mask"], caches[-1])
         held.append(caches[-1].nbytes)
-    slabs = [slab for layer in paged(caches[0]) for slab in layer.pages.slabs]
+    slabs = [slab for layer in paged(caches[0]) for slab in layer.state.pages.slabs]
     size += sum(slab.meta["constant"].nbytes for slab in slabs)
-    frequencies = [rotary.frequencies for rotary in caches[0].shared.rotaries.values()]
+    frequencies = [state.rotary.frequencies for state in caches[0].states]
     size += sum({t.data_ptr(): t.nbytes for t in frequencies}.values())
     assert held[0] - held[2] == size and held[1] >= held[2] + size
     for other in (caches[0].fork(2), copy.deepcopy(caches[0])):
-        mine, theirs = ([*c.shared.scheduler.tensors(0)] for c in (caches[0], other))
+        mine, theirs = ([*c.settings.scheduler.tensors(0)] for c in (caches[0], other))
         assert [t.data_ptr() for t in mine] == [t.data_ptr() for t in theirs] != []
     with pytest.raises(ValueError, match="`budget` is .* bytes.* leaves"):
         small = PiKVCache(model, scheduler=scheduler, budget=f"{size}B", **SMALL)
@@ -231,7 +234,9 @@ def kept_mass(observer: Observer, scheduler: Scheduler) -> float:
         for window in (*layer.fitted, *layer.held_out):
             length = window.keys.shape[1]
             old = length - length // 8
-            attention = (window.query @ window.keys.mT * layer.scale).softmax(-1).mean(1)[:, :old]
+            attention = (
+                (window.query @ window.keys.mT * layer.state.scale).softmax(-1).mean(1)[:, :old]
+            )
             keys, values = (states[None] for states in window[1:])
             tokens = Tokens(
                 positions=torch.arange(old).expand(1, len(attention), -1),
@@ -241,7 +246,7 @@ def kept_mass(observer: Observer, scheduler: Scheduler) -> float:
                 open_values=values[:, :, old:],
                 seen=length,
                 layer_idx=idx,
-                scale=layer.scale,
+                scale=layer.state.scale,
                 rotary=rotary,
             )
             if scheduler.constants:
@@ -288,7 +293,7 @@ def divergences(layer, network, rotary) -> float:
     found = []
     for query, keys, values in (*layer.fitted, *layer.held_out):
         old = keys.shape[1] - keys.shape[1] // 8
-        p = (query @ keys.mT * layer.scale).double().softmax(-1).mean(1)[:, :old]
+        p = (query @ keys.mT * layer.state.scale).double().softmax(-1).mean(1)[:, :old]
         p = p / p.sum(-1, keepdim=True)
         free = torch.cat([rotary.unrotate(keys, torch.arange(keys.shape[1])), values], -1)[:, :old]
         units = torch.einsum("htd,hdm->htm", free, network["hidden"]) + network["bias"][:, None]

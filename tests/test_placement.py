@@ -58,7 +58,7 @@ def test_offloaded(name, how, first, tmp_path) -> None:
     for options, reference in zip(OPTIONS, expected, strict=True):
         assert_same(generate_with(model, inputs, cache, **options), reference)
         assert_sealed_in_prefill_and_decode(cache, max(PADDED))
-        assert all(not t.is_meta for layer in paged(cache) for t in layer.tensors())
+        assert all(not t.is_meta for layer in paged(cache) for t in layer.state.tensors())
         assert all(layer.device == torch.device("cpu") for layer in paged(cache))
         assert is_offloaded(model), "the cache brought weights back for good"
         cache = PiKVCache(model, router="all", **SMALL)

@@ -20,8 +20,8 @@ from test_router_select import EveryNth
 from zoo import prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.pool import Pool
 from pikv_hf.schedulers import StreamingLLM
+from pikv_hf.storage.ragged_pages import RaggedPages
 
 MODES = {
     "greedy": {},
@@ -44,8 +44,8 @@ def test_equal_to_a_dynamic_cache(name, lengths, mode) -> None:
     expected = generate(model, inputs, dynamic(model), **MODES[mode])
     cache = mixed(model)
     assert_same(generate(model, inputs, cache, **MODES[mode]), expected)
-    pools = [slab for layer in paged(cache) for slab in layer.pages.slabs]
-    assert all(isinstance(pool, Pool) for pool in pools)
+    pools = [slab for layer in paged(cache) for slab in layer.state.pages.slabs]
+    assert all(isinstance(pool, RaggedPages) for pool in pools)
     assert len({tuple(row) for pool in pools for row in pool.held().tolist()}) > 1
     if mode == "greedy":
         assert_sealed_in_prefill_and_decode(cache, inputs["input_ids"].shape[1])
@@ -68,8 +68,8 @@ def test_a_scheduler_drops_the_same_tokens(lengths) -> None:
     expected = generate(model, inputs, plain)
     cache = mixed(model, scheduler=scheduler, budget=16)
     assert_same(generate(model, inputs, cache), expected)
-    assert [layer.held_tokens() for layer in paged(cache)] == [
-        layer.held_tokens() for layer in paged(plain)
+    assert [layer.state.held_tokens() for layer in paged(cache)] == [
+        layer.state.held_tokens() for layer in paged(plain)
     ]
 
 

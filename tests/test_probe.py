@@ -12,8 +12,8 @@ from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PiKVCache
 from pikv_hf.compressors import Int2, Int8
-from pikv_hf.context import take_layer
-from pikv_hf.probe import Probe
+from pikv_hf.layer.handoff import take_layer
+from pikv_hf.layer.loss_probe import Probe
 from pikv_hf.schedulers import StreamingLLM
 
 QUERIES = 16
@@ -45,7 +45,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tens
 
 def decoded(layer, row: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [H, T, D] in the pages of a row, and their positions [T]."""
-    spans = layer.pages.spans([row])
+    spans = layer.state.pages.spans([row])
     keys, values = (torch.cat([s[n] for s in spans], 2)[0] for n in ("keys", "values"))
     return keys, values, torch.cat([s["positions"] for s in spans], 2)[0, 0].long()
 
@@ -57,12 +57,12 @@ def feed(layer, keys, values, queries, chunks) -> float:
     """Give a layer tokens in pieces of `chunks` and their queries; the error by brute force."""
     sums, start = [0.0, 0.0], 0
     for end in chunks:
-        before = layer.left[0] if layer.left else 0
+        before = layer.state.num_departed[0] if layer.state.num_departed else 0
         layer.update(keys[:, :, start:end], values[:, :, start:end])
         assert take_layer() is layer
         layer.observe(queries[:, :, start:end], None, SCALE)
         layer.finish(None)
-        new = slice(before, layer.left[0])
+        new = slice(before, layer.state.num_departed[0])
         for row in range(len(keys) if new.start < new.stop else 0):
             query = queries[row, :, max(end - QUERIES, 0) : end]
             query = query.unflatten(0, (keys.shape[1], -1)).flatten(1, 2)
@@ -90,7 +90,7 @@ def test_sum_over_seals(name, seed) -> None:
     pieces = [9, 10, 11, 30, 31, 32, 33, 50]
     expected = feed(layer, *random_tokens(50, seed), pieces)
     assert expected > 1e-3
-    assert layer.probe.error == pytest.approx(expected, rel=2e-3)
+    assert layer.state.probe.error == pytest.approx(expected, rel=2e-3)
 
 
 def test_order_of_magnitude() -> None:
@@ -99,7 +99,7 @@ def test_order_of_magnitude() -> None:
     for name in ("int8", "int4", "int2"):
         layer = paged(PiKVCache(tiny("mixtral"), compressor=name, probe=True, **SMALL))[0]
         feed(layer, *random_tokens(60, 3), [60])
-        errors.append(layer.probe.error)
+        errors.append(layer.state.probe.error)
     assert 0 < 8 * errors[0] < errors[1] < errors[2] / 2
 
 
@@ -116,7 +116,7 @@ def test_a_scheduler_does_not_thin_the_error_out() -> None:
             assert take_layer() is layer
             layer.observe(queries[:, :, part], None, SCALE)
             layer.finish(None)
-        errors.append(layer.probe.error)
+        errors.append(layer.state.probe.error)
     assert errors[0] == pytest.approx(errors[1]) and errors[0] > 0.01
 
 
@@ -138,16 +138,18 @@ def test_of_a_prompt(name, model_name, lengths) -> None:
     for layer, exact_layer, row_of in zip(paged(cache), paged(full), report.layers, strict=True):
         sums = torch.zeros(2, dtype=torch.float64)
         for row, length in enumerate(lengths):
-            query = layer.observed.queries[row, :, :, -QUERIES:].flatten(1, 2)
+            query = layer.state.observed.queries[row, :, :, -QUERIES:].flatten(1, 2)
             query = query[:, (query[0] != 0).any(-1)]
-            assert query.shape[1] == min(QUERIES, length) * layer.observed.queries.shape[2]
+            assert query.shape[1] == min(QUERIES, length) * layer.state.observed.queries.shape[2]
             keys, values, positions = decoded(layer, row)
             exact_keys, exact_values, same = decoded(exact_layer, row)
             assert torch.equal(positions, same) and len(positions) >= 2
-            if layer.latent_rank is not None:
-                values, exact_values = (k[..., : layer.latent_rank] for k in (keys, exact_keys))
-            exact = attention(query, exact_keys, exact_values, layer.scale)
-            stored = attention(query, keys, values, layer.scale)
+            if layer.state.latent_rank is not None:
+                values, exact_values = (
+                    k[..., : layer.state.latent_rank] for k in (keys, exact_keys)
+                )
+            exact = attention(query, exact_keys, exact_values, layer.state.scale)
+            stored = attention(query, keys, values, layer.state.scale)
             sums += torch.stack([(stored - exact).square().sum(), exact.square().sum()])
         expected = (sums[0] / sums[1]).sqrt().item()
         assert expected > 1e-3
@@ -161,9 +163,9 @@ def test_the_queries_asked_are_those_of_the_model() -> None:
     cache = PiKVCache(model, compressor="int4", probe=True, **SMALL)
     forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
     for layer, queries in zip(paged(cache), asked("mixtral", inputs), strict=True):
-        assert layer.observed.queries.shape[3] == QUERIES
-        assert torch.allclose(layer.observed.queries, queries[:, :, :, -QUERIES:], atol=1e-5)
-        assert layer.scale == model.config.head_dim**-0.5
+        assert layer.state.observed.queries.shape[3] == QUERIES
+        assert torch.allclose(layer.state.observed.queries, queries[:, :, :, -QUERIES:], atol=1e-5)
+        assert layer.state.scale == model.config.head_dim**-0.5
 
 
 @pytest.mark.parametrize("name", LOSSY)
@@ -195,7 +197,7 @@ def test_without_it_nothing_is_measured_or_shown(monkeypatch) -> None:
         forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
         assert bool(measured) == probe
         assert ("error" in str(cache.report())) == probe
-        assert all((layer.observed.queries is not None) == probe for layer in paged(cache))
+        assert all((layer.state.observed.queries is not None) == probe for layer in paged(cache))
 
 
 def test_report_before_and_after() -> None:
@@ -226,8 +228,8 @@ def test_bytes_held_count_the_sums() -> None:
     model, inputs = tiny("mixtral"), prompt(tiny("mixtral"), ONE_ROW)
     cache = PiKVCache(model, compressor="int8", probe=True, **SMALL)
     forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
-    held = {t.data_ptr() for layer in paged(cache) for t in layer.tensors()}
-    assert all(layer.probe._sums.data_ptr() in held for layer in paged(cache))
+    held = {t.data_ptr() for layer in paged(cache) for t in layer.state.tensors()}
+    assert all(layer.state.probe._sums.data_ptr() in held for layer in paged(cache))
 
 
 @pytest.mark.parametrize("probe", [1, "yes", None])

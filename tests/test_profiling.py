@@ -13,11 +13,15 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 from zoo import build, prompt
 
-from pikv_hf import PiKVCache, demo
-from pikv_hf.cli import app
+from pikv_hf import PiKVCache
+from pikv_hf.commands.app import app
+from pikv_hf.fitting.head_effect import QUERIES, HeadEffect
+from pikv_hf.fitting.needle_texts import needle_pieces
+from pikv_hf.fitting.profile import profile
+from pikv_hf.fitting.profile_job import Job
 from pikv_hf.model.versions import CACHE, with_cache
-from pikv_hf.needles import NEEDLE_MODEL, make_haystack
-from pikv_hf.profiling import QUERIES, HeadEffect, Job, needle_pieces, profile
+from pikv_hf.needles import trials as demo
+from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
 from pikv_hf.schedulers import Duo
 from pikv_hf.schedulers.duo import read_profile
 
@@ -67,7 +71,7 @@ def test_scores(name, tmp_path) -> None:
     model = tiny(name, **({"attention_bias": False} if name == "gpt_oss" else {}))
     found = measured(model, tmp_path / "heads")
     cache = PiKVCache(model)
-    assert found.keys() == {layer.layer_idx for layer in paged(cache)}
+    assert found.keys() == {layer.state.layer_idx for layer in paged(cache)}
     cache.detach()
     for idx, scores in found.items():
         changes, norm = 0, 0
@@ -113,7 +117,7 @@ def test_a_local_head_and_a_global_one(local, tmp_path) -> None:
     cache = PiKVCache(model, scheduler=duo, page_size=1, window=1)
     with torch.no_grad():
         model(ids, **with_cache(cache))
-    held = paged(cache)[0].pages.held(0).tolist()
+    held = paged(cache)[0].state.pages.held(0).tolist()
     assert held[local] == 31 and held[1 - local] == 299
 
 
@@ -132,7 +136,9 @@ def test_no_more_than_a_layer_is_held() -> None:
     ids = pieces_of(model, 1, 2000)[0]
     with torch.no_grad():
         model(ids, **with_cache(cache))
-    layer = 2 * model.config.num_key_value_heads * paged(cache)[0].tail.keys.shape[3] * 4 * 2000
+    layer = (
+        2 * model.config.num_key_value_heads * paged(cache)[0].state.tail.keys.shape[3] * 4 * 2000
+    )
     queries = len(paged(cache)) * QUERIES * model.config.num_attention_heads * 16 * 4
     mask = 4 * 2000 * 2000  # the model's own, which the running forward pass refers to
     assert len(most) == len(paged(cache)) > 1

@@ -14,8 +14,8 @@ from pikv_hf import PiKVCache
 from pikv_hf.compressors import Fp8, Identity, Int2, Int4, Int8, LowRank, Pyramid
 from pikv_hf.compressors.observed_attention import asked, page_masses
 from pikv_hf.model.versions import with_cache
-from pikv_hf.pool import Pool
 from pikv_hf.schedulers import StreamingLLM
+from pikv_hf.storage.ragged_pages import RaggedPages
 
 SEEDS = pytest.mark.parametrize("seed", range(3))
 
@@ -62,14 +62,14 @@ def test_tiers_are_those_of_the_masses(seed, shares) -> None:
     """Ranked over the heads of a row, and in each row alone."""
     keys, values, queries = random_pages(seed)
     method = Pyramid(shares=shares)
-    choice = method.choose(keys, values, queries)
+    choice = method.assign(keys, values, queries)
     ends = [round(shares[0] * 21), round((shares[0] + shares[1]) * 21)]
     for row in range(2):
         masses = torch.stack([masses_of(keys[row, h], queries[row, h]) for h in range(3)])
         rank = masses.flatten().argsort(descending=True).argsort()
         expected = [sum(place >= end for end in ends) for place in rank.tolist()]
         assert choice[row].flatten().tolist() == expected
-        alone = method.choose(*(t[row : row + 1] for t in (keys, values, queries)))
+        alone = method.assign(*(t[row : row + 1] for t in (keys, values, queries)))
         assert torch.equal(alone[0], choice[row])
 
 
@@ -78,7 +78,7 @@ def test_the_page_that_is_looked_at_is_finest() -> None:
     queries = torch.zeros(2, 3, 1, 16, dtype=torch.float64)
     queries[:, 1] = 9 * keys[:, 1, 4, 2:3]
     finest = Pyramid(tiers=(Identity(), Int4()), shares=(1 / 21, 20 / 21))
-    assert (finest.choose(keys, values, queries) == 0).nonzero().tolist() == [[0, 1, 4], [1, 1, 4]]
+    assert (finest.assign(keys, values, queries) == 0).nonzero().tolist() == [[0, 1, 4], [1, 1, 4]]
 
 
 def test_without_queries_the_newest_keys_stand_in() -> None:
@@ -86,7 +86,7 @@ def test_without_queries_the_newest_keys_stand_in() -> None:
     newest = keys.flatten(2, 3)[:, :, -32:] / 16**0.5
     assert torch.equal(asked(keys, None), newest)
     method = Pyramid()
-    assert torch.equal(method.choose(keys, values, None), method.choose(keys, values, newest))
+    assert torch.equal(method.assign(keys, values, None), method.assign(keys, values, newest))
 
 
 @pytest.mark.parametrize("pages", [1, 2, 3, 4, 10, 1000])
@@ -105,11 +105,11 @@ def test_bytes_are_the_sum_over_tiers(dtype) -> None:
     cache = PiKVCache(model, compressor=Pyramid(tiers=tiers), window=64)
     with torch.no_grad():
         model(prompt(model, (512 + 64,))["input_ids"], **with_cache(cache))
-    pools = paged(cache)[0].pages.slabs
-    assert {pool.compressor for pool in pools} == set(tiers)
+    pools = paged(cache)[0].state.pages.slabs
+    assert {pool.codec for pool in pools} == set(tiers)
     total = 0
     for tier, pages in zip(tiers, (4, 8, 4), strict=True):
-        mine = [pool for pool in pools if pool.compressor == tier]
+        mine = [pool for pool in pools if pool.codec == tier]
         assert sum(pool.page_count for pool in mine) == pages
         fields = [t[: pool.page_count] for pool in mine for t in pool.fields.values()]
         nbytes = sum(t.numel() * t.element_size() for t in fields)
@@ -126,7 +126,7 @@ def test_tiers_by_attention_lose_less_than_the_same_tiers_turned_round(seed) -> 
     queries = queries * 1.5
     tiers, shares = (Int8(), Int4(), Int2()), (0.25, 0.5, 0.25)
     found = [tier.decode(tier.encode(keys, values)) for tier in tiers]
-    choice = Pyramid(tiers=tiers, shares=shares).choose(keys, values, queries[:, :, :5])
+    choice = Pyramid(tiers=tiers, shares=shares).assign(keys, values, queries[:, :, :5])
 
     def outputs(states: tuple[Tensor, Tensor]) -> Tensor:
         flat = [t.flatten(2, 3)[:, :, :-3] for t in states]
@@ -158,8 +158,8 @@ def test_a_copy_goes_on_as_the_original(name, how) -> None:
             torch.save(cache, file)
             file.seek(0)
             twin = torch.load(file, weights_only=False).attach(model)
-        pools = [slab for layer in paged(twin) for slab in layer.pages.slabs]
-        assert pools and all(isinstance(pool, Pool) for pool in pools)
+        pools = [slab for layer in paged(twin) for slab in layer.state.pages.slabs]
+        assert pools and all(isinstance(pool, RaggedPages) for pool in pools)
         expected = generate(model, longer, cache)
         assert_same(generate(model, longer, twin), expected)
         exact = generate(model, longer, dynamic(model))
@@ -174,7 +174,7 @@ def test_a_scheduler_keeps_the_same_tokens(name) -> None:
     for compressor in (name, None):
         cache = PiKVCache(model, compressor=compressor, **SMALL, **options)
         generate(model, inputs, cache)
-        held.append([layer.held_tokens() for layer in paged(cache)])
+        held.append([layer.state.held_tokens() for layer in paged(cache)])
     assert held[0] == held[1]
 
 

@@ -16,8 +16,8 @@ from quantized import (
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.compressors.calibration import ModelIdentity
-from pikv_hf.model.linear import matrix
+from pikv_hf.model.artifact import ModelIdentity
+from pikv_hf.model.output_projection import matrix
 from pikv_hf.model.versions import declared_gates
 
 FEW = {"max_new_tokens": 5}  # a page more
@@ -91,7 +91,8 @@ def test_the_choice_of_a_router_is_not_that_of_its_logits(name) -> None:
     theirs, ours = (PiKVCache(m, router="all", page_size=4, window=64) for m in (plain, model))
     generate(plain, inputs, theirs, **FEW), generate(model, inputs, ours, **FEW)
     labels = [
-        [layer.tail.labels for layer in paged(cache) if layer.has_gate] for cache in (ours, theirs)
+        [layer.state.tail.labels for layer in paged(cache) if layer.state.facts.has_gate]
+        for cache in (ours, theirs)
     ]
     assert labels[0]
     for mine, other in zip(*labels, strict=True):

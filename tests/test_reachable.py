@@ -9,8 +9,8 @@ from test_duo import profile_of
 from zoo import prompt
 
 from pikv_hf import COMPRESSORS, PiKVCache
-from pikv_hf.memory import storage_bytes
 from pikv_hf.schedulers import Duo, FastV
+from pikv_hf.storage.memory import storage_bytes
 
 PLAIN = [name for name, method in COMPRESSORS.items() if not method.needs_calibration]
 # What belongs to the model, or to Python.
@@ -44,8 +44,8 @@ def check_all_states(model, options) -> None:
     inputs = prompt(model, (60, 47))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cache = PiKVCache(model, page_size=4, window=8, **options)
-    if cache.shared.scheduler is not None and cache.shared.scheduler.repetition is not None:
-        cache.shared.holds_prompts = True
+    if cache.settings.scheduler is not None and cache.settings.scheduler.repetition is not None:
+        cache.settings.holds_prompts = True
 
     def check(state: str, other: PiKVCache = cache) -> None:
         assert reachable(other) == other.nbytes, state

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from pikv_hf import PiKVCache
-from pikv_hf.cli import app
+from pikv_hf.commands.app import app
 from pikv_hf.model.versions import CACHE
-from pikv_hf.needles import NEEDLE_MODEL
+from pikv_hf.needles.haystack import NEEDLE_MODEL
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PiKVCache
 from pikv_hf.compressors import Identity
-from pikv_hf.context import take_layer
+from pikv_hf.layer.handoff import take_layer
 from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import StreamingLLM
 
@@ -34,9 +34,11 @@ def test_a_long_layer_takes_what_its_compressor_says(name, dtype) -> None:
     assert take_layer() is layer
     layer.finish(None)
     (row,) = cache.report().layers
-    encoded = layer.pages.compressor.bytes_per_token(64, 64, dtype.itemsize, layer.pages.page_size)
-    open_tokens = layer.tail.length / 6000
-    fixed = sum(t.nbytes for t in layer.pages.compressor.tensors()) / 6000
+    encoded = layer.state.pages.codec.bytes_per_token(
+        64, 64, dtype.itemsize, layer.state.pages.page_size
+    )
+    open_tokens = layer.state.tail.length / 6000
+    fixed = sum(t.nbytes for t in layer.state.pages.codec.tensors()) / 6000
     each = 2 * ((1 - open_tokens) * encoded + open_tokens * 128 * dtype.itemsize) + fixed
     assert row.bytes_per_token == pytest.approx(each, rel=0.1)  # positions, room for new pages
     assert row.bf16_ratio == pytest.approx(2 * 128 * 2 / row.bytes_per_token)
@@ -53,11 +55,11 @@ def test_numbers_are_those_of_the_storages(lengths, model_name, scheduler) -> No
     report = cache.report()
     in_bf16 = sum(row.nbytes for row in report.layers if row.layer not in numbers_of(cache))
     for layer in paged(cache):
-        row = report.layers[layer.layer_idx]
-        held = len(lengths) * layer.tail.length
-        held += sum(layer.pages.held(r).double().mean().item() for r in range(len(lengths)))
+        row = report.layers[layer.state.layer_idx]
+        held = len(lengths) * layer.state.tail.length
+        held += sum(layer.state.pages.held(r).double().mean().item() for r in range(len(lengths)))
         assert row.bytes_per_token * held == pytest.approx(row.nbytes)
-        full = 2 * numbers_of(cache)[layer.layer_idx] * len(lengths) * max(lengths)
+        full = 2 * numbers_of(cache)[layer.state.layer_idx] * len(lengths) * max(lengths)
         assert row.bf16_ratio == pytest.approx(full / row.nbytes)
         in_bf16 += full
     assert report.bf16_ratio == pytest.approx(in_bf16 / cache.nbytes)
@@ -68,7 +70,7 @@ def test_numbers_are_those_of_the_storages(lengths, model_name, scheduler) -> No
 
 def numbers_of(cache: PiKVCache) -> dict[int, int]:
     """Numbers that a token has in each paged layer."""
-    states = {layer.layer_idx: layer.tail.view() for layer in paged(cache)}
+    states = {layer.state.layer_idx: layer.state.tail.view() for layer in paged(cache)}
     return {idx: k.shape[1] * (k.shape[3] + v.shape[3]) for idx, (k, v) in states.items()}
 
 

@@ -13,11 +13,11 @@ from transformers import DynamicCache
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.layer.rerotation import side_by_side
 from pikv_hf.model.rotary import Rotary
 from pikv_hf.model.versions import with_cache
-from pikv_hf.moving import side_by_side
 from pikv_hf.schedulers import AdaKV, Random, StreamingLLM
-from pikv_hf.span import Span
+from pikv_hf.storage.token_table import TokenTable
 
 LENGTHS, NEW, OPEN = (60, 47), 12, 9
 FAMILIES = ("mixtral", "olmoe", "deepseek_v3")
@@ -111,7 +111,7 @@ def differences(model, scheduler, lengths=LENGTHS, **options) -> float:
         oracle.step(first, DynamicCache(config=model.config), 0)
         oracles.append(oracle)
     for end in range(length + 1, length + NEW + 1):
-        opened = paged(cache)[0].tail.length
+        opened = paged(cache)[0].state.tail.length
         held = []
         for row, own in enumerate(lengths):
             pad = length - own
@@ -164,7 +164,7 @@ def test_gaps_of_heads_of_different_lengths() -> None:
     zero, places = torch.zeros(1), torch.arange(7)
     keys = rotary.rotate(free, zero, places)
     chosen = torch.tensor([[[0, 3, 5, 6], [2, 4, -1, -1]]])
-    stays = Span({"keys": keys}).gather(chosen.clamp_min(0))
+    stays = TokenTable({"keys": keys}).gather(chosen.clamp_min(0))
     moved = side_by_side(layer, stays, chosen, 7)["keys"]
     first = rotary.rotate(free[0, 0, [0, 3, 5, 6]], zero, torch.arange(3, 7))
     second = rotary.rotate(free[0, 1, [2, 4]], zero, torch.arange(5, 7))
@@ -191,10 +191,10 @@ def test_long_stream(name, dtype) -> None:
             cache = pickle.loads(pickle.dumps(cache)).attach(model)
     layer, whole = paged(cache)[0], PiKVCache(model)
     forward(model, ids, torch.ones(1, 700), whole)
-    states, rotary = paged(whole)[0].states(), cache.shared.rotaries[0]
-    original = states[0] if layer.latent_rank is None else torch.cat(states, -1)
-    span = layer.pages.spans([0])[0]
-    gap = 700 - layer.tail.length - span["keys"].shape[2]
+    states, rotary = paged(whole)[0].states(), cache.states[0].rotary
+    original = states[0] if layer.state.latent_rank is None else torch.cat(states, -1)
+    span = layer.state.pages.spans([0])[0]
+    gap = 700 - layer.state.tail.length - span["keys"].shape[2]
     assert gap > 600
     positions = torch.arange(4)
     expected = rotary.rotate(original[:, :, :4].float(), positions, positions + gap)

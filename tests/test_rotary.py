@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import build
 
-from pikv_hf.attach import _innermost
+from pikv_hf.attach.binding import _innermost
 from pikv_hf.model.latent import LatentQuery
 from pikv_hf.model.modules import attention_modules
 from pikv_hf.model.rotary import Rotary, rotaries

@@ -81,8 +81,8 @@ def kept(cache: PiKVCache, row: int) -> list[list[set[int]]]:
     """Positions of the sealed tokens of a batch row: [layer][head]."""
     out = []
     for layer in paged(cache):
-        spans = layer.pages.spans([row])
-        heads = layer.tail.keys.shape[1]
+        spans = layer.state.pages.spans([row])
+        heads = layer.state.tail.keys.shape[1]
         out.append([set() for _ in range(heads)])
         for span in spans:
             positions = span["positions"].expand(1, heads, -1)[0]
@@ -121,7 +121,7 @@ def test_kept_set(name, lengths, budget, method) -> None:
         whole, everything = read_alone(name, model, ids[row : row + 1, -length:])
         for layer, queries, found in zip(paged(whole), everything, kept(cache, row), strict=True):
             queries, keys = in_cached_space(model, layer, queries)
-            scale = paged(cache)[0].scale if scheduler.observed_queries else 1.0
+            scale = paged(cache)[0].state.scale if scheduler.observed_queries else 1.0
             count = budget if isinstance(budget, int) else int(budget * length)
             scores = oracle(queries, keys, scale)
             expected = best(scores, count - OPEN)
@@ -135,13 +135,13 @@ def test_kept_set(name, lengths, budget, method) -> None:
 def in_cached_space(model, layer, queries):
     """Queries [H, G, T, D] and keys [H, T, D] of the one row, of latents where these are cached."""
     keys, values = layer.states()
-    if layer.latent_rank is None:
+    if layer.state.latent_rank is None:
         return queries[0], keys[0]
     from pikv_hf.model.latent import LatentQuery
 
-    module = model.model.layers[layer.layer_idx].self_attn
+    module = model.model.layers[layer.state.layer_idx].self_attn
     flat = queries.flatten(1, 2)
-    absorbed = LatentQuery(module, flat, layer.latent_rank).absorb(flat)
+    absorbed = LatentQuery(module, flat, layer.state.latent_rank).absorb(flat)
     return absorbed, torch.cat([keys, values], dim=-1)[0]
 
 
@@ -233,8 +233,8 @@ def test_generate(name, method) -> None:
         cache = PiKVCache(model, scheduler=method, budget=24, compressor="int8", **small)
         generate(model, inputs, cache, **options)
         layers = paged(cache)
-        for row in range(layers[0].tail.batch):
-            held = [float(layer.pages.held(row).double().mean()) for layer in layers[whole:]]
+        for row in range(layers[0].state.tail.batch):
+            held = [float(layer.state.pages.held(row).double().mean()) for layer in layers[whole:]]
             assert 0 < sum(held) <= (24 - SMALL["window"]) * len(held)
 
 
@@ -248,7 +248,7 @@ def test_drafted_tokens(name, method) -> None:
     for options in ({}, {"prompt_lookup_num_tokens": 3}):
         cache = PiKVCache(model, scheduler=method, budget=24, page_size=20, window=4)
         results.append(generate(model, inputs, cache, **options).tokens)
-        held = [float(layer.pages.held(0).double().mean()) for layer in paged(cache)]
+        held = [float(layer.state.pages.held(0).double().mean()) for layer in paged(cache)]
         assert 0 < sum(held) < 60 * len(held)
-        assert all(layer.tail.length < 20 for layer in paged(cache))
+        assert all(layer.state.tail.length < 20 for layer in paged(cache))
     assert torch.equal(*results)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pikv_hf.selection import best_of_each_head, best_places, taken
+from pikv_hf.schedulers.top_tokens import best_of_each_head, best_places
+from pikv_hf.storage.gather import taken
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 

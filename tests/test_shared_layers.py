@@ -8,7 +8,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from zoo import build
 
 from pikv_hf import PiKVCache
-from pikv_hf.layer import PagedLayer
+from pikv_hf.layer.paged_layer import PagedLayer
 
 
 @pytest.mark.parametrize("lengths", [ONE_ROW, PADDED], ids=["one_row", "left_padded"])
@@ -22,7 +22,7 @@ def test_reused_keys(attn, lengths) -> None:
     assert not isinstance(cache.layers[1], PagedLayer)
     types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     if "dummy" in types:  # before 5.23 the config does not say which layer is the one reused
-        assert isinstance(cache.layers[0], PagedLayer) and cache.layers[0].pages.slabs
+        assert isinstance(cache.layers[0], PagedLayer) and cache.layers[0].state.pages.slabs
 
 
 @pytest.mark.skipif(not hasattr(transformers, "DoryConfig"), reason="new in transformers 5.24")

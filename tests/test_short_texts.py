@@ -9,11 +9,11 @@ from helpers import dynamic, forward, paged, tiny
 from zoo import prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.context import take_layer
-from pikv_hf.layer import PagedLayer
-from pikv_hf.memory import storage_bytes, storages, tensors_in
-from pikv_hf.report import _cache_tensors
+from pikv_hf.cache.report import _cache_tensors
+from pikv_hf.layer.handoff import take_layer
+from pikv_hf.layer.paged_layer import PagedLayer
 from pikv_hf.schedulers import AdaKV, KeyDiff
+from pikv_hf.storage.memory import storage_bytes, storages, tensors_in
 
 CONSTANT = 2**14
 ROWS, HEADS, DIM = 2, 4, 64
@@ -32,7 +32,7 @@ SETTINGS = [
 
 
 def held_bytes(layer: PagedLayer) -> int:
-    return storage_bytes([*layer.tensors(), *layer.shared.scratch.tensors()])
+    return storage_bytes([*layer.state.tensors(), *layer.state.step.buffer.tensors()])
 
 
 def lengths(layer: PagedLayer, pieces: Iterable[int]) -> Iterator[int]:
@@ -42,7 +42,7 @@ def lengths(layer: PagedLayer, pieces: Iterable[int]) -> Iterator[int]:
         layer.update(*torch.randn(2, ROWS, HEADS, new, DIM))
         assert take_layer() is layer
         layer.finish(None)
-        layer.shared.end_forward()
+        layer.state.step.release()
         seen += new
         yield seen
 
@@ -82,14 +82,14 @@ def test_a_full_tail_stays_where_it_is() -> None:
     layer = PiKVCache(tiny("mixtral")).layers[0]
     places = []
     for _ in lengths(layer, [1] * 1300):
-        places.append((layer.tail.keys.data_ptr(), layer.tail.values.data_ptr()))
+        places.append((layer.state.tail.keys.data_ptr(), layer.state.tail.values.data_ptr()))
     moved = [at for at in range(1, 1300) if places[at] != places[at - 1]]
     assert len(moved) <= 25 and max(moved) < 512 + 64
     layer.reset()
     read = lengths(layer, [900, *[1] * 400])
     next(read)
-    place = layer.tail.keys.data_ptr()
-    assert all(layer.tail.keys.data_ptr() == place for _ in read)
+    place = layer.state.tail.keys.data_ptr()
+    assert all(layer.state.tail.keys.data_ptr() == place for _ in read)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"])
@@ -124,5 +124,5 @@ def test_a_fork_copies_what_the_report_says(name) -> None:
         added = sum(both.values()) - row
         assert added == pytest.approx(8 * costs, rel=0.02)
         assert fork.nbytes <= 8 * row
-        assert paged(fork)[0].tail.batch == 8
+        assert paged(fork)[0].state.tail.batch == 8
     assert costs < 0.7 * row, "pages are shared"

@@ -17,18 +17,20 @@ KERNELS = ROOT / "kernels" / "torch-ext" / "pikv_kernels"
 FILES = sorted([*SRC.rglob("*.py"), *KERNELS.rglob("*.py")])
 MOST_LINES = 400
 
-# Nothing reaches a later group, not even through a part that is in none of them.
-ORDER = [
-    {"pikv_kernels"},
-    {"compressors", "schedulers", "routers", "placement"},
-    {"pages"},
+# Folders are floors: a file imports from its own folder and from those on earlier lines.
+FLOORS = [
+    {"pikv_kernels", "requirements", "validation"},
+    {"model"},
+    {"storage"},
+    {"compressors", "schedulers", "routers", "placements"},
     {"layer"},
-    {"attached"},
+    {"attention"},
+    {"attach"},
     {"cache"},
-    {"attach", "report", "plot", "options", "demo", "calibrate", "terminal", "integrations", "cli"},
+    {"needles", "fitting"},
+    {"commands"},
+    {"__init__", "__main__"},
 ]
-# `PiKVCache(model)` and `cache.report()` need later parts: inside functions, and only these.
-UPWARD = {("attached", "attach"), ("cache", "report"), ("cache", "plot"), ("report", "plot")}
 
 REGISTRIES = {
     "scheduler": SCHEDULERS,
@@ -61,82 +63,71 @@ def part_of(module: str) -> str | None:
     return name if (SRC / name).is_dir() or (SRC / f"{name}.py").exists() else "__init__"
 
 
-def imports(file: Path) -> Iterator[tuple[str, bool]]:
-    """Modules that `file` imports when it runs, by full name, and whether inside a function."""
+def module_of(file: Path) -> str:
+    """The full name of the module in `file`; `__init__` stands for a folder."""
     home = SRC.parent if file.is_relative_to(SRC) else KERNELS.parent
-    package = file.relative_to(home).parts[:-1]
+    return ".".join(file.relative_to(home).with_suffix("").parts)
 
-    def names(node: ast.AST) -> list[str]:
+
+MODULES = {module_of(file) for file in FILES}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules that `file` imports, by full name: for types, and inside of functions, too."""
+    package = module_of(file).split(".")[:-1]
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
-            return [alias.name for alias in node.names]
-        if not isinstance(node, ast.ImportFrom):
-            return []
-        base = package[: len(package) + 1 - node.level] if node.level else ()
-        if node.module:
-            return [".".join([*base, node.module])]
-        return [".".join([*base, alias.name]) for alias in node.names]
-
-    def walk(node: ast.AST, in_function: bool) -> Iterator[tuple[str, bool]]:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
-        yield from ((name, in_function) for name in names(node))
-        in_function |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for child in ast.iter_child_nodes(node):
-            yield from walk(child, in_function)
-
-    yield from walk(tree_of(file), False)
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inside = f"{module}.{alias.name}"
+                yield inside if inside in MODULES else module
 
 
 @functools.cache
-def edges(in_function: bool) -> dict[str, set[str]]:
-    """Part -> the other parts that it imports at the top of a file, or inside a function."""
-    graph: dict[str, set[str]] = {}
+def edges() -> dict[str, set[str]]:
+    """Module -> the others of ours that it imports."""
+    graph = {}
     for file in FILES:
-        name = ".".join(
-            file.relative_to(SRC.parent if SRC in file.parents else KERNELS.parent).parts
-        )
-        part = part_of(name.removesuffix(".py"))
-        found = {part_of(m) for m, inside in imports(file) if inside == in_function}
-        graph.setdefault(part, set()).update(found - {None, part})
+        found = {m if m in MODULES else f"{m}.__init__" for m in imports(file)}
+        graph[module_of(file)] = (found & MODULES) - {module_of(file)}
     return graph
 
 
-def reached(part: str) -> set[str]:
-    """All parts that are loaded when `part` is imported (the package's `__init__` apart)."""
+def reached(module: str) -> set[str]:
+    """All modules that `module` imports, or that these import."""
     found: set[str] = set()
-    todo = [part]
+    todo = [module]
     while todo:
-        new = edges(False).get(todo.pop(), set()) - found - {"__init__"}
+        new = edges()[todo.pop()] - found
         found |= new
         todo += new
     return found
 
 
-@pytest.mark.parametrize("part", sorted(edges(False)))
-def test_parts_do_not_import_each_other_in_a_circle(part: str):
-    assert part not in reached(part)
+def floor_of(module: str) -> int:
+    """The number of the floor that `module` is on."""
+    top, *rest = module.split(".")
+    part = rest[0] if top == "pikv_hf" else top
+    return next(number for number, floor in enumerate(FLOORS) if part in floor)
 
 
-@pytest.mark.parametrize("group", range(len(ORDER)))
-def test_imports_point_one_way(group: int):
-    later = set().union(*ORDER[group + 1 :])
-    for part in ORDER[group]:
-        assert not reached(part) & later, f"{part} must not import {reached(part) & later}"
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_run_down(module: str):
+    upward = [other for other in edges()[module] if floor_of(other) > floor_of(module)]
+    assert not upward
 
 
-def test_imports_in_functions_point_up_only_where_the_design_says():
-    upward = {
-        (part, target)
-        for part, targets in edges(True).items()
-        for target in targets
-        if part in reached(target)
-    }
-    assert upward <= UPWARD
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_module_is_in_a_circle(module: str):
+    assert module not in reached(module)
 
 
 @each_file([file for file in FILES if file.is_relative_to(KERNELS)])
 def test_kernels_import_only_torch_triton_and_themselves(file: Path):
-    tops = {module.split(".")[0] for module, _ in imports(file)}
+    tops = {module.split(".")[0] for module in imports(file)}
     assert tops <= {"pikv_kernels", "torch", "triton"} | sys.stdlib_module_names
     for node in ast.walk(tree_of(file)):
         assert not (isinstance(node, ast.ImportFrom) and "pikv" in str(node.module)), "relatively"

@@ -9,7 +9,7 @@ from zoo import prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.compressors import Svd
-from pikv_hf.context import take_layer
+from pikv_hf.layer.handoff import take_layer
 from pikv_hf.schedulers import StreamingLLM
 
 # Tokens of a page and dims: fewer, as many, and more.
@@ -122,7 +122,7 @@ def test_what_a_scheduler_moves_to_other_pages() -> None:
                 layer.update(keys[:, :, at : at + 8], values[:, :, at : at + 8])
                 assert take_layer() is layer
                 layer.finish(None)
-            spans = [slab.span([0], with_values=True) for slab in layer.pages.slabs]
+            spans = [slab.span([0], with_values=True) for slab in layer.state.pages.slabs]
             places = torch.cat([span["positions"][0, 0] for span in spans]).long()
             near = torch.cat([span["values"] for span in spans], dim=2)
             exact = values.index_select(2, places)

@@ -112,7 +112,7 @@ def test_a_model_attends_to_what_is_left() -> None:
         full = dynamic(model)
         model(**inputs, **with_cache(full))
         for layer, exact in zip(paged(cache), full.layers, strict=True):
-            (span,) = layer.pages.spans([0])
+            (span,) = layer.state.pages.spans([0])
             original = exact.keys[:, :, : len(span)]
             kept = span["keys"] != 0
             assert (kept.sum(-1) == original.shape[-1] // 2).all()
@@ -127,7 +127,7 @@ def test_a_scheduler_keeps_the_same_tokens() -> None:
     for compressor in (ThinK(0.5), None):
         cache = PiKVCache(model, compressor=compressor, **SMALL, **options)
         generate(model, inputs, cache)
-        held.append([layer.held_tokens() for layer in paged(cache)])
+        held.append([layer.state.held_tokens() for layer in paged(cache)])
     assert held[0] == held[1]
 
 

@@ -5,7 +5,7 @@ import torch
 from helpers import tiny
 
 from pikv_hf import PiKVCache
-from pikv_hf.token_log import MOST, TokenLog
+from pikv_hf.cache.token_log import MOST, TokenLog
 
 
 @pytest.mark.parametrize("most", [None, 50])

@@ -44,17 +44,23 @@ PRIVATE = {
     "_attn_implementation": ("model/versions.py", "which attention function a module calls"),
     "_attn_implementation_internal": ("model/versions.py", "to set it on a copied config"),
     "_can_record_outputs": ("model/versions.py", "declares the gates of a model"),
-    "_hf_hook": ("model/linear.py", "accelerate brings the weights of a module when it is called"),
+    "_hf_hook": (
+        "model/output_projection.py",
+        "accelerate brings the weights of a module when it is called",
+    ),
     "_prefill": ("model/versions.py", "reads the prompt: how long it is, also in pieces"),
-    "_orig_mod": ("attach.py", "the module inside of a compiled one"),
-    "_sliding_window_tensor": ("cache.py", "`iter(cache)` yields what DynamicCache yields"),
+    "_orig_mod": ("attach/binding.py", "the module inside of a compiled one"),
+    "_sliding_window_tensor": (
+        "cache/pikv_cache.py",
+        "`iter(cache)` yields what DynamicCache yields",
+    ),
     "_is_mkldnn_bf16_supported": ("weighted_attention.py", "optional: is bf16 fast on this CPU"),
     "_scaled_dot_product_flash_attention_for_cpu": (
         "partial_attention.py",
         "optional: the fused CPU attention that returns its log-sum-exp",
     ),
     # Private to namedtuples, which document it as public.
-    "_asdict": ("profiling/run.py calibrate/progress.py", "named tuples as dicts"),
+    "_asdict": ("fitting/profile.py fitting/resumable.py", "named tuples as dicts"),
 }
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from . import requirements  # first: it refuses versions that are too old
 
 if TYPE_CHECKING:
-    from .cache import PiKVCache
+    from .cache.pikv_cache import PiKVCache
     from .compressors import COMPRESSORS
-    from .guard import LossWarning
-    from .placement import PLACEMENTS
+    from .layer.loss_guard import LossWarning
+    from .placements import PLACEMENTS
     from .routers import ROUTERS
     from .schedulers import SCHEDULERS
 
@@ -26,10 +26,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "PiKVCache": "cache",
+    "PiKVCache": "cache.pikv_cache",
     "COMPRESSORS": "compressors",
-    "LossWarning": "guard",
-    "PLACEMENTS": "placement",
+    "LossWarning": "layer.loss_guard",
+    "PLACEMENTS": "placements",
     "ROUTERS": "routers",
     "SCHEDULERS": "schedulers",
 }

@@ -1,3 +1,3 @@
-from .cli import app
+from .commands.app import app
 
 app(prog_name="pikv")

@@ -1,6 +1,6 @@
 """How a sealed page is stored: one file per method."""
 
-from .base import Compressor, decoded, encoded, flat_tokens
+from .base import Compressor
 from .distill import Distill
 from .fp8 import Fp8
 from .identity import Identity
@@ -47,7 +47,4 @@ __all__ = [
     "Svd",
     "ThinK",
     "TurboQuant",
-    "decoded",
-    "encoded",
-    "flat_tokens",
 ]

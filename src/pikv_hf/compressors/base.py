@@ -1,59 +1,34 @@
 """How a sealed page is stored, and how attention reads it."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from pikv_kernels import partial_attention, weighted_attention
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..storage.codec import PageCodec
 
-class Compressor(ABC):
-    """Encodes pages once, when they are sealed, and decodes them block by block when they are read.
 
-    A compressor is a frozen dataclass: its own configuration, without run state. Nothing here
-    changes its inputs. R rows, H KV heads, S pages of P tokens; Dk and Dv are the key and value
-    dims, either may be 0.
+class Compressor(PageCodec):
+    """A codec that a user can choose: it knows the models it serves, and the bytes it takes.
+
+    A compressor is a frozen dataclass: its own configuration, without run state. A subclass defines
+    `encode`, `decode` and `bytes_per_token`, and whatever else of `PageCodec` it does better.
     """
-
-    #: Tokens of one row and KV head that attention decodes at a time; None = pages are read in place.
-    block_tokens: ClassVar[int | None] = 2048
-
-    #: Whether attention may use `attend_weighted`; else `into_pages` is never asked.
-    gives_weights: ClassVar[bool] = False
-
-    #: How many of a layer's newest tokens `encode_observed` sees the queries of; 0 = none.
-    observed_queries: ClassVar[int] = 0
-
-    #: Whether decoded pages are always the original ones, NaN and infinities included.
-    is_lossless: ClassVar[bool] = False
 
     #: Whether it must be given a file that `pikv calibrate` made for the model.
     needs_calibration: ClassVar[bool] = False
-
-    @property
-    def title(self) -> str:
-        """How messages call it."""
-        return type(self).__name__.lower()
 
     @property
     def is_idempotent(self) -> bool:
         """Whether decoded pages may be encoded again, as eviction does, with little further loss."""
         return True
 
-    @property
-    def is_per_token(self) -> bool:
-        """Whether every token is encoded by itself: all fields are [R, H, S, P, ...].
-
-        Tokens that move to other pages then keep their codes.
-        """
-        return False
-
     def check(self, model: PreTrainedModel) -> None:
-        """Called once, before a cache is made for `model`.
+        """Check `model`, once, before a cache is made for it.
 
         Raises:
             ValueError: it cannot serve this model, for instance as its calibration is of another.
@@ -68,15 +43,8 @@ class Compressor(ABC):
         """
         return self
 
-    def of_head(self, head: int) -> "Compressor":
-        """The compressor of one KV head of its layer, if heads are encoded differently; else itself.
-
-        Pools, whose heads hold different numbers of pages, store each head's apart.
-        """
-        return self
-
     def check_dims(self, key_dim: int, value_dim: int) -> None:
-        """Called before a cache is made, for each layer of which the model tells what it caches.
+        """Check the dims that a layer caches, before a cache is made, where the model tells them.
 
         Raises:
             ValueError: it cannot store keys or values of these dims.
@@ -84,69 +52,11 @@ class Compressor(ABC):
         return
 
     def alternatives(self) -> "tuple[Compressor, ...]":
-        """What to try when this one loses too much: its own options, or a relative. `Int8` is tried
-        besides; a warning names those that lose less."""
+        """Compressors to try when this one loses too much: its own options, or a relative.
+
+        `Int8` is tried besides; a warning names those that lose less.
+        """
         return ()
-
-    def tensors(self) -> Iterator[Tensor]:
-        """What it holds for the layer that it is bound to: a part of the cache's bytes."""
-        return iter(())
-
-    @abstractmethod
-    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Encode `keys` [R, H, S, P, Dk] and `values` [R, H, S, P, Dv] into tensors [R, H, S, ...]."""
-
-    def encode_observed(self, keys: Tensor, values: Tensor, queries: Tensor) -> dict[str, Tensor]:
-        """`encode`, knowing the newest `queries` [R, H, Q, Dk] that the layer has asked.
-
-        Those of all query heads of a KV head stand side by side, scaled: their products with keys
-        are what the softmax of attention is taken of. Zeros stand for padding. Called instead of
-        `encode` if `observed_queries` asks for them.
-        """
-        return self.encode(keys, values)
-
-    @abstractmethod
-    def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The keys [R, H, S, P, Dk] and values [R, H, S, P, Dv] of encoded pages."""
-
-    def decode_keys(self, fields: dict[str, Tensor]) -> Tensor:
-        """Those keys alone. To be overridden where values cost a decoding of their own."""
-        return self.decode(fields)[0]
-
-    def attend(
-        self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Partial attention of `query` [R, H, Q, Dk] over the first `tokens` of pages [R, H, s, ...].
-
-        Returns `[R, H, Q, Dv]` and the log-sum-exp `[R, H, Q]`. Keys without values (Dv = 0) are
-        latents, their own values. To be overridden where the encoding can be read directly.
-        """
-        keys, values = (flat_tokens(pages, tokens) for pages in self.decode(fields))
-        return partial_attention(query, keys, values if values.shape[-1] else keys, None, scale)
-
-    def attend_weighted(
-        self,
-        query: Tensor,
-        fields: dict[str, Tensor],
-        tokens: int,
-        scale: float,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`attend` of a few queries, and the weights [R, H, Q, tokens] in float32, whose sum is 1.
-
-        The queries have gone `into_pages`, and what is returned is not yet `out_of_pages`. `mask` is
-        added to the scores, as in `partial_attention`.
-        """
-        keys, values = (flat_tokens(pages, tokens) for pages in self.decode(fields))
-        return weighted_states(query, keys, values, mask, scale)
-
-    def into_pages(self, query: Tensor, fields: dict[str, Tensor]) -> Tensor:
-        """`query` as it meets the pages `fields`, rotated as they are: once for all of them."""
-        return query
-
-    def out_of_pages(self, out: Tensor) -> Tensor:
-        """What was answered there, as the model has it."""
-        return out
 
     @abstractmethod
     def bytes_per_token(
@@ -154,27 +64,8 @@ class Compressor(ABC):
     ) -> float:
         """Bytes that a token of one KV head takes in a full page, of what is stored once for it, too.
 
-        `element_size` is that of the model's dtype.
+        `element_size` is the size in bytes of a number of the model's dtype.
         """
-
-
-def encoded(
-    compressor: Compressor, keys: Tensor, values: Tensor, queries: Tensor | None
-) -> dict[str, Tensor]:
-    """`encode`, or `encode_observed` if the compressor asks for `queries` and there are any."""
-    if queries is None or not compressor.observed_queries:
-        return compressor.encode(keys, values)
-    return compressor.encode_observed(keys, values, queries)
-
-
-def decoded(
-    compressor: Compressor, fields: dict[str, Tensor], with_values: bool
-) -> dict[str, Tensor]:
-    """`keys` and, if they are asked for, `values` of encoded pages."""
-    if not with_values:
-        return {"keys": compressor.decode_keys(fields)}
-    keys, values = compressor.decode(fields)
-    return {"keys": keys, "values": values}
 
 
 # Bounds the float32 copies that encoding a long prompt makes. On a CPU larger ones leave its caches,
@@ -208,39 +99,6 @@ def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -
             mine = whole[name].narrow(len(lead) - 1, start, pages.shape[-3])
             mine.copy_(part.view(mine.shape))
     return whole
-
-
-def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
-    """[R, H, s, P, D] as [R, H, tokens, D]: a view."""
-    return pages.flatten(2, 3).narrow(2, 0, tokens)
-
-
-def weighted_states(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`weighted_attention`, where keys without values are latents: their own values."""
-    return weighted_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
-
-
-def check_states(compressor: Compressor, keys: Tensor, values: Tensor) -> None:
-    """Refuse keys or values with a NaN or an infinity: few compressors can say what becomes of it."""
-    ends = {  # `aminmax` would copy what is not dense, such as the tokens of a tail
-        name: torch.stack([states.amin(), states.amax()])
-        for name, states in (("key", keys), ("value", values))
-        if states.numel()
-    }
-    if not torch.cat([*ends.values()]).isfinite().all():  # on a GPU the only one to wait for
-        for name, both in ends.items():
-            check_finite(compressor, name, both)
-
-
-def check_finite(compressor: Compressor, name: str, scale: Tensor) -> None:
-    """Refuse what has no code: a NaN or infinity in the `name` makes a `scale` like it."""
-    if not scale.isfinite().all():
-        raise ValueError(
-            f"{compressor.title} cannot store {name}s that are NaN or infinite: look for the module "
-            "that made them, or for a dtype that overflows (float16), with compressor='identity'."
-        )
 
 
 def computed_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
-from .base import Compressor, check_finite, computed_dtype, flat_tokens, narrowed
-from .calibration import check_method, read_factors
+from ..model.artifact import check_method, read_factors
+from ..storage.codec import check_finite, flat_tokens
+from .base import Compressor, computed_dtype, narrowed
 from .moments import Moments
 
 Factors = dict[str, Tensor]

@@ -23,11 +23,8 @@ class MixedCompressor(Compressor):
         """The compressors to choose from."""
 
     @abstractmethod
-    def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
-        """The member of each page, int64 [R, H, S], for `keys` [R, H, S, P, Dk] and `values`.
-
-        `queries` [R, H, Q, Dk] as in `encode_observed`; None before any query was seen.
-        """
+    def assign(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
+        """The member of each page, int64 [R, H, S], as `PageCodec.assign` says."""
 
     @property
     def is_idempotent(self) -> bool:

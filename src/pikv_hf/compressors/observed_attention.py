@@ -11,7 +11,8 @@ import torch
 from pikv_kernels import merge_partial, partial_attention
 from torch import Tensor
 
-from .base import PAGES_AT_A_TIME, Compressor, computed_dtype, encoded
+from ..storage.codec import encoded
+from .base import PAGES_AT_A_TIME, Compressor, computed_dtype
 
 STAND_INS = 32
 

@@ -4,7 +4,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Compressor, encoded
+from ..storage.codec import encoded
+from .base import Compressor
 from .identity import Identity
 from .integer import Int2, Int4, Int8
 from .mixed import MixedCompressor, check_members
@@ -64,7 +65,7 @@ class PiKV(MixedCompressor):
     def alternatives(self) -> tuple[Compressor, ...]:
         return (replace(self, share=min(2 * self.share, 1.0)),)
 
-    def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
+    def assign(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
         queries = asked(keys, queries)
         page = keys[:1, :1, :1], values[:1, :1, :1]
         fields = (encoded(member, *page, queries[:1, :1]) for member in self.candidates)

@@ -45,7 +45,7 @@ class Pyramid(MixedCompressor):
     def members(self) -> tuple[Compressor, ...]:
         return self.tiers
 
-    def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
+    def assign(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
         masses = page_masses(keys, asked(keys, queries))
         flat = masses.flatten(1)
         order = flat.argsort(dim=-1, descending=True, stable=True)

@@ -5,7 +5,8 @@ import torch
 from pikv_kernels import lowrank_attention
 from torch import Tensor
 
-from .base import Compressor, check_finite, computed_dtype, in_portions, narrowed
+from ..storage.codec import check_finite
+from .base import Compressor, computed_dtype, in_portions, narrowed
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import torch
 from pikv_kernels import PACKED_TOGETHER, look_up, pack_indices, partial_attention, word_table
 from torch import Tensor
 
-from .base import Compressor, check_finite, computed_dtype, flat_tokens, in_portions, narrowed
+from ..storage.codec import check_finite, flat_tokens
+from .base import Compressor, computed_dtype, in_portions, narrowed
 
 GRID = 2**16  # cells in which the density of a coordinate is integrated
 LLOYD_STEPS = 300

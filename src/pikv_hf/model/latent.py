@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linear import matrix
+from .output_projection import matrix
 
 
 class LatentQuery:

@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..span import Span
+from ..storage.token_table import TokenTable
 from .base import Router
 
 
@@ -10,5 +10,5 @@ from .base import Router
 class All(Router):
     """Every query reads every page: exact. Pages are labelled, which no page selection uses."""
 
-    def select(self, query: Tensor, meta: Span, pages: int) -> Tensor | None:
+    def select(self, query: Tensor, meta: TokenTable, pages: int) -> Tensor | None:
         return None

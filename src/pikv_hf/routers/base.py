@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from ..span import Span
+from ..storage.token_table import TokenTable
 
 
 class Router(ABC):
@@ -16,7 +16,7 @@ class Router(ABC):
     """
 
     @abstractmethod
-    def select(self, query: Tensor, meta: Span, pages: int) -> Tensor | None:
+    def select(self, query: Tensor, meta: TokenTable, pages: int) -> Tensor | None:
         """Indices [R, H, K] int64 of the pages that `query` [R, H, G, D] reads, out of `pages`.
 
         `meta` is what is known of the tokens of these pages, [R or 1, H or 1, pages * P, ...]:

@@ -3,9 +3,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..selection import best_of_each_head, mask_of_best
 from .base import Scheduler, Tokens
 from .snapkv import SnapKV
+from .top_tokens import best_of_each_head, mask_of_best
 from .wrapper import Wrapper
 
 

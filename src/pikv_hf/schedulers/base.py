@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.rotary import Rotary
-from ..selection import best_places
+from .top_tokens import best_places
 
 
 @dataclass(frozen=True)

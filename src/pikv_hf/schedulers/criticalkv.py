@@ -5,9 +5,9 @@ from pikv_kernels import is_fast_bfloat16
 from torch import Tensor
 
 from ..model.latent import LatentQuery
-from ..selection import best_places, mask_of_best
 from .base import Scheduler, Tokens
 from .snapkv import SnapKV
+from .top_tokens import best_places, mask_of_best
 from .wrapper import Wrapper
 
 # Numbers of one block of projected values, which stays in a CPU's cache.

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compressors.calibration import FileKind, check_model, read_factors, read_metadata
-from ..selection import best_of_each_head
+from ..model.artifact import FileKind, check_model, read_factors, read_metadata
 from .base import Scheduler, Tokens
+from .top_tokens import best_of_each_head
 
 PROFILE = FileKind("profile", "pikv_profile", "pikv profile")
 SCORES = "scores."

@@ -2,10 +2,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..selection import best_of_each_head
 from .attention_mass import attention_mass
 from .base import Scheduler, Tokens
 from .snapkv import SnapKV
+from .top_tokens import best_of_each_head
 from .wrapper import Wrapper
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compressors.calibration import check_method, read_factors, read_metadata
+from ..model.artifact import check_method, read_factors, read_metadata
 from ..model.rotary import Rotary
 from .base import Scheduler, Tokens
 

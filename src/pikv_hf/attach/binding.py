@@ -1,0 +1,210 @@
+"""Binding caches to a model: shadow configs, gate hooks, checks; and taking it all back."""
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..attention.function import NAME
+from ..layer.handoff import hand_over
+from ..model.gates import Choice, block_of, gates_of_layers
+from ..model.masks import check_masks
+from ..model.modules import attention_modules
+from ..model.rotary import Rotary, rotaries
+from ..model.versions import (
+    PREFILL,
+    forward_inputs,
+    warn_if_untested,
+    with_attention_implementation,
+)
+from .changes import Changes, is_changed
+from .forward import RUNNING
+from .generate import CheckedGenerate, as_attachable, attachable_cache, checked_prefill
+
+_BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
+# Held from looking a binding up to counting a cache in, and while one is counted out.
+LOCK = threading.RLock()
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper or a `torch.compile`d module."""
+    inner = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}; it must be a transformers PreTrainedModel, or one "
+            "wrapped by PEFT or torch.compile."
+        )
+    return inner
+
+
+def binding_of(model: PreTrainedModel) -> "Binding":
+    """The binding of `model`, made if it has none; a cache that uses it calls `acquire`, under the
+    same hold of `LOCK`."""
+    return _BINDINGS.get(model) or Binding(model)
+
+
+class Binding:
+    """Everything that is changed on one model while caches are attached to it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = weakref.ref(model)
+        self.attention = attention_modules(model)
+        paged = [module for modules in self.attention.values() for module in modules]
+        decoder: Any = _innermost(model, paged) if paged else model.get_decoder()
+        self.decoder = weakref.ref(decoder)
+        self.gate_of = gates_of_layers(decoder, self.attention)
+        self.users = 0
+        self._has_gate_hooks = False
+        # By the id of the changed module, which keeps them alive.
+        self._changes: weakref.WeakValueDictionary[int, Changes] = weakref.WeakValueDictionary()
+
+    @functools.cached_property
+    def rotaries(self) -> dict[int, Rotary]:
+        """How the keys of each paged layer turn with their position; raises ValueError."""
+        return rotaries(self.decoder(), self.attention)
+
+    def acquire(self, *, labels: bool) -> None:
+        """Count a cache in; the first one attaches, the first that needs labels hooks the gates."""
+        try:
+            if self.users == 0:
+                self._attach()
+            if labels and not self._has_gate_hooks:
+                self._hook_gates()
+        except BaseException:
+            if self.users == 0:
+                self._restore()
+            raise
+        self.users += 1
+
+    def release(self) -> None:
+        with LOCK:
+            self.users -= 1
+            if self.users == 0:
+                self._restore()
+
+    def _restore(self) -> None:
+        for changes in list(self._changes.values()):
+            changes.undo()
+        self._changes.clear()
+        self._has_gate_hooks = False
+        model = self.model()
+        if model is not None:
+            _BINDINGS.pop(model, None)
+
+    def _attach(self) -> None:
+        warn_if_untested()
+        model, decoder = self.model(), self.decoder()
+        assert model is not None and decoder is not None, "a cache is being attached to them"
+        if is_changed(decoder):
+            raise ValueError(
+                f"`model` is a {type(model).__name__} around a {type(decoder).__name__} that has "
+                "caches of another model: call `cache.detach()` on them first."
+            )
+        _BINDINGS[model] = self
+        for modules in self.attention.values():
+            for module in modules:
+                self._of(module).put("config", _shadow(module))
+        changes = self._of(decoder)
+        changes.add(decoder.register_forward_pre_hook(self._before, with_kwargs=True))
+        changes.add(decoder.register_forward_hook(self._after))
+        changes.add(decoder.register_forward_hook(self._leave, always_call=True))
+        if hasattr(model, "generate"):
+            self._of(model).put("generate", CheckedGenerate(model))
+            self._of(model).put(PREFILL, checked_prefill(model))
+
+    def _of(self, module: nn.Module) -> Changes:
+        """The changes of a module."""
+        return self._changes.get(id(module)) or self._changes.setdefault(
+            id(module), Changes(module)
+        )
+
+    def _hook_gates(self) -> None:
+        decoder: Any = self.decoder()
+        for idx, gate in self.gate_of.items():
+            for source in (gate, block_of(gate, decoder)):
+                hook = source.hook(functools.partial(_label, idx))
+                self._of(source.module).add(hook)
+        self._has_gate_hooks = True
+
+    # A compiler passes these three hooks where no cache of ours is used.
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        RUNNING.binding = self
+        if RUNNING.is_in_use or any(
+            as_attachable(value) is not None for value in (*args, *kwargs.values())
+        ):
+            self._begin(module, args, kwargs)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if RUNNING.cache is not None:
+            _end()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a forward pass, a failed one too."""
+        RUNNING.cache = RUNNING.ids = RUNNING.binding = None
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module is not self.decoder():
+            return  # a shallow copy, which shares its hooks
+        RUNNING.cache = None  # of a forward that failed half-way
+        hand_over(None)
+        inputs = forward_inputs(module, args, kwargs)
+        cache = attachable_cache(inputs)
+        if cache is None:
+            given = RUNNING.generating
+            if given is not None and given.binding is self:
+                given.skip_forward()
+            return
+        length = _length(inputs)
+        cache.check_inputs(self.model(), inputs, length)
+        check_masks(module.config)
+        cache.begin_forward(inputs, length)
+        RUNNING.cache, RUNNING.ids = cache, inputs.get("input_ids")
+
+
+@torch.compiler.disable
+def _end() -> None:
+    assert RUNNING.cache is not None, "a forward pass with it has begun"
+    RUNNING.cache.end_forward(RUNNING.ids)
+
+
+def _length(inputs: dict[str, Any]) -> int:
+    """How many tokens a forward pass is given."""
+    embeds = inputs.get("inputs_embeds")
+    ids = embeds if embeds is not None else inputs.get("input_ids")
+    return 0 if ids is None else ids.shape[1]
+
+
+def _label(idx: int, choose: Callable[[], Choice]) -> None:
+    """A gate, or its block, has spoken: hand its choice to the layer, if it still waits for one."""
+    cache = RUNNING.cache
+    if cache is not None and cache.awaits_experts(idx):
+        cache.label(idx, *choose())
+
+
+def _shadow(module: Any) -> PreTrainedConfig:
+    """A config for one attention module that names our function."""
+    original = module.config
+    check_masks(original)
+    shadow: Any = with_attention_implementation(original, NAME)
+    shadow._pikv_original = original
+    return shadow
+
+
+def _innermost(model: PreTrainedModel, parts: list[nn.Module]) -> PreTrainedModel:
+    """The smallest PreTrainedModel inside `model` that contains all `parts`."""
+    best, needed = model, {id(part) for part in parts}
+    for candidate in model.modules():
+        if isinstance(candidate, PreTrainedModel):
+            inside = {id(module) for module in candidate.modules()}
+            if needed <= inside and candidate in set(best.modules()):
+                best = candidate
+    return best

@@ -1,0 +1,80 @@
+"""`generate` of a model that caches are attached to."""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from transformers import EncoderDecoderCache, PreTrainedModel
+
+from ..model.versions import PREFILL, given_cache, unread_argument
+from .contract import AttachableCache
+from .forward import RUNNING
+
+
+class CheckedGenerate:
+    """`model.generate`, which first refuses what would silently ignore or misread the cache.
+
+    A `generate` that somebody put on this very model is called then, not the one of its class.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model)
+        self.own = vars(model).get("generate")
+        self.__wrapped__ = self.own or type(model).generate
+        self.__doc__ = self.__wrapped__.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model()
+        cache = attachable_cache(kwargs)
+        if cache is not None:
+            cache.check_generate(model, args, kwargs)
+        outer, RUNNING.generating = RUNNING.generating, cache
+        try:
+            if self.own is not None:
+                return self.own(*args, **kwargs)
+            if cache is None:
+                return type(model).generate(model, *args, **kwargs)
+            with cache.generating(model, args, kwargs):
+                return type(model).generate(model, *args, **kwargs)
+        finally:
+            RUNNING.generating = outer
+
+
+def checked_prefill(model: PreTrainedModel) -> Callable[..., Any]:
+    """The step of `generate` that reads the prompt, for `model`; it says how long the prompt is.
+
+    `model.generate(cache=PiKVCache(model))` looks `generate` up before the cache attaches.
+    """
+    found, own = weakref.ref(model), vars(model).get(PREFILL)
+
+    def prefill(input_ids: Any, config: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
+        model: Any = found()
+        call = own or functools.partial(getattr(type(model), PREFILL), model)
+        cache = attachable_cache(inputs)
+        if cache is None:
+            return call(input_ids, config, inputs, *args, **kw)
+        with cache.generating(model, (input_ids,), inputs):
+            return call(input_ids, config, inputs, *args, **kw)
+
+    return prefill
+
+
+def attachable_cache(inputs: dict[str, Any]) -> AttachableCache | None:
+    """The cache of ours among the arguments `inputs` of a model or of `generate`.
+
+    Raises:
+        ValueError: it is in an argument that the model does not read.
+    """
+    cache = given_cache(inputs)
+    for name, value in inputs.items():
+        if value is not cache and as_attachable(value) is not None:
+            raise ValueError(unread_argument(name))
+    return as_attachable(cache)
+
+
+def as_attachable(cache: Any) -> AttachableCache | None:
+    """`cache`, or the part of it that a decoder writes to, if it is one that attaches."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    return cache if isinstance(cache, AttachableCache) else None

@@ -1,0 +1,286 @@
+"""The attention function that attached modules call, and attention over a paged layer.
+
+Shapes: B rows, H KV heads, G query heads per KV head, q new tokens, n tail tokens (the new ones
+included), D key dim, Dv value dim.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pikv_kernels import add_sink, merge_partial, partial_attention
+from torch import Tensor, nn
+
+from ..layer.autocast import without_autocast
+from ..layer.handoff import SLOT, take_layer
+from ..layer.paged_layer import PagedLayer
+from ..layer.state import LayerState
+from ..model.latent import LatentQuery
+from ..model.versions import ALL_ATTENTION_FUNCTIONS, attention_implementation
+from ..storage.ragged_pages import RaggedPages
+from ..storage.row_map import PageStore
+from ..storage.uniform_pages import UniformPages
+from .readable import SINKS, unpaged_reason
+from .recording import attend_counting, counted_slabs
+
+NAME = "pikv"
+
+
+def pikv_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers: `query` [B, Hq, q, D] to `[B, q, Hq, Dv]` and None.
+
+    Whatever does not come from a paged layer, and the first tokens of one, which have nothing
+    behind them, go to the model's own implementation. A compiler passes this function with it.
+    """
+    if SLOT.layer is None:
+        return _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return _paged(module, query, key, value, attention_mask, scaling, kwargs)
+
+
+@torch.compiler.disable
+def _paged(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the layer whose `update` ran last."""
+    layer: PagedLayer = take_layer()
+    state = layer.state
+    if state.unpaged_reason is not None:
+        result = _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        _refuse_gradients(result[0])
+        return result
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if state.is_first:
+        state.judge(unpaged_reason(state, query, key, attention_mask, kwargs))
+        result = _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    else:
+        sink = next((kwargs[name] for name in SINKS if kwargs.get(name) is not None), None)
+        result = attend(state, module, query, attention_mask, scale, sink), None
+        _refuse_gradients(result[0])
+    visible = state.step.over_queries(attention_mask)
+    if state.observed.limit and state.unpaged_reason is None:
+        _observe(layer, module, query, visible, scale)
+    layer.finish(visible)
+    return result
+
+
+def _refuse_gradients(out: Tensor) -> None:
+    """Raise in a backward pass through `out`, in which the gradient of what is cached would be missing."""
+    if out.requires_grad:
+        out.register_hook(_raise_of_gradients)
+
+
+def _raise_of_gradients(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "a gradient is asked for that goes through the keys and values of earlier forward passes, but "
+        "a PiKVCache holds them without one: train with the whole text in one forward pass."
+    )
+
+
+def _observe(
+    layer: PagedLayer, module: nn.Module, query: Tensor, mask: Tensor | None, scale: float
+) -> None:
+    """Let the layer keep the newest queries, in the space of what it caches."""
+    state = layer.state
+    newest = query[:, :, -state.observed.limit :]
+    if state.latent_rank is not None:
+        newest = LatentQuery(module, newest, state.latent_rank).absorb(newest)
+    layer.observe(newest.to(state.tail.keys.dtype), mask, scale)
+
+
+def attend(
+    state: LayerState,
+    module: nn.Module,
+    query: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Attention of the newest tokens over all pages and the tail: `[B, q, Hq, Dv]`.
+
+    `query` [B, Hq, q, D]; `mask` as the model made it, its last columns being the tail's;
+    `sink` [Hq], logits of a key without a value.
+    """
+    dtype, latent = query.dtype, None
+    if state.latent_rank is not None:
+        latent = LatentQuery(module, query, state.latent_rank)
+        query = latent.absorb(query)
+    out = _attend(state, query.to(state.tail.keys.dtype), mask, scale, sink).to(dtype)
+    if latent is not None:
+        out = latent.expand(out)
+    return out.transpose(1, 2).contiguous()  # as models expect that reshape it in place
+
+
+@without_autocast
+def _attend(
+    state: LayerState, query: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None
+) -> Tensor:
+    """`attend` of `query` [B, Hq, q, D] as it meets what is cached: `[B, Hq, q, Dv]`."""
+    batch, heads, length, _ = query.shape
+    # The queries of one KV head stand side by side, so that a key is read once for all of them.
+    packed = query.reshape(batch, state.tail.keys.shape[1], -1, query.shape[3])
+    state.neighbours.read_ahead(state.facts.paged_index + 1)
+    slabs = counted_slabs(state, length)
+    if slabs is None:
+        state.observed.forget_counted()
+        out, lse = _attend_all(state, packed, length, mask, scale)
+    else:
+        additive = None if mask is None else _tail_mask(state, packed, mask, length)
+        out, lse = attend_counting(state, slabs, packed, additive, scale)
+    out = out.reshape(batch, heads, length, -1)
+    if sink is not None:
+        out = add_sink(out, lse.reshape(batch, heads, length), sink.view(1, -1, 1))
+    return out
+
+
+def _attend_all(
+    state: LayerState, query: Tensor, length: int, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The result of `query` [B, H, G * q, D] over the tail and all that the router lets it read."""
+    out, lse = _attend_tail(state, query, length, mask, scale)
+    for slab in state.pages.slabs:
+        for more_out, more_lse in _attend_slab(state, slab, query, scale):
+            out, lse = merge_partial(out, lse, more_out, more_lse)
+    return out, lse
+
+
+def _attend_slab(
+    state: LayerState, slab: UniformPages | RaggedPages, query: Tensor, scale: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Partial results [B, H, R, Dv] over pages, which all queries see, since they lie in the past."""
+    batch = query.shape[0]
+    # Pools are read whole: a router that selects pages is refused where there are any.
+    selected = _selected_pages(state, slab, query) if isinstance(slab, UniformPages) else None
+    if selected is not None and isinstance(slab, UniformPages):
+        mine = query.index_select(0, slab.index("readers", query.device))
+        for fields, tokens in slab.selected_blocks(selected):
+            yield _spread(*slab.codec.attend(mine, fields, tokens, scale), slab, batch)
+    elif slab.is_read_by_all(batch) and slab.is_in_order():
+        yield from slab.attend(query, scale)
+    else:
+        # Rows that share a stored row (beams, forks) ask together: it is read once, in place.
+        asked = query.index_select(0, slab.index("asked", query.device))
+        asked = asked.unflatten(0, (slab.rows, -1)).transpose(1, 2)
+        for both in slab.attend(asked.flatten(2, 3), scale):
+            each = (t.unflatten(2, asked.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)
+            mine = (t.index_select(0, slab.index("places", t.device)) for t in each)
+            yield _spread(*mine, slab, batch)
+
+
+def _selected_pages(state: LayerState, slab: UniformPages, query: Tensor) -> Tensor | None:
+    """Which pages of a slab the router lets `query` [B, H, R, D] read; None = all."""
+    router = state.settings.router
+    if router is None or slab.length % slab.page_size:
+        return None
+    meta = slab.meta.narrow(0, slab.length)
+    if not slab.is_in_order():
+        meta = meta.rows(slab.index("stored", query.device))
+    if not slab.is_read_by_all(query.shape[0]):
+        query = query.index_select(0, slab.index("readers", query.device))
+    return router.select(query, meta, slab.pages)
+
+
+def _attend_tail(
+    state: LayerState, query: Tensor, length: int, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The partial result of `query` [B, H, G * q, D] over the tail, causal among the new tokens."""
+    keys, values = state.tail.view()
+    if length == 1:
+        additive = None if mask is None else _tail_mask(state, query, mask, length)
+        return _partial(query, keys, values, additive, scale)
+    # One attention head per query head, all of a group on the same keys: a mask of q x n serves.
+    heads = query.shape[1]
+    additive = _tail_mask(state, query, mask, length)
+    assert additive is not None, "several new tokens are causal among themselves"
+    if additive.shape[0] > 1:
+        additive = additive.expand(-1, heads, -1, -1).flatten(0, 1)[:, None]
+    apart = query.unflatten(2, (-1, length)).flatten(0, 1)
+    keys, values = (_one_per_query_head(t, apart.shape[1]) for t in (keys, values))
+    out, lse = _partial(apart, keys, values, additive, scale)
+    return out.reshape(*query.shape[:3], -1), lse.reshape(query.shape[:3])
+
+
+def _tail_mask(state: LayerState, query: Tensor, mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask of the tail's columns, computed once for all layers of a forward pass."""
+    tokens = state.tail.length
+    key = (mask, length, tokens, query.dtype, query.device)
+    return state.step.remember("mask", key, lambda: _additive(mask, length, tokens, query))
+
+
+def _partial(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`partial_attention`, where keys without values are latents: their own values."""
+    if values.shape[-1] == 0:
+        values = keys
+    return partial_attention(query, keys, values, mask, scale)
+
+
+def _one_per_query_head(states: Tensor, groups: int) -> Tensor:
+    """[B, H, n, D] as [B * H, G, n, D], the G heads on the same memory."""
+    return states.flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
+
+
+def _spread(out: Tensor, lse: Tensor, slab: PageStore, batch: int) -> tuple[Tensor, Tensor]:
+    """Results of the slab's readers as results of all batch rows: the others saw no key."""
+    if slab.is_read_by_all(batch):
+        return out, lse
+    readers = slab.index("readers", out.device)
+    all_out = out.new_zeros(batch, *out.shape[1:])
+    all_lse = lse.new_full((batch, *lse.shape[1:]), -torch.inf)
+    return all_out.index_copy_(0, readers, out), all_lse.index_copy_(0, readers, lse)
+
+
+def _additive(mask: Tensor | None, length: int, tokens: int, query: Tensor) -> Tensor | None:
+    """The model's mask for the tail's columns as [B or 1, 1, q, n] to add; None = all visible.
+
+    Masked is the dtype's minimum, not -inf: a row that sees nothing gets weight 0, not NaN.
+    """
+    least = torch.finfo(query.dtype).min
+    if mask is None or mask.dim() == 2:
+        if length == 1 and mask is None:
+            return None
+        new = torch.arange(length, device=query.device)
+        visible = torch.arange(tokens, device=query.device) <= new[:, None] + tokens - length
+        visible = visible[None, None]
+        if mask is not None:
+            visible = visible & mask[:, None, None, -tokens:].bool()
+    else:
+        visible = mask[..., -tokens:]
+        if visible.is_floating_point():
+            return visible.to(query.dtype).clamp_min(least)
+    zeros = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
+    return zeros.masked_fill_(~visible, least)
+
+
+def _original(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """What the module would have called without us, with these arguments."""
+    shadow = module.config
+    config = getattr(shadow, "_pikv_original", shadow)
+    name = attention_implementation(config)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    if name in ("eager", "sdpa"):
+        return function(module, *args, **kwargs)
+    try:  # flash attention reads its own name from the module's config
+        module.config = config
+        return function(module, *args, **kwargs)
+    finally:
+        module.config = shadow
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, pikv_attention)

@@ -1,0 +1,81 @@
+"""Records to which a decode step adds, as attention has the weights of its token at hand.
+
+Shapes: B rows, H KV heads, G query heads of each, T tokens held, D key dim, c numbers of a record.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from pikv_kernels import merge_partial
+from torch import Tensor
+
+from ..layer.records import tail_record
+from ..layer.state import LayerState
+from ..storage.codec import weighted_states
+from ..storage.row_map import Partial
+from ..storage.uniform_pages import UniformPages
+
+Slabs = list[UniformPages]
+
+
+def counted_slabs(state: LayerState, length: int) -> Slabs | None:
+    """The slabs of a layer of which attention of `length` new tokens can add to the records.
+
+    None if it cannot: then the queries are kept, and asked again when tokens are sealed.
+    """
+    observed, slabs = state.observed, state.pages.slabs
+    if not observed.width or length > 1 or state.settings.router is not None:
+        return None
+    if not state.pages.codec.gives_weights:
+        return None
+    if observed.counted is None and observed.has_pending:
+        return None  # some would be left out
+    batch = state.tail.batch
+    mine = [
+        slab
+        for slab in slabs
+        if isinstance(slab, UniformPages) and slab.is_read_by_all(batch) and slab.is_in_order()
+    ]
+    return mine if slabs and len(mine) == len(slabs) else None
+
+
+def attend_counting(
+    state: LayerState, slabs: Slabs, query: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of `query` [B, H, G, D] of one token over `slabs`, which are all, and the tail.
+
+    `mask` is what is added to the scores of the tail. Returns `[B, H, G, Dv]` and the log-sum-exp.
+    """
+    scheduler, observed = state.settings.scheduler, state.observed
+    assert scheduler is not None, "records are those of a scheduler"
+    compressor = state.pages.codec
+    asked = compressor.into_pages(query, slabs[0].fields)
+    blocks = (block for slab in slabs for block in slab.blocks())
+    results = [compressor.attend_weighted(asked, *block, scale) for block in blocks]
+    out, lse = functools.reduce(_merged, ((out, lse) for out, lse, _ in results))
+    results.append(weighted_states(query, *state.tail.view(), mask, scale))
+    out, lse = merge_partial(*results[-1][:2], compressor.out_of_pages(out), lse)
+    # Records are statistics: nothing of them reaches a gradient.
+    shares = [
+        weights.detach() * (part - lse).detach().exp()[..., None] for _, part, weights in results
+    ]
+    weights = torch.cat(shares, dim=-1).float()[:, :, :, None]
+    asked_at = torch.arange(state.num_seen - 1, state.num_seen, device=query.device)
+    observed.count(scheduler.recorded(_records(state, slabs), weights, asked_at))
+    return out, lse
+
+
+def _merged(one: Partial, other: Partial) -> Partial:
+    return merge_partial(*one, *other)
+
+
+def _records(state: LayerState, slabs: Slabs) -> Tensor:
+    """Those of all tokens [B, H, T, c], the newest one included, as the token before has left them."""
+    held = state.observed.counted
+    if held is not None:
+        return F.pad(held, (0, 0, 0, 1))
+    opened = tail_record(state)
+    sealed = [slab.meta["record"][:, :, : slab.length] for slab in slabs]
+    lead = opened.shape[:2]
+    return torch.cat([*(t.expand(*lead, *t.shape[2:]) for t in sealed), opened], dim=2)

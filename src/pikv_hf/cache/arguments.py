@@ -1,0 +1,129 @@
+"""From a user's arguments to the settings of a cache; what is wrong with them is said here."""
+
+from dataclasses import replace
+from typing import Any
+
+from ..compressors import COMPRESSORS, Compressor, Identity, MixedCompressor
+from ..layer.budget import ACCEPTED, Budget, make_budget
+from ..layer.settings import Settings
+from ..placements import PLACEMENTS, Local, Placement
+from ..routers import ROUTERS, All, Router
+from ..schedulers import SCHEDULERS, Scheduler
+from ..validation import check_count, resolve
+
+DEFAULT_WINDOW = 128
+LOSSLESS_WINDOW = 512
+
+
+def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
+    """`given` as a budget, if `scheduler` can keep to it; None = the scheduler's own."""
+    if given is None:
+        if scheduler is not None and scheduler.budget(0) is None:
+            raise ValueError(f"`scheduler` is {scheduler}, which needs a `budget`: {ACCEPTED}.")
+        return None
+    if scheduler is None:
+        raise ValueError(f"`budget` is {given!r}, but there is no `scheduler` to keep to it.")
+    if scheduler.has_lengths:
+        raise ValueError(
+            f"`budget` is {given!r}, but the heads of {scheduler} have lengths of their own: leave it "
+            "out."
+        )
+    budget = make_budget(given)
+    if budget.is_in_bytes and scheduler.exceeds_budget:
+        raise ValueError(
+            f"`budget` is {given!r}, but {scheduler} keeps some layers whole, whatever they take: "
+            "give a number of tokens or a share of them."
+        )
+    return budget
+
+
+def default_window(window: int | None, count: int | None, saves_memory: bool, least: int) -> int:
+    """The newest tokens that stay open; they must fit into a budget of `count` tokens, beside the
+    `least` that are sinks.
+
+    Where pages save no memory, a longer tail is read in one piece and sealed less often.
+    """
+    if window is None:
+        default = DEFAULT_WINDOW if saves_memory else LOSSLESS_WINDOW
+        return default if count is None else min(default, max(min(count // 2, count - least), 1))
+    check_count("window", window)
+    if count is not None and window >= count:
+        raise ValueError(
+            f"`window` is {window}, which leaves nothing of a budget of {count} tokens; it must be "
+            "smaller."
+        )
+    return window
+
+
+def make_settings(
+    *,
+    scheduler: str | Scheduler | None,
+    budget: Any,
+    sinks: int,
+    interval: int | None,
+    hold_prompt: bool,
+    compressor: str | Compressor | None,
+    router: str | Router | None,
+    placement: str | Placement | None,
+    page_size: int,
+    window: int | None,
+    probe: bool,
+) -> Settings:
+    """The arguments of `PiKVCache`, checked and with names resolved."""
+    scheduler = resolve("scheduler", scheduler, SCHEDULERS, Scheduler)
+    compressor = resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity()
+    router = resolve("router", router, ROUTERS, Router)
+    amounts = check_budget(budget, scheduler)
+    if not isinstance(sinks, int) or isinstance(sinks, bool) or sinks < 0:
+        raise ValueError(f"`sinks` is {sinks!r}; it must be a whole number, 0 or more.")
+    for name, value in (("probe", probe), ("hold_prompt", hold_prompt)):
+        if not isinstance(value, bool):
+            raise TypeError(f"`{name}` is {value!r}; it must be True or False.")
+    if interval is not None:
+        check_count("interval", interval)
+    _check_together(scheduler, compressor, router)
+    count = None if amounts is None else amounts.least_count
+    if scheduler is not None and budget is None:
+        count = scheduler.budget(0)
+    settings = Settings(
+        compressor=compressor,
+        scheduler=scheduler,
+        router=router,
+        placement=resolve("placement", placement, PLACEMENTS, Placement) or Local(),
+        page_size=check_count("page_size", page_size),
+        window=0,
+        has_given_window=window is not None,
+        budget=amounts,
+        sinks=sinks,
+        interval=interval,
+        holds_prompts=hold_prompt,
+        probe=probe,
+    )
+    window = default_window(window, count, settings.saves_memory, settings.num_sinks)
+    settings = replace(settings, window=window)
+    if count is not None and settings.num_sinks + settings.window > count:
+        given = f"`sinks` is {sinks}, which"
+        if settings.num_sinks > sinks:
+            given = f"`scheduler` is {scheduler}, whose number of sinks, {settings.num_sinks},"
+        raise ValueError(
+            f"{given} with a window of {settings.window} tokens exceeds a budget of {count} tokens; it "
+            "must be smaller."
+        )
+    return settings
+
+
+def _check_together(scheduler: Scheduler | None, compressor: Compressor, router: Any) -> None:
+    """Refuse methods that cannot serve one cache."""
+    if scheduler is not None and not (compressor.is_per_token or compressor.is_idempotent):
+        raise ValueError(
+            f"`compressor` is {compressor}, whose pages cannot be encoded again when {scheduler} "
+            "moves tokens: use another compressor, or no scheduler."
+        )
+    is_ragged = scheduler is not None and scheduler.is_ragged
+    selects = router is not None and not isinstance(router, All)
+    if selects and (is_ragged or isinstance(compressor, MixedCompressor)):
+        raise ValueError(
+            f"`router` is {router}, which selects pages, but those of "
+            f"{scheduler if is_ragged else compressor} are all read: use router='all', or another "
+            f"{'scheduler' if is_ragged else 'compressor'}."
+        )

@@ -1,0 +1,241 @@
+"""A cache that is bound to the model that uses it."""
+
+import copy
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from typing_extensions import Self
+
+from ..attach.binding import LOCK, Binding, binding_of, unwrap
+from ..attach.forward import RUNNING
+from ..layer.paged_layer import PagedLayer
+from ..layer.state import LayerFacts
+from ..model.head_dims import head_dims
+from ..model.modules import unpaged_reasons
+from ..model.own_cache import model_cache_class, with_native
+from ..model.rotary import check_axes
+from ..model.versions import is_tested, unsupported
+from .checks import check_forward, check_generate
+from .other_layers import release_prompt
+from .paged_cache import PagedCache
+from .passes import begin_forward, compress, end_forward, prompt_length
+from .repetition import check_held
+from .suitability import check_fit, unlabelled, warn_if_idle, warn_of_another_cache
+
+
+def _checked(name: str) -> Callable[..., Any]:
+    """The method `name` of transformers' Cache, for the model that the cache is attached to."""
+
+    def method(self: "AttachedCache", *args: Any, **kwargs: Any) -> Any:
+        self._check_use()
+        self.step.note_written()
+        return getattr(super(AttachedCache, self), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+class AttachedCache(PagedCache):
+    """What makes a cache a part of its model: attaching, being written to, being copied.
+
+    A subclass calls `make_parts` and then `attach`, or `fill` for a cache without a model.
+    """
+
+    binding: Binding | None = None
+    _finalizer: Any = None
+    _num_skipped, _has_warned = 0, False
+    plain_class: "type[AttachedCache] | None" = None
+
+    def __new__(cls, model: Any = None, **kwargs: Any) -> Self:
+        native = None if model is None else model_cache_class(unwrap(model))
+        new: Any = object.__new__(with_native(cls, native))
+        return new
+
+    # ---- attaching ------------------------------------------------------------------------------
+
+    def attach(self, model: Any) -> Self:
+        """Attach to `model`: a cache that was detached, loaded, or not yet attached. Returns self.
+
+        A cache that holds tokens must be attached to the model, or a copy of the model, that made
+        them.
+        """
+        if self.binding is not None:
+            raise RuntimeError("this PiKVCache is attached already: call `cache.detach()` first.")
+        model = unwrap(model)
+        with LOCK:
+            binding = binding_of(model)
+            check_fit(self, model, binding)
+            if not hasattr(self, "layers"):
+                self.fill(model.config, binding)
+            rotaries = binding.rotaries if self.settings.needs_rotary else {}
+            binding.acquire(labels=self.settings.needs_labels)
+        self.binding = binding
+        for state in self.states:
+            state.bind(binding.attention[state.layer_idx][0], rotaries.get(state.layer_idx))
+        self._finalizer = weakref.finalize(self, binding.release)
+        warn_if_idle(self)
+        return self
+
+    def detach(self) -> None:
+        """Let go of the model, which is as it was before once its last cache has done so."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self.binding, self._finalizer = None, None
+        for state in self.states:
+            state.bind(None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def fill(self, config: Any, binding: Binding | None = None) -> None:
+        """Make the layers: transformers' own, with every plain full-attention layer paged."""
+        self.config = config
+        layers: list[Any] = DynamicCache(config=config).layers
+        attention = {} if binding is None else binding.attention
+        self.unpaged_from_start = {} if binding is None else unpaged_reasons(config, attention)
+        for number, (idx, modules) in enumerate(sorted(attention.items())):
+            assert binding is not None, "it knows the attention modules"
+            is_latent = hasattr(modules[0], "kv_b_proj")
+            facts = LayerFacts(
+                layer_idx=idx,
+                paged_index=number,
+                num_paged=len(attention),
+                has_gate=idx in binding.gate_of,
+                latent_rank=getattr(modules[0], "kv_lora_rank", None) if is_latent else None,
+            )
+            layers[idx] = layer = self.paged_layer(facts)
+            if (dims := head_dims(modules[0])) is not None:
+                layer.state.compressor.check_dims(*dims)
+        self.start(layers)
+
+    # ---- being written to -----------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the new states of one layer; returns what its attention function expects."""
+        self._check_use()
+        layer = self.layer_at(layer_idx)
+        if isinstance(layer, PagedLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        self.step.note_written()
+        states = layer.update(key_states, value_states, *args, **kwargs)
+        release_prompt(layer)
+        return states
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether a layer holds a state, which models before 5.23 then write to in place."""
+        if layer_idx is not None:
+            self._check_use()
+            self.step.note_written()
+        return super().has_previous_state(layer_idx, *args, **kwargs)
+
+    get_conv_state = _checked("get_conv_state")  # whose result a model may write to
+    get_recurrent_state = _checked("get_recurrent_state")
+    update_conv_state = _checked("update_conv_state")
+    update_recurrent_state = _checked("update_recurrent_state")
+    update_indexer = _checked("update_indexer")
+
+    def _check_use(self) -> None:
+        """Refuse, before anything is written, a model that this cache is not attached to."""
+        if not self.elsewhere.paged:
+            return
+        if self.binding is None:
+            raise RuntimeError(
+                "this PiKVCache is not attached to a model: call `cache.attach(model)` first."
+            )
+        if RUNNING.cache is not self:
+            if not is_tested() or RUNNING.binding is self.binding:
+                raise RuntimeError(
+                    f"{unsupported()}: no argument of the model's forward pass is this PiKVCache."
+                )
+            raise ValueError(
+                "this PiKVCache was given to a model that it is not attached to: make one for "
+                "this model with `PiKVCache(model)`."
+            )
+
+    # ---- what a binding tells -------------------------------------------------------------------
+
+    def check_generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_generate(self, model, args, kwargs)
+
+    def generating(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        return self.reading.prompt(prompt_length(self, model, args, kwargs))
+
+    def check_inputs(self, model: Any, inputs: dict[str, Any], length: int) -> None:
+        check_forward(self, model, inputs)
+        if self.settings.needs_rotary:
+            check_axes(inputs.get("position_ids"))
+        check_held(self, inputs, length)
+
+    def begin_forward(self, inputs: dict[str, Any], length: int) -> None:
+        self._num_skipped, self.note = 0, None
+        begin_forward(self, length, inputs.get("attention_mask"))
+
+    def awaits_experts(self, layer_idx: int) -> bool:
+        layer = self.layers[layer_idx]
+        return isinstance(layer, PagedLayer) and layer.state.awaits == "experts"
+
+    def label(self, layer_idx: int, experts: Tensor, weights: Tensor) -> None:
+        layer = self.layers[layer_idx]
+        tail = layer.state.tail
+        shape = (tail.batch, tail.unlabelled, experts.shape[-1])
+        if len(experts) != shape[0] * shape[1]:
+            raise RuntimeError(unlabelled(self, layer_idx, len(experts), shape[0] * shape[1]))
+        layer.label(experts.view(shape), weights.detach().view(shape))
+
+    def end_forward(self, ids: Tensor | None) -> None:
+        end_forward(self, ids)
+        if self.elsewhere.num_unpaged and not self._has_warned:
+            self._has_warned = True
+            warn_if_idle(self)
+
+    def skip_forward(self) -> None:
+        """A forward pass of `generate` goes without this cache, which was passed to it.
+
+        Guidance runs one of another prompt after each of ours; two are a cache that is given up.
+        """
+        self._num_skipped += 1
+        if self._num_skipped == 2:
+            self.note = warn_of_another_cache(self)
+
+    def compress(self) -> None:
+        """Seal, and evict what is over the budget, now: the end of a document, or of `holding()`."""
+        compress(self)
+
+    # ---- copies ---------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self), binding=None, _finalizer=None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A loaded cache holds its tokens and waits for `attach`."""
+        vars(self).update(state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        plain = self.plain_class or type(self)
+        return _unattached, (plain, self.native_class), self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if self.model is not None:
+            new.attach(self.model)
+        return new
+
+
+def _unattached(plain: type[AttachedCache], native: type[DynamicCache] | None) -> AttachedCache:
+    new: Any = object.__new__(with_native(plain, native))
+    return new

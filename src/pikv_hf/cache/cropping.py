@@ -1,0 +1,89 @@
+"""Taking the newest tokens back: from all layers of a cache, or from none."""
+
+import copy
+from typing import Any
+
+from ..layer.checks import check_crop
+from ..layer.paged_layer import PagedLayer
+from ..layer.step import Change
+from .checks import half_done
+from .other_layers import can_be_undone, holds_nothing, release_cropped
+from .paged_cache import PagedCache
+
+
+def crop(cache: PagedCache, tokens_to_remove: int) -> None:
+    """Remove the newest `-tokens_to_remove` tokens, also those of a forward pass that has failed.
+
+    Raises:
+        ValueError, RuntimeError: a layer cannot; nothing is removed.
+    """
+    failed = cache.step.change
+    amounts: list[int | None] | None
+    if failed is not None and failed.is_half_done:
+        amounts = _without(cache, failed, tokens_to_remove)
+        if amounts is None:
+            return cache.reset()
+    else:
+        amounts = [tokens_to_remove] * len(cache.layers)
+        if cache.native_class is not None:  # refuses in its own words
+            cache.native_class.crop(cache, tokens_to_remove)
+    parts = [(x, n) for x, n in zip(cache.layers, amounts, strict=True) if n is not None]
+    # What a paged layer says is about the argument.
+    for layer, amount in sorted(parts, key=lambda part: not isinstance(part[0], PagedLayer)):
+        _try(layer, amount)
+    for layer, amount in parts:
+        layer.crop(amount)
+        if not isinstance(layer, PagedLayer):
+            release_cropped(layer)
+    length = cache.get_seq_length()
+    cache.log.crop(length)
+    cache.padding.crop(length)
+    with cache.step.sealing(length):
+        for layer in cache.layers:  # once all layers hold what they will
+            if isinstance(layer, PagedLayer):
+                layer.seal_verified()
+    cache.step.forget()
+
+
+def _try(layer: Any, amount: int) -> None:
+    """Raise what `layer.crop(amount)` would raise, while no layer has been cropped yet."""
+    if isinstance(layer, PagedLayer):
+        return check_crop(layer.state, amount)
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict | list):
+            setattr(twin, name, copy.copy(value))
+    twin.crop(amount)
+
+
+def _without(cache: PagedCache, failed: Change, tokens_to_remove: int) -> list[int | None] | None:
+    """How many tokens each layer is cropped by if those of a `failed` pass are among them.
+
+    None for a layer that has none of them; None for all if nothing is left.
+
+    Raises:
+        ValueError: fewer tokens than the pass had.
+        RuntimeError: it has changed what cannot be changed back.
+    """
+    if tokens_to_remove > -failed.length:
+        raise ValueError(
+            f"`tokens_to_remove` is {tokens_to_remove}, but the last forward pass has failed and its "
+            f"{failed.length} tokens must go: it must be {-failed.length} or less."
+        )
+    left = failed.seen + failed.length + tokens_to_remove
+    if left == 0:
+        return None
+    others = [layer for layer in cache.layers if not isinstance(layer, PagedLayer)]
+    can_be = cache.native_class is None and all(map(can_be_undone, others))
+    if left < 0 or failed.has_sealed or not can_be:
+        raise RuntimeError(half_done(failed, can_be_cropped=False))
+    return [min(left - _length(layer, failed), 0) or None for layer in cache.layers]
+
+
+def _length(layer: Any, failed: Change) -> int:
+    """Tokens that a layer holds, once those are dropped that no attention has read."""
+    if not isinstance(layer, PagedLayer):
+        return 0 if holds_nothing(layer) else layer.get_seq_length()
+    if layer.is_initialized:
+        layer.state.drop_unread(failed.seen)
+    return layer.state.num_seen

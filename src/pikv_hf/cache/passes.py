@@ -1,0 +1,78 @@
+"""What is done to a whole cache: a forward pass of its decoder, and sealing by itself."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..layer.step import Change
+from ..model.versions import full_attention_mask, is_tested, unsupported
+from .checks import check_whole, given_ids
+from .paged_cache import PagedCache
+from .repetition import repeat
+from .suitability import unheard
+
+
+def begin_forward(cache: PagedCache, length: int, mask: Any) -> None:
+    """A forward pass of `length` tokens begins; a generated one ends a prompt that was held back.
+
+    `mask` as the decoder is given it.
+    """
+    seen = cache.get_seq_length()
+    cache.step.forget()  # of a forward pass that failed, or of a `crop`
+    if cache.settings.holds_prompts and not (cache.reading.is_block or cache.is_drafting):
+        if cache.reading.is_prompt(seen, length):
+            cache.reading.hold()
+        elif cache.reading.is_held:
+            compress(cache)
+    cache.step.begin(Change(seen, length), full_attention_mask(mask))
+
+
+def end_forward(cache: PagedCache, ids: Tensor | None) -> None:
+    """A forward pass of the token `ids` has ended: was every attention and gate heard?"""
+    cache.step.release()
+    for state in cache.states:
+        if state.awaits is not None:
+            if not is_tested():
+                raise RuntimeError(
+                    f"{unsupported()}: layer {state.layer_idx} was not heard in a forward pass."
+                )
+            raise RuntimeError(unheard(cache, state.layer_idx, state.awaits))
+    change = cache.step.change
+    if change is None or change.has_written:
+        cache.log.append(ids)
+    elif cache.model is not None and cache.model.training:
+        raise RuntimeError(
+            "the model has cached nothing: in training mode with gradient checkpointing its layers are "
+            "given no cache; call `model.eval()`, or pass none."
+        )
+    cache.step.end()
+
+
+def compress(cache: PagedCache) -> None:
+    """Seal, and evict what is over the budget, now."""
+    check_whole(cache)
+    if cache.reading.is_held:
+        repeat(cache)
+    cache.reading.release()
+    with cache.step.sealing(cache.get_seq_length()):
+        for layer in cache.paged_layers:
+            layer.compress()
+    cache.step.release()
+
+
+def prompt_length(
+    cache: PagedCache, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> int | None:
+    """Tokens of the text, cached ones included, before `generate` makes its first; None = unknown."""
+    if kwargs.get("custom_generate") is not None or model.config.is_encoder_decoder:
+        return None
+    ids, mask = given_ids(args, kwargs), kwargs.get("attention_mask")
+    embeds = kwargs.get("inputs_embeds")
+    if isinstance(embeds, Tensor):  # always of the whole text
+        length = embeds.shape[1]
+    elif isinstance(ids, Tensor) and ids.dim() == 2:  # of the whole text, or the mask is
+        length = max(ids.shape[1], mask.shape[1] if isinstance(mask, Tensor) else 0)
+    else:
+        return None
+    return length if length > cache.get_seq_length() else None

@@ -1,0 +1,279 @@
+"""PiKVCache: the object that a user passes as `cache`."""
+
+import contextlib
+import copy
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from typing_extensions import Self
+
+from ..compressors import Compressor, Identity
+from ..layer.paged_layer import PagedLayer
+from ..placements import Placement
+from ..routers import Router
+from ..schedulers import Scheduler
+from ..validation import check_count
+from .arguments import make_settings
+from .attachment import AttachedCache
+from .checks import check_whole
+from .cropping import crop
+from .report import Report, cache_bytes
+
+
+class PiKVCache(AttachedCache):
+    """A paged KV cache for Mixture-of-Experts models; pass it to the unchanged model.
+
+    ```python
+    cache = PiKVCache(model)
+    model.generate(**inputs, cache=cache)
+    print(cache.report())
+    ```
+
+    By default everything is kept, uncompressed, and read: lossless. Full-attention layers (also
+    latent ones) are paged; every other layer keeps transformers' own cache layer.
+
+    Args:
+        model: the model that will use the cache; it is attached, and restored by `detach()`, at the
+            end of a `with` block, or when the last cache of it is collected. A model wrapped by
+            PEFT or torch.compile is accepted.
+        config: instead of a model, its config: an unattached cache, lossless and without methods.
+        scheduler: which tokens stay: a name of `SCHEDULERS`, a `Scheduler`, or None for all.
+        budget: what the scheduler keeps: a number of tokens of each row and KV head (int), a share
+            of the tokens that the row has seen (float in (0, 1]), or bytes of the whole cache
+            ("2GiB": paged layers share what the others leave); None = the scheduler's own. A dict
+            gives `prefill` and `decode` budgets apart: without the first a prompt is kept whole;
+            without the second what is generated adds to what was kept of the prompt.
+        sinks: first tokens of each row that the scheduler never drops.
+        interval: tokens generated from one eviction to the next: each drops so many that the next
+            ones fit into the budget, at most half of it. Larger is faster, and holds less. None = a
+            sixteenth of the budget; 1 = whenever a page is sealed. In whole pages.
+        hold_prompt: nothing of a prompt is dropped (or compressed) before its first generated token,
+            so that one which is read in several pieces ends as one that is read at once; until then
+            it is held whole. Without it, every piece is evicted from as it comes. In a loop of your
+            own, a pass of one token counts as a generated one, except within `holding()`.
+        compressor: how sealed pages are stored: a name of `COMPRESSORS`, a `Compressor`, or None
+            for the model's dtype.
+        router: which pages a query reads: a name of `ROUTERS`, a `Router`, or None for all. With a
+            router, pages carry the experts that the model chose for their tokens.
+        placement: where pages live: a name of `PLACEMENTS` or a `Placement`.
+        page_size: tokens of a page.
+        window: newest tokens that are not sealed (nor compressed or dropped); None = 128, at most
+            half of a budget given in tokens or as a share, and 512 where nothing is compressed or
+            dropped. Where a budget is a share, it is smaller while that comes to no more.
+        probe: measure, whenever pages are sealed, what that does to the output of attention, for
+            `report()`. It costs as much as sealing twice, and attention of 16 queries.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the model is left as it was.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        config: PreTrainedConfig | None = None,
+        scheduler: str | Scheduler | None = None,
+        budget: int | float | str | Mapping[str, int | float | str] | None = None,
+        sinks: int = 0,
+        interval: int | None = None,
+        hold_prompt: bool = False,
+        compressor: str | Compressor | None = None,
+        router: str | Router | None = None,
+        placement: str | Placement | None = None,
+        page_size: int = 64,
+        window: int | None = None,
+        probe: bool = False,
+    ) -> None:
+        if (model is None) == (config is None):
+            given = "neither" if model is None else "both"
+            raise ValueError(
+                f"`model` or `config` must be given: exactly one of them, not {given}."
+            )
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"`config` is a {type(config).__name__}; it must be the PreTrainedConfig of a model."
+            )
+        needing = {
+            "scheduler": scheduler,
+            "budget": budget,
+            "sinks": sinks or None,
+            "hold_prompt": hold_prompt or None,
+            "compressor": compressor,
+            "router": router,
+            "placement": placement,
+            "probe": probe or None,
+        }
+        asked = [name for name, value in needing.items() if value is not None]
+        if config is not None and asked:
+            raise ValueError(
+                f"`{asked[0]}` needs an attached cache: pass the model, `PiKVCache(model, ...)`, "
+                "instead of its config."
+            )
+        settings = make_settings(
+            scheduler=scheduler,
+            budget=budget,
+            sinks=sinks,
+            interval=interval,
+            hold_prompt=hold_prompt,
+            compressor=compressor,
+            router=router,
+            placement=placement,
+            page_size=page_size,
+            window=window,
+            probe=probe,
+        )
+        self.make_parts(settings)
+        self._budget = budget
+        if config is not None:
+            self.fill(config)
+        else:
+            self.attach(model)
+
+    # ---- the Cache interface ----------------------------------------------------------------
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens, also those of a forward pass that has failed.
+
+        Raises:
+            ValueError: a positive number, more tokens than there are, or, with a scheduler, more
+                than the open window holds. The cache is left as it was.
+            RuntimeError: a layer has not kept what it held before. The cache is left as it was.
+        """
+        crop(self, int(tokens_to_remove))  # transformers 5.17 passes a tensor
+
+    def reset(self) -> None:
+        """Forget everything; the cache can then be used for any batch."""
+        layers = self.layers_to_be
+        # Transformers' layers of fixed size keep their batch when they are reset: made anew.
+        for idx, fresh in enumerate(DynamicCache(config=self.config).layers):
+            if isinstance(layers[idx], PagedLayer):
+                layers[idx].reset()
+            else:
+                layers[idx] = fresh
+        self.log.reset()
+        self.padding.reset()
+        self.step.reset()
+        self.start(layers)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let batch row i continue row `beam_idx[i]`; pages are shared, not copied."""
+        check_whole(self)
+        source = beam_idx.tolist()
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer.state.map_rows(source, beam_idx, free=False)
+            else:
+                layer.reorder_cache(beam_idx)
+        self.log.map_rows(beam_idx)
+        self.padding.map_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row `repeats` times; pages are shared, not copied."""
+        check_count("repeats", repeats)
+        rows = self.rows
+        if rows is not None:  # every layer can be reordered, linear attention too
+            return self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
+        check_whole(self)
+        super().batch_repeat_interleave(repeats)
+        if self.log.ids is not None:
+            self.log.map_rows(torch.arange(len(self.log.ids)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices`; the pages of the others are freed."""
+        check_whole(self)
+        rows = self.rows
+        super().batch_select_indices(indices)
+        if self.log.ids is not None:
+            self.log.map_rows(torch.arange(self.log.ids.shape[0])[indices.cpu()])
+        if rows is not None:
+            self.padding.map_rows(torch.arange(rows)[indices.cpu()])
+
+    @contextlib.contextmanager
+    def holding(self) -> Generator[Self, None, None]:
+        """Within the block nothing is sealed or dropped; at its end the cache is compressed.
+
+        ```python
+        with cache.holding():
+            for chunk in document.split(2048, dim=1):
+                model(chunk, cache=cache)
+        answers = model.generate(**questions, cache=cache.fork(n))
+        ```
+
+        What is read in the block in several pieces ends as if it was read at once. An exception of
+        the block ends the holding, too, and is raised whatever the compression then says.
+        """
+        self.reading.begin_block()
+        try:
+            yield self
+        except BaseException:
+            with contextlib.suppress(Exception):  # the exception of the block says more
+                self._end_block()
+            self.reading.release()
+            raise
+        self._end_block()
+
+    def _end_block(self) -> None:
+        change = self.step.change
+        self.reading.end_block()
+        if change is None or not change.is_half_done:
+            self.compress()  # if it fails, it can be called again
+        self.reading.release()
+
+    def fork(self, n: int = 1) -> Self:
+        """A new cache whose rows `i * n` to `i * n + n - 1` continue row i; this one stays as it is.
+
+        Sealed pages are shared, not copied: n questions about one document.
+        """
+        check_count("n", n)
+        check_whole(self)
+        shared = {id(t): t for state in self.states for t in state.pages.tensors()}
+        new = copy.deepcopy(self, dict(shared))
+        for state in (*self.states, *new.states):
+            state.pages.mark_forked()
+        if n > 1:
+            new.batch_repeat_interleave(n)
+        return new
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and sliding window of each layer, as `DynamicCache` yields them."""
+        check_whole(self)
+        for layer in self.layers:
+            states = layer.states() if isinstance(layer, PagedLayer) else (layer.keys, layer.values)
+            yield *states, getattr(layer, "_sliding_window_tensor", None)
+
+    # ---- what it holds ----------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages that the cache keeps alive now, labels and tables included.
+
+        Pages in the CPU's memory count, pages in files (`Offload`) do not: `report()` has both.
+        """
+        return cache_bytes(self)
+
+    def report(self) -> Report:
+        """What each layer holds; prints as a table, `.to_dict()` for the numbers."""
+        return Report.of(self)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what is held, and by which methods."""
+        return self.report()._repr_html_()
+
+    def __repr__(self) -> str:
+        settings = self.settings
+        methods = {
+            "scheduler": settings.scheduler,
+            "budget": self._budget,
+            "compressor": None if settings.compressor == Identity() else settings.compressor,
+            "router": settings.router,
+        }
+        set_ones = "".join(f", {k}={v}" for k, v in methods.items() if v is not None)
+        paged = len(self.paged_layers)
+        model = type(self.model).__name__ if self.model is not None else "unattached"
+        return (
+            f"PiKVCache({model}{set_ones}, page_size={settings.page_size}, window={settings.window}, "
+            f"layers={len(self.layers)}, paged={paged}, seq_length={self.get_seq_length()})"
+        )

@@ -1,0 +1,254 @@
+"""What a cache holds, counted from its tensors."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..layer.paged_layer import PagedLayer
+from ..storage.memory import storage_bytes, storages, tensors_in
+from .paged_cache import PagedCache
+
+HEADINGS = ("layers", "held as", "pages", "tokens\nheld", "MiB", "bytes/\ntoken", "bf16/\nheld")
+TIERS = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: `held_tokens` are those of the fullest row and KV head, bytes of all rows and heads.
+
+    `bytes_per_token`: bytes for each token that a row holds (mean of the KV heads), the open ones
+    included. `bf16_ratio`: how many times as much all tokens seen would take in bfloat16. `tiers`:
+    bytes of the encoded pages in the memory of the layer's device ("device"), in the CPU's ("ram")
+    and in files ("disk"); only the last are no part of `nbytes`. `error`: relative error of attention output over sealed tokens. None where there is no token, for layers
+    that are not ours, and without `probe=True`.
+    """
+
+    layer: int
+    kind: str
+    paged: bool
+    why: str | None
+    pages: int
+    held_tokens: int
+    nbytes: int
+    bytes_per_token: float | None = None
+    bf16_ratio: float | None = None
+    error: float | None = None
+    tiers: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cache holds. `full_nbytes` is what its paged layers would hold of all tokens seen in
+    the model's dtype, padding included, plus what the other layers hold: a full cache's bytes.
+    `full_bf16_nbytes` is the same with paged layers in bfloat16. `tiers` is the sum of the layers'.
+    `note` says why the cache is not used any more, if the model has given it up. `fork_nbytes`: what
+    `cache.fork()` copies, and `fork(n)` n times."""
+
+    seen_tokens: int
+    nbytes: int
+    full_nbytes: int
+    full_bf16_nbytes: int
+    probe: bool
+    settings: dict[str, str]
+    tiers: dict[str, int]
+    layers: list[LayerReport]
+    note: str | None
+    fork_nbytes: int
+
+    @classmethod
+    def of(cls, cache: PagedCache) -> "Report":
+        why = cache.unpaged
+        layers = [_layer_report(idx, layer, why.get(idx)) for idx, layer in enumerate(cache.layers)]
+        full, full_bf16 = (
+            sum(
+                _full_nbytes(layer, size) if isinstance(layer, PagedLayer) else row.nbytes
+                for row, layer in zip(layers, cache.layers, strict=True)
+            )
+            for size in (None, 2)
+        )
+        names = ("scheduler", "budget", "compressor", "router", "placement", "page_size", "window")
+        settings = {name: repr(getattr(cache.settings, name)) for name in names}
+        seen, nbytes = cache.get_seq_length(), cache_bytes(cache)
+        tiers = {name: sum(row.tiers.get(name, 0) for row in layers) for name in TIERS}
+        numbers = (seen, nbytes, full, full_bf16, cache.settings.probe)
+        return cls(*numbers, settings, tiers, layers, cache.note, fork_bytes(cache))
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than a full cache; 1.0 when nothing is held."""
+        return self.full_nbytes / self.nbytes if self.nbytes else 1.0
+
+    @property
+    def bf16_ratio(self) -> float:
+        """How many times smaller than a full cache in bfloat16; 1.0 when nothing is held."""
+        return self.full_bf16_nbytes / self.nbytes if self.nbytes else 1.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that all layers hold for a token which a row holds."""
+        return sum(row.bytes_per_token or 0.0 for row in self.layers)
+
+    @property
+    def error(self) -> float | None:
+        """Root mean square of the layers' errors; None if there is none."""
+        return _rms([row.error for row in self.layers if row.error is not None])
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("ratio", "bf16_ratio", "bytes_per_token", "error")
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+    def __rich__(self) -> Table:
+        title = (
+            f"PiKVCache: {self.seen_tokens} tokens seen, {_mib(self.nbytes)} held\n"
+            f"a full cache: {_mib(self.full_nbytes)}, {self.ratio:.2f} times as much; "
+            f"in bfloat16 {self.bf16_ratio:.2f} times"
+        )
+        if self.tiers["ram"] or self.tiers["disk"]:
+            places = (f"{_mib(self.tiers[name])} {place}" for name, place in TIERS.items())
+            title += f"\npages: {', '.join(places)}; files are not counted as held"
+        has_remark = any(row.why for row in self.layers)
+        optional = (("error", self.probe), ("remark", has_remark))
+        if self.note is not None:
+            title += f"\n{self.note}"
+        table = Table(*HEADINGS, *(name for name, shown in optional if shown), title=title)
+        for rows in _runs(self.layers):
+            error = _rms([row.error for row in rows if row.error is not None])
+            cells = "-" if error is None else f"{error:.2g}", rows[0].why or ""
+            shown = (cell for cell, (_, shown) in zip(cells, optional, strict=True) if shown)
+            table.add_row(*_cells(rows), *shown)
+        shown = [f"{k}={v}" for k, v in self.settings.items() if v != "None"]
+        table.caption = ", ".join([*shown, f"a fork copies {_mib(self.fork_nbytes)}"])
+        return table
+
+    def __str__(self) -> str:
+        return self._written().export_text()
+
+    def _repr_html_(self) -> str:
+        return self._written().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _written(self) -> Console:
+        """A console that has recorded the table: in a notebook, too, where others display it."""
+        console = Console(record=True, width=110, file=io.StringIO(), force_jupyter=False)
+        console.print(self)
+        return console
+
+
+def cache_bytes(cache: PagedCache) -> int:
+    """Bytes of the distinct storages behind every tensor that the cache refers to, less files."""
+    return storage_bytes(_cache_tensors(cache))
+
+
+def fork_bytes(cache: PagedCache) -> int:
+    """Bytes that `cache.fork()` copies: all but sealed pages and what methods hold for the model."""
+    shared = storages(t for x in cache.states for t in (*x.pages.tensors(), *x.scheduler_tensors()))
+    every = storages(_cache_tensors(cache))
+    return sum(nbytes for place, nbytes in every.items() if place not in shared)
+
+
+def _cache_tensors(cache: PagedCache) -> list[Tensor]:
+    tensors = [cache.log.ids] if cache.log.ids is not None else []
+    tensors += tensors_in({k: v for k, v in vars(cache).items() if k not in ("layers", "log")})
+    tensors += [*cache.step.buffer.tensors(), *cache.padding.tensors()]
+    for layer in cache.layers:
+        tensors += _layer_tensors(layer)
+    return tensors
+
+
+def _cells(rows: list[LayerReport]) -> list[str]:
+    """A line of the table for neighbouring layers: MiB of them all, of the rest the means."""
+    first, last = rows[0].layer, rows[-1].layer
+    return [
+        str(first) if first == last else f"{first}-{last}",
+        rows[0].kind,
+        str(rows[0].pages) if rows[0].paged else "-",
+        str(rows[0].held_tokens),
+        f"{sum(row.nbytes for row in rows) / 2**20:.2f}",
+        _mean([row.bytes_per_token for row in rows], ".1f"),
+        _mean([row.bf16_ratio for row in rows], ".2f"),
+    ]
+
+
+def _mean(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(sum(known) / len(known), form) if known else "-"
+
+
+def _rms(values: list[float]) -> float | None:
+    return (sum(value**2 for value in values) / len(values)) ** 0.5 if values else None
+
+
+def _layer_report(idx: int, layer: Any, why: str | None) -> LayerReport:
+    tensors = list(_layer_tensors(layer))
+    nbytes = storage_bytes(tensors)
+    if not isinstance(layer, PagedLayer):
+        keys = getattr(layer, "keys", None)
+        held = keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
+        why = why or "transformers' own layer"
+        return LayerReport(idx, type(layer).__name__, False, why, 0, held, nbytes)
+    held = layer.state.held_tokens()
+    per_token = nbytes / _row_tokens(layer) if held else None
+    ratio = _full_nbytes(layer, 2) / nbytes if held else None
+    sizes = (held, nbytes, per_token, ratio, layer.state.probe.error)
+    if why is not None:
+        return LayerReport(idx, "full attention", False, why, 0, *sizes)
+    kind = "full attention" if layer.state.latent_rank is None else "latent attention"
+    pages = sum(slab.page_count for slab in layer.state.pages.slabs)
+    tiers = dict.fromkeys(TIERS, 0)
+    for slab in layer.state.pages.slabs:
+        tiers[slab.tier.name] += slab.nbytes
+    return LayerReport(idx, kind, True, None, pages, *sizes, tiers)
+
+
+def _row_tokens(layer: PagedLayer) -> float:
+    """Tokens held, of all rows: the mean of the KV heads."""
+    state = layer.state
+    batch = state.tail.batch
+    sealed = (state.pages.held(row) for row in range(batch))
+    return batch * state.tail.length + sum(
+        float(h.double().mean()) for h in sealed if h is not None
+    )
+
+
+def _layer_tensors(layer: Any) -> Iterator[Tensor]:
+    if isinstance(layer, PagedLayer):
+        yield from layer.state.tensors()
+    else:
+        yield from tensors_in(vars(layer))
+
+
+def _full_nbytes(layer: PagedLayer, element_size: int | None = None) -> int:
+    """Bytes of all tokens seen, in numbers of `element_size` bytes; None = as large as they are."""
+    if not layer.is_initialized:
+        return 0
+    keys, values = layer.state.tail.keys, layer.state.tail.values
+    numbers = (
+        keys.shape[0] * keys.shape[1] * layer.state.num_seen * (keys.shape[3] + values.shape[3])
+    )
+    return numbers * (element_size or keys.element_size())
+
+
+def _runs(layers: list[LayerReport]) -> Iterator[list[LayerReport]]:
+    """Neighbouring layers that differ in number and bytes only."""
+    run: list[LayerReport] = []
+    for row in layers:
+        same = run and (row.kind, row.why, row.pages, row.held_tokens) == (
+            run[-1].kind,
+            run[-1].why,
+            run[-1].pages,
+            run[-1].held_tokens,
+        )
+        if run and not same:
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.2f} MiB"

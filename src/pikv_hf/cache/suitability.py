@@ -1,0 +1,128 @@
+"""Whether a cache and a model fit, and which methods of the cache can do nothing for the model."""
+
+import warnings
+from collections import Counter
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..attach.binding import Binding
+from ..compressors import Identity
+from ..layer.settings import Settings
+from ..model.gates import all_gates
+from ..model.modules import unpaged_reasons
+from ..model.output_projection import output_projection
+from .paged_cache import PagedCache
+from .repetition import check_repetition
+
+
+def check_fit(cache: PagedCache, model: PreTrainedModel, binding: Binding) -> None:
+    """Refuse a model that `cache` was not made for, or that has no gates to label by."""
+    settings = cache.settings
+    if settings.needs_labels and not binding.gate_of:
+        name = "scheduler" if settings.router is None else "router"
+        raise ValueError(
+            f"`{name}` is {getattr(settings, name)}, which needs the gates of an MoE model; "
+            f"{type(model).__name__} {_why_no_labels(model, binding)}."
+        )
+    scheduler = settings.scheduler
+    if scheduler is not None:
+        scheduler.check(model, len(binding.attention))
+        check_repetition(scheduler.repetition, model, cache.native_class)
+        if "output" in scheduler.needs | scheduler.constant_needs:
+            for modules in binding.attention.values():
+                output_projection(modules[0])
+    if not hasattr(cache, "layers"):
+        settings.compressor.check(model)
+    elif type(model.config) is not type(cache.config) or cache.paged_indices != sorted(
+        binding.attention
+    ):
+        raise ValueError(
+            f"this PiKVCache was made for a model of {type(cache.config).__name__} with paged "
+            f"layers {cache.paged_indices}; it cannot be attached to {type(model).__name__}."
+        )
+    if settings.needs_rotary:
+        _check_moves(settings, binding)
+
+
+def _why_no_labels(model: PreTrainedModel, binding: Binding) -> str:
+    if not binding.attention:
+        return f"has nothing to label: {no_layer(unpaged_reasons(model.config, {}))}"
+    decoder: Any = binding.decoder()
+    if any(all_gates(decoder)):
+        return "has none that runs behind an attention layer which is paged"
+    return "has none that is found"
+
+
+def _check_moves(settings: Settings, binding: Binding) -> None:
+    """Refuse to move kept keys that nothing turns, or that would be encoded again each time."""
+    scheduler, compressor = settings.scheduler, settings.compressor
+    if scheduler is None or "rerotate" not in scheduler.needs:
+        return
+    if compressor != Identity():
+        raise ValueError(
+            f"`compressor` is {compressor}, but `scheduler` is {scheduler}, which moves keys again "
+            "and again: each time they would lose more. Use one without the other."
+        )
+    if all(rotary.is_identity for rotary in binding.rotaries.values()):
+        raise ValueError(
+            f"`scheduler` is {scheduler}, which moves keys by the rotary embedding of their "
+            "layer, but no layer that is paged has one."
+        )
+
+
+def warn_if_idle(cache: PagedCache) -> None:
+    """Warn if no layer can be paged, though methods were asked for that act on pages."""
+    reasons, idle = cache.unpaged, cache.settings.methods
+    if idle and len(reasons) == len(cache.layers_to_be):
+        names = " and ".join(f"`{name}`" for name in idle)
+        _warn(
+            f"{names} can do nothing for {type(cache.model).__name__}: {no_layer(reasons)}. "
+            "Everything is kept as it is."
+        )
+
+
+def no_layer(reasons: dict[int, str]) -> str:
+    """A sentence: no layer can be paged, and why."""
+    counts = Counter(reasons.values())
+    parts = (f"{count} of {len(reasons)} layers: {why}" for why, count in counts.items())
+    return f"no layer of it can be paged ({'; '.join(parts)})"
+
+
+def unheard(cache: PagedCache, layer_idx: int, what: str) -> str:
+    """A sentence: `what`, attention or experts, did not show in a forward pass."""
+    start = f"layer {layer_idx}: PiKVCache did not see the {what} of this forward pass: "
+    binding = cache.binding
+    if what == "attention" or binding is None:
+        return f"{start}the attention module did not call the attention function of its config."
+    return (
+        f"{start}{type(binding.gate_of[layer_idx].module).__name__} was not called, as where a "
+        "kernel (`use_kernels=True`) or a quantized block chooses the experts itself. Load the "
+        "model without it, or use router=None and a scheduler that needs no experts."
+    )
+
+
+def unlabelled(cache: PagedCache, layer_idx: int, heard: int, tokens: int) -> str:
+    """A sentence: a gate chose experts for `heard` of `tokens` tokens."""
+    assert cache.binding is not None, "a gate of the model was heard"
+    return (
+        f"layer {layer_idx}: {type(cache.binding.gate_of[layer_idx].module).__name__} was called "
+        f"for {heard} of {tokens} tokens, as where images have experts of their own: use "
+        "router=None and a scheduler that needs no experts."
+    )
+
+
+def warn_of_another_cache(cache: PagedCache) -> str:
+    """Warn that `generate` goes on without `cache`, which it was given; returns the sentence."""
+    text = (
+        f"{type(cache.model).__name__} goes on with another cache behind {cache.get_seq_length()} "
+        "tokens: nothing of the PiKVCache that `generate` was given is read or written from there "
+        "on. Models with two rotary scales ('longrope') do so where a text exceeds "
+        "`original_max_position_embeddings`."
+    )
+    _warn(text)
+    return text
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=5)

@@ -1,0 +1,86 @@
+"""`pikv calibrate`: the command."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from ..fitting.calibrate import calibrate, text_pieces
+from ..fitting.calibration_job import METHODS, PIKV_QUEST, Job
+from ..fitting.projections import Fit, mean_errors
+from .terminal import (
+    DeviceMap,
+    Dtype,
+    DtypeOption,
+    Model,
+    load,
+    make_folder,
+    one_sentence,
+    out,
+    resumable,
+)
+
+DEFAULT = Job()
+
+
+def calibrate_command(
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            help="A UTF-8 text such as the model will read; repeatable.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+        ),
+    ],
+    model: Model = None,
+    output: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path(
+        "cal.safetensors"
+    ),
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(METHODS)} (these by default) or {PIKV_QUEST}; repeatable."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Numbers kept of a key or value. Default: a quarter of them.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of context.")] = DEFAULT.length,
+    windows: Annotated[int, typer.Option(help="Contexts kept to train on.")] = DEFAULT.windows,
+    steps: Annotated[
+        int, typer.Option(help="Training steps; 0 keeps the principal axes.")
+    ] = DEFAULT.steps,
+    dtype: DtypeOption = Dtype.auto,
+    device_map: DeviceMap = None,
+) -> None:
+    """Fit compressors, or pikv_quest, to a model and texts; interrupted, the same command goes on."""
+    methods = tuple(dict.fromkeys(method)) if method else DEFAULT.methods
+    with one_sentence():
+        job = Job(methods, rank, length, windows, steps)
+    make_folder(output.parent)
+    loaded, tokenizer = load(model, dtype, device_map)
+    source = json.dumps([[path.name, path.stat().st_size] for path in text])
+    pieces = text_pieces(tokenizer, text, job.piece_tokens)
+    with resumable(output):
+        fits = calibrate(loaded, pieces, output, job, source)
+    scored = {name: fits.pop(name) for name in [*fits] if name == PIKV_QUEST}
+    if fits:
+        title = "error of the attention output on held-out text"
+        out.print(_table(title, "compressor", "principal axes", fits))
+    if scored:
+        title = "divergence from the attention of later queries on held-out text, in nats"
+        out.print(_table(title, "scheduler", "equal shares", scored))
+    out.print(f"Written: {output}", soft_wrap=True)
+
+
+def _table(title: str, kind: str, before: str, fits: dict[str, dict[int, Fit]]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column(kind)
+    for heading in ("layers", before, "trained"):
+        table.add_column(heading, justify="right")
+    for name, layers in fits.items():
+        errors = (f"{error:.3f}" for error in mean_errors([*layers.values()]))
+        table.add_row(name, str(len(layers)), *errors)
+    return table

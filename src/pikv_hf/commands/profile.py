@@ -1,0 +1,88 @@
+"""`pikv profile`: the command."""
+
+import json
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+from ..fitting.calibrate import text_pieces
+from ..fitting.needle_texts import needle_pieces
+from ..fitting.profile import profile
+from ..fitting.profile_job import Job
+from ..fitting.progress_bar import bar
+from .terminal import (
+    DeviceMap,
+    Dtype,
+    DtypeOption,
+    Model,
+    load,
+    make_folder,
+    one_sentence,
+    out,
+    resumable,
+)
+
+DEFAULT = Job()
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def profile_command(
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A UTF-8 text such as the model will read; repeatable. Default: needles in a haystack.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+        ),
+    ] = None,
+    model: Model = None,
+    output: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path(
+        "heads.safetensors"
+    ),
+    length: Annotated[int, typer.Option(help="Tokens of a text.")] = DEFAULT.length,
+    texts: Annotated[
+        int, typer.Option(help="Haystacks that are made without --text.")
+    ] = DEFAULT.texts,
+    sinks: Annotated[int, typer.Option(help="First tokens of a streaming head.")] = DEFAULT.sinks,
+    recent: Annotated[
+        int, typer.Option(help="Newest tokens of a streaming head.")
+    ] = DEFAULT.recent,
+    dtype: DtypeOption = Dtype.auto,
+    device_map: DeviceMap = None,
+) -> None:
+    """Find the KV heads that must read everything, for duo; interrupted, the same command goes on."""
+    with one_sentence():
+        job = Job(length, texts, sinks, recent)
+    make_folder(output.parent)
+    loaded, tokenizer = load(model, dtype, device_map)
+
+    def pieces(done: int) -> Iterable[Tensor]:
+        if text:
+            return islice(text_pieces(tokenizer, text, length), done, None)
+        made = needle_pieces(tokenizer, length, texts, done)
+        return bar(made, total=texts, initial=done, desc="reading")
+
+    source = json.dumps([[path.name, path.stat().st_size] for path in text or ()])
+    with resumable(output):
+        scores = profile(loaded, pieces, output, job, source)
+    out.print(_table(scores))
+    out.print(f"Written: {output}", soft_wrap=True)
+
+
+def _table(scores: dict[int, Tensor]) -> Table:
+    title = "change of the output of attention when one KV head streams, of its norm"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("layers", "KV heads", "least", *(f"{s:.0%}" for s in SHARES[1:-1]), "most"):
+        table.add_column(heading, justify="right")
+    every = torch.cat(list(scores.values())).double()
+    found = every.quantile(torch.tensor(SHARES, dtype=torch.float64)).tolist()
+    table.add_row(str(len(scores)), str(len(every)), *(f"{value:.3f}" for value in found))
+    return table

@@ -1,0 +1,128 @@
+"""What the commands have in common: their consoles, the options for a model, how they fail."""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
+
+from ..cache.from_text import CacheOption, parse_cache
+from ..model.versions import logging
+from ..needles import trials as demo
+from ..needles.haystack import NEEDLE_MODEL
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _dtype(text: str) -> Dtype:
+    """The dtype that a user means: `bf16` and `torch.bfloat16` are bfloat16."""
+    name = str(getattr(text, "value", text)).lower().removeprefix("torch.")
+    name = {**SHORT, "half": "float16"}.get(name, name)
+    if name not in [dtype.value for dtype in Dtype]:
+        names = ", ".join([*(dtype.value for dtype in Dtype), *SHORT])
+        raise typer.BadParameter(f"{text!r} is no dtype of weights; it must be one of {names}.")
+    return Dtype(name)
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="A folder or a name on the Hugging Face Hub. Default: the bundled model."),
+]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Dtype of the weights.", metavar="DTYPE", parser=_dtype)
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="As in from_pretrained. Default: 'auto' on a GPU, else the CPU.")
+]
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    err.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def one_sentence() -> Generator[None]:
+    """A user's mistake ends the command with what is wrong, not with a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        fail(str(error))
+
+
+@contextmanager
+def resumable(output: Path) -> Generator[None]:
+    """Work that writes `output` at its end, and that the same command continues when interrupted."""
+    try:
+        with one_sentence():
+            yield
+    except KeyboardInterrupt:
+        err.print(f"\nInterrupted: the same command goes on from {output}.partial.")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        fail(f"--out: {output} cannot be written: {error.strerror}.")
+
+
+def load(
+    name: str | None, dtype: Dtype, device_map: str | None
+) -> tuple["demo.GenerativeModel", PreTrainedTokenizerBase]:
+    if name is None:
+        logging.disable_progress_bar()
+    else:
+        err.print(f"Loading {escape(name)} ...")
+    try:
+        return demo.load(name or str(NEEDLE_MODEL), dtype.value, device_map)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        fail(f"--model: {name or NEEDLE_MODEL} could not be loaded: {reason}")
+    except (AssertionError, RuntimeError) as error:  # of a device that is not there
+        if device_map is None:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        fail(
+            f"--device-map: {device_map!r} cannot be used here: {reason}; leave it out, or give 'cpu'."
+        )
+
+
+def parse_caches(caches: Sequence[str], compressors: Sequence[str] = ()) -> list[CacheOption]:
+    """One option for each text of --cache, then of --compressor."""
+    texts = [("--cache", text) for text in caches]
+    texts += [("--compressor", f"compressor={text}") for text in compressors]
+    options = []
+    for flag, text in texts:
+        try:
+            options.append(parse_cache(text))
+        except ValueError as error:
+            fail(f"{flag}: {error}")
+    return options
+
+
+def distinct(options: Sequence[CacheOption], probe: bool) -> list[CacheOption]:
+    """The same cache named twice counts once; with `probe`, all measure their error."""
+    once: dict[str, CacheOption] = {}
+    for option in options:
+        once.setdefault(option.name, option.probed() if probe else option)
+    return list(once.values())
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out: {path} cannot be made: {error.strerror}.")

@@ -1,0 +1,157 @@
+"""From a model and texts to a calibration file: capture what attention reads, fit, write.
+
+What an interrupted run has done lies in a file beside the result, from which the same call goes on.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..attach.binding import LOCK, binding_of, unwrap
+from ..model.rotary import Rotary
+from .calibration_job import METHODS, PIKV_QUEST, Job
+from .capture import Observer
+from .progress_bar import bar
+from .projections import Fit, fit
+from .resumable import Progress, write
+from .utility_networks import fit_utility
+
+BLOCK = 2**16  # characters of a text that are read and tokenized at a time
+
+
+def calibrate(
+    model: PreTrainedModel,
+    pieces: Iterable[Tensor],
+    out: Path,
+    job: Job,
+    source: str = "",
+) -> dict[str, dict[int, Fit]]:
+    """Fit compressors to what `model` attends to in `pieces` of text, and write them to `out`.
+
+    Three of four pieces are fitted to; the others judge whether training helped. When this is
+    interrupted (an exception, Ctrl-C), it writes what it has to `out` + ".partial"; the same call
+    goes on from there and ends with the same file.
+
+    Args:
+        pieces: token ids [1, job.piece_tokens], at least two pieces; the same in every call.
+        source: says which texts they are, so that another call's work is not continued.
+
+    Returns:
+        The fits by method and layer. `model` is left as it was.
+
+    Raises:
+        ValueError: too little text; a model whose attention cannot be captured; or the partial
+            file is of another call.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"`model` is {type(model).__name__}: encoder-decoders are not calibrated.")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and job.piece_tokens > most:
+        raise ValueError(
+            f"`length` is {job.length}, and {job.piece_tokens - job.length} more tokens ask for "
+            f"these, but the model reads at most {most} tokens."
+        )
+    turns = _rotaries(model) if PIKV_QUEST in job.methods else {}
+    progress = Progress(model, out, job, source)
+    try:
+        _capture(model, pieces, job, progress)
+        _fit(model, job, progress, turns)
+    except ValueError:
+        raise  # the same call would come to the same end
+    except BaseException:
+        progress.save()
+        raise
+    write(out, progress.factors(), progress.metadata())
+    progress.path.unlink(missing_ok=True)
+    return progress.fits
+
+
+def text_pieces(
+    tokenizer: PreTrainedTokenizerBase, paths: Sequence[Path], tokens: int
+) -> Iterator[Tensor]:
+    """The texts one after the other, as pieces [1, tokens] of token ids, read block by block.
+
+    Each piece begins with the token that the tokenizer begins texts with, if it has one. What is
+    left at the end is dropped. A bar shows how much of the texts was read.
+    """
+    first = tokenizer("").input_ids[:1]
+    start = first if first == [tokenizer.bos_token_id] else []
+    ids: list[int] = []
+    total = sum(path.stat().st_size for path in paths)
+    with bar(total=total, unit="B", unit_scale=True, desc="reading") as shown:
+        for path in paths:
+            for block in _blocks(path):
+                ids += tokenizer(block, add_special_tokens=False, verbose=False).input_ids
+                shown.update(len(block.encode()))
+                while len(start) + len(ids) >= tokens:
+                    taken = tokens - len(start)
+                    yield torch.tensor([start + ids[:taken]])
+                    ids = ids[taken:]
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    """A text in blocks that end before white space, where there is some."""
+    rest = ""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while new := file.read(BLOCK):
+                text = rest + new
+                cut = max(text.rfind(" "), text.rfind("\n"))
+                cut = cut if cut > 0 else len(text)
+                yield text[:cut]
+                rest = text[cut:]
+    except UnicodeDecodeError:
+        raise ValueError(f"`text` {str(path)!r} is not UTF-8 text.") from None
+    yield rest
+
+
+def _capture(
+    model: PreTrainedModel, pieces: Iterable[Tensor], job: Job, progress: Progress
+) -> None:
+    if progress.has_read_all:
+        return
+    observer = Observer(model, job.length, job.windows)
+    observer.captured = progress.captured
+    try:
+        for piece in islice(pieces, observer.captured.pieces, None):
+            observer.read(piece)
+            progress.captured = observer.captured
+            progress.save_sometimes()
+    finally:
+        observer.close()
+    if progress.captured.pieces < 2:
+        raise ValueError(
+            f"the texts have fewer than {2 * job.piece_tokens} tokens, two pieces of "
+            f"{job.piece_tokens}: give more text, or a smaller `length`."
+        )
+    if not progress.captured.layers:
+        raise ValueError(f"`model` is {type(model).__name__}, of which no layer can be paged.")
+    progress.has_read_all = True
+
+
+def _rotaries(model: PreTrainedModel) -> dict[int, Rotary]:
+    """How the keys of each layer turn with their position; raises ValueError if that is not known."""
+    with LOCK:
+        return binding_of(unwrap(model)).rotaries
+
+
+def _fit(model: PreTrainedModel, job: Job, progress: Progress, turns: dict[int, Rotary]) -> None:
+    layers = progress.captured.layers
+    todo = [(method, idx) for method in job.methods for idx in layers]
+    for method, idx in bar(todo, desc="fitting"):
+        fits = progress.fits[method]
+        if idx not in fits:
+            if not layers[idx].is_finite:
+                raise ValueError(
+                    f"layer {idx}: the model made keys or values that are NaN or infinite."
+                )
+            last = job.steps, idx, model.device
+            if method == PIKV_QUEST:
+                fits[idx] = fit_utility(layers[idx], turns[idx], *last)
+            else:
+                fits[idx] = fit(METHODS[method], layers[idx], job.rank, *last)
+            progress.save_sometimes()

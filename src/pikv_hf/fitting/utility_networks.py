@@ -1,0 +1,106 @@
+"""Fitting `pikv_quest` to one layer: what keys and values foretell of the attention they will get.
+
+Shapes: H KV heads, n queries per KV head, T tokens, D dims of key and value together, m hidden units.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..model.rotary import Rotary
+from ..schedulers.pikv_quest import Network, position_free, utility
+from .capture import Capture, Window
+from .descent import descent
+from .projections import EXACT, Fit
+
+HIDDEN = 32
+RATE = 3e-3
+LEAST_SPREAD = 1e-4  # of a dim, of the largest of its head: less counts as that
+
+
+def fit_utility(
+    capture: Capture, rotary: Rotary, steps: int, seed: int, device: torch.device
+) -> Fit:
+    """The networks of the layer of `capture`, trained for at most `steps` steps of one window each.
+
+    The loss is the divergence (Kullback-Leibler, in nats) of the softmax of u over the tokens of a
+    window from the mean attention of its queries to them. The newest eighth of the tokens, which no
+    cache would drop, is left out: every query comes later than that. Before training u is 0, so that
+    `Fit.before` is the loss of equal shares. Of what training comes by, that is kept which has the
+    least loss on the held-out windows.
+
+    It takes as much memory as the windows of the layer in float32.
+    """
+    fitting = Fitting(capture, rotary, seed, device)
+    best = fitting.network()
+    before = after = fitting.held_out_loss(best)
+    for network in fitting.training(steps):
+        loss = fitting.held_out_loss(network)
+        if loss < after:
+            best, after = network, loss
+    return Fit({part: tensor.cpu() for part, tensor in best.items()}, before, after)
+
+
+class Fitting:
+    """The fit of one layer. Every dim of keys and values has mean 0 and variance 1 meanwhile."""
+
+    def __init__(self, capture: Capture, rotary: Rotary, seed: int, device: torch.device) -> None:
+        def examples(windows: Sequence[Window]) -> list[tuple[Tensor, Tensor]]:
+            return [_example(window, capture.scale, rotary, device) for window in windows]
+
+        self.fitted, self.held_out = examples(capture.fitted), examples(capture.held_out)
+        states = [states for states, _ in self.fitted]
+        self.mean = torch.stack([s.mean(1) for s in states]).mean(0)  # [H, D]
+        squares = [(s - self.mean[:, None]).square().mean(1) for s in states]
+        spread = torch.stack(squares).mean(0).sqrt()
+        least = LEAST_SPREAD * spread.amax(-1, keepdim=True)
+        self.spread = spread.maximum(least).clamp_min(torch.finfo(torch.float32).tiny)
+        heads, dims = self.mean.shape
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(heads, dims, HIDDEN, generator=generator) / math.sqrt(dims)
+        empty = torch.zeros(heads, HIDDEN, device=device)
+        self.free: Network = {"hidden": hidden.to(device), "bias": empty, "out": empty.clone()}
+        self.seed = seed
+
+    def network(self) -> Network:
+        """That of now, for states as they are; differentiable."""
+        hidden = self.free["hidden"] / self.spread[..., None]
+        bias = self.free["bias"] - (self.mean[:, None] @ hidden).squeeze(1)
+        return {"hidden": hidden, "bias": bias, "out": self.free["out"].clone()}
+
+    def training(self, steps: int) -> Iterator[Network]:
+        """Adam, one window a step, in a fixed order; yields the networks a few times on the way."""
+        order = random.Random(self.seed)
+
+        def loss() -> Tensor:
+            return divergence(*order.choice(self.fitted), self.network())
+
+        for _ in descent([*self.free.values()], loss, steps, RATE):
+            yield {part: tensor.detach() for part, tensor in self.network().items()}
+
+    @torch.no_grad()
+    def held_out_loss(self, network: Network) -> float:
+        losses = [divergence(*example, network).item() for example in self.held_out]
+        return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def _example(
+    window: Window, scale: float, rotary: Rotary, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """States [H, T, D] of all but the newest tokens of a window, and the shares [H, T] of the
+    attention to them that they get; 1 over all T."""
+    query, keys, values = (states.to(device, torch.float32) for states in window)
+    old = keys.shape[1] - keys.shape[1] // EXACT
+    shares = (query @ keys.mT * scale).softmax(-1).mean(1)[:, :old]
+    states = position_free(keys, values, torch.arange(keys.shape[1], device=device), rotary)
+    return states[:, :old], shares / shares.sum(-1, keepdim=True)
+
+
+def divergence(states: Tensor, shares: Tensor, network: Network) -> Tensor:
+    """What u of `states` [H, T, D] tells wrongly of the `shares` [H, T]; the mean over heads."""
+    told = utility(states, network).log_softmax(-1)
+    return torch.nn.functional.kl_div(told, shares, reduction="none").sum(-1).mean()

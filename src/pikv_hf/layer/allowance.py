@@ -1,0 +1,166 @@
+"""How many tokens a layer may hold: open ones in its tail, and sealed ones in pages."""
+
+import itertools
+import math
+
+from torch import Tensor
+
+from ..model.masks import visible_columns
+from ..storage.memory import storage_bytes
+from .rerotation import rest_bytes
+from .state import LayerState
+
+
+def excess(state: LayerState) -> tuple[int, int]:
+    """How many of the oldest open tokens are to be sealed now, in whole pages.
+
+    Besides, how many tokens the layer must have seen before more of them have to be.
+    """
+    window, page_size, opened = state.settings.window, state.settings.page_size, state.tail.length
+    rows = _row_windows(state) if state.settings.has_share else set()
+    # A row whose own tokens are too few for a page does not shorten the tail of the others.
+    full = [now for held, now, _ in rows if held >= now + page_size]
+    count = max(opened - min([window, *full]), 0) // page_size * page_size
+    opened -= count
+    missing = [min(now, later) - min(held, opened) for held, now, later in rows]
+    return count, state.num_seen + max(min([window - opened, *missing]) + page_size, 1)
+
+
+def _row_windows(state: LayerState) -> set[tuple[int, int, int]]:
+    """Return the open tokens of each row, its window now, and one generated token later."""
+    tail = state.tail
+    key = (state.mask, tail.length, tail.batch)
+    opened = state.step.remember("opened", key, lambda: _opened(*key))
+    seen = {(held, left + held) for held, left in zip(opened, state.num_departed, strict=True)}
+    return {(held, row_window(state, n), row_window(state, n + 1, 1)) for held, n in seen}
+
+
+def _opened(mask: Tensor | None, length: int, batch: int) -> list[int]:
+    """How many of the last `length` columns each batch row sees; the others are padding."""
+    visible = visible_columns(mask, length)
+    if visible is None:
+        return [length] * batch
+    return visible.sum(-1).expand(batch).tolist()
+
+
+def row_window(state: LayerState, seen: int, newer: int = 0) -> int:
+    """How many of the newest tokens of a row stay open after `seen`, `newer` of them to come.
+
+    The window must fit into a budget that is a share, whatever that comes to; if it is the default,
+    into half of it, so that the scheduler has a choice.
+    """
+    settings, generated = state.settings, state.num_generated + newer
+    if settings.budget is None or not isinstance(settings.budget.in_force(generated), float):
+        return settings.window
+    tokens = _tokens_held(state, seen, generated)
+    assert tokens is not None, "a share is a number of tokens"
+    most = tokens - 1 if settings.has_given_window else tokens // 2
+    return max(min(settings.window, most, tokens - settings.num_sinks), 1)
+
+
+def sealed_tokens(state: LayerState, seen: int, left: int) -> int | None:
+    """How many tokens of each KV head of a row may be in pages; None = all.
+
+    Of `seen` tokens of the row `left` have left the tail.
+    """
+    tokens = _tokens_held(state, seen, state.num_generated)
+    scheduler, least = state.settings.scheduler, state.settings.num_sinks
+    if tokens is None or scheduler is None:
+        return None
+    free = max(tokens - row_window(state, seen) - least, 0)
+    return least + scheduler.layer_budget(
+        free, max(left - least, 0), state.facts.paged_index, state.facts.num_paged
+    )
+
+
+def _tokens_held(state: LayerState, seen: int, generated: int) -> int | None:
+    """How many tokens of each KV head of a row may be held, open ones included; None = all."""
+    budget, scheduler = state.settings.budget, state.settings.scheduler
+    if budget is not None:
+        return budget.tokens(seen, generated, lambda nbytes: _tokens_in(state, nbytes))
+    return None if scheduler is None else scheduler.budget(seen)
+
+
+def _tokens_in(state: LayerState, nbytes: int) -> int:
+    """Tokens of each row and KV head, open ones included, for which `nbytes` of a cache suffice."""
+    settings = state.settings
+    pages = int(_bytes_for_pages(state, nbytes) / _page_row_bytes(state))
+    # Where heads hold different numbers of tokens, or of bytes, the last page of each is not full.
+    pages -= _is_pooled(state)
+    return settings.window + max(pages, 0) * settings.page_size
+
+
+def spare_bytes(state: LayerState) -> int:
+    """Bytes of room that pages may have, so that a cache takes little more than its tokens.
+
+    A quarter of all tokens seen, less a page of the tail, which it has room for as well.
+    """
+    return max(state.num_seen // 4 - state.settings.page_size, 0) * state.tail.token_bytes
+
+
+def page_bytes(state: LayerState) -> int | None:
+    """Bytes that the pages of a layer may take; None = the budget is not one in bytes."""
+    budget = state.settings.budget
+    nbytes = None if budget is None else budget.bytes_in_force(state.num_generated)
+    return None if nbytes is None else _bytes_for_pages(state, nbytes)
+
+
+def _bytes_for_pages(state: LayerState, nbytes: int) -> int:
+    """Return the bytes that a cache of `nbytes` leaves to the pages of a layer.
+
+    Raises:
+        ValueError: its open tokens and sinks take more than its share.
+    """
+    settings, tail = state.settings, state.tail
+    beside = state.neighbours.nbytes(state)
+    share = max(nbytes - beside, 0) // (state.facts.num_paged - state.neighbours.num_unpaged)
+    opened = settings.window + settings.page_size
+    owners, states = tail.batch * tail.keys.shape[1], (tail.keys, tail.values)
+    fixed = opened * owners * sum(t.shape[3] * t.element_size() for t in states)
+    fixed += opened * tail.batch * _label_bytes(state)
+    fixed += state.observed.most_bytes(owners, opened, settings.page_size)
+    others = (state.pages.codec.tensors(), state.scheduler_tensors(), state.probe.tensors())
+    fixed += storage_bytes(itertools.chain(*others))
+    sinks = math.ceil(settings.num_sinks / settings.page_size)
+    least = fixed + (sinks + _is_pooled(state) * (sinks > 0)) * _page_row_bytes(state)
+    if share <= fixed or share < least:
+        raise ValueError(
+            f"`budget` is {nbytes} bytes, of which layers that are not paged and token ids take "
+            f"{beside}. That leaves {share} for layer {state.layer_idx}, but its open tokens "
+            f"and sinks alone take {math.ceil(least)} in this batch of {tail.batch}: give more, or a "
+            "smaller `window`, `page_size` or batch."
+        )
+    return share - fixed
+
+
+def _page_row_bytes(state: LayerState) -> float:
+    """Bytes of a page of each KV head of all rows."""
+    tail = state.tail
+    return tail.batch * tail.keys.shape[1] * state.settings.page_size * token_bytes(state)
+
+
+def token_bytes(state: LayerState) -> float:
+    """Bytes that a token of one KV head takes in a full page, with all that is known of it."""
+    settings, tail = state.settings, state.tail
+    dims, size = (tail.keys.shape[3], tail.values.shape[3]), tail.keys.element_size()
+    total = state.compressor.bytes_per_token(*dims, size, settings.page_size)
+    # Its position, its record, and the one that attention adds to; what never changes.
+    total += 4 + 4 * (state.observed.numbers + state.observed.width) + _label_bytes(state)
+    if settings.scheduler is not None:
+        total += 4 * settings.scheduler.constants + rest_bytes(state, settings.scheduler)
+    # The owner of a page and its length.
+    return total + _is_pooled(state) * 12 / settings.page_size
+
+
+def _is_pooled(state: LayerState) -> bool:
+    """Tell if KV heads differ in their number of pages or in the encodings of their pages."""
+    scheduler = state.settings.scheduler
+    is_ragged = scheduler is not None and scheduler.is_ragged
+    return is_ragged or state.pages.codec.is_mixed
+
+
+def _label_bytes(state: LayerState) -> int:
+    """Bytes of a token's experts and their weights."""
+    labels = state.tail.labels
+    tensors = () if labels is None else labels.tensors.values()
+    return sum(t[0, 0, 0].numel() * t.element_size() for t in tensors)

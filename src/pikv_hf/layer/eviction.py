@@ -1,0 +1,176 @@
+"""What stays within the budget, of the tokens that leave the tail and of the sealed ones."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+
+from ..model.output_projection import output_weight
+from ..schedulers import Scheduler, Tokens
+from ..storage.room import Room
+from ..storage.token_table import TokenTable
+from .allowance import page_bytes, row_window, sealed_tokens, spare_bytes, token_bytes
+from .checks import naming
+from .records import settled, with_record, write_counted
+from .rerotation import moves, side_by_side, with_rest
+from .state import LayerState
+
+# The budget is this many times what goes of it at once, if that is not said.
+INTERVALS = 16
+
+
+def kept(
+    state: LayerState,
+    rows: list[int],
+    new: TokenTable,
+    count: int,
+    scheduler: Scheduler,
+) -> tuple[TokenTable, Room]:
+    """What of `new`, tokens of `rows`, is to be sealed: with the sealed tokens, if some must go.
+
+    Besides, what is known of the tokens that follow until some must go again.
+    `count` tokens at the beginning of the tail are leaving it.
+    """
+    if moves(scheduler):
+        new = with_rest(state, new)
+    if state.observed.is_marked:
+        new = with_record(state, rows, new)
+    if scheduler.constants:
+        once = _tokens(state, rows, new, count, scheduler, scheduler.constant_needs)
+        with torch.no_grad():
+            new = new.joined(TokenTable({"constant": scheduler.constant(once)}))
+    left = state.num_departed[rows[0]]
+    seen = left + state.tail.length - count
+    budget = sealed_tokens(state, seen, left)
+    room = _room(state, rows, len(new))
+    is_within = budget is None or _fits(state, rows[0], len(new), budget, scheduler)
+    is_within &= room.nbytes >= 0
+    if is_within and not scheduler.records:
+        return new, room
+    if is_within and len(rows) == state.tail.batch and write_counted(state):
+        return with_record(state, rows, new), room
+    span = _candidates(state, rows, new, scheduler)
+    if is_within or budget is None:
+        return span.front(), room
+    tokens = _tokens(state, rows, span, count, scheduler, scheduler.needs)
+    to_follow = _to_follow(state, seen, budget)
+    keep = scheduler.keep(tokens, budget - to_follow)
+    if scheduler.controls:
+        state.observed.set_control(rows, scheduler.controlled(tokens, keep))
+    if span.codes():
+        span = span.without("keys", "values")  # the codes stay what they are
+    is_ragged = scheduler.is_ragged and bool((keep < 0).any())
+    if scheduler.is_ragged:
+        span = span.without("valid")
+    stays = span.gather(keep.clamp_min(0) if is_ragged else keep)
+    if is_ragged:
+        stays = stays.joined(TokenTable({"valid": keep >= 0}))
+    if moves(scheduler):
+        stays = side_by_side(state, stays, keep, len(span))
+    return stays, Room(room.nbytes, to_follow)
+
+
+def _room(state: LayerState, rows: list[int], new: int) -> Room:
+    """The bytes of room for more when `new` tokens of `rows` are sealed; < 0 = too many are sealed."""
+    limit, spare = page_bytes(state), spare_bytes(state)
+    if limit is None:
+        return Room(nbytes=spare)
+    pages, owners = math.ceil(new / state.settings.page_size), len(rows) * state.tail.keys.shape[1]
+    added = math.ceil(pages * owners * state.settings.page_size * token_bytes(state))
+    return Room(nbytes=min(limit - state.pages.bytes_with(added), spare))
+
+
+def _candidates(
+    state: LayerState, rows: list[int], new: TokenTable, scheduler: Scheduler
+) -> TokenTable:
+    """The sealed tokens of `rows`, which leave their pages, and `new` behind them."""
+    pages = state.pages
+    take = functools.partial(pages.take, rows, with_values="values" in scheduler.needs)
+    is_small = len(new) <= pages.page_size and pages.held(rows[0]) is not None
+    if is_small and pages.codec.is_lossless and not scheduler.records:
+        # Pages mostly have room: then nothing is copied to stand in one piece.
+        with naming(state):
+            pages.append(new, rows, state.tail.batch)
+        span = take()
+        assert span is not None
+        return span
+    sealed = take()
+    if scheduler.records:
+        sealed = settled(state, rows, sealed)
+        new = with_record(state, rows, new)
+    if sealed is not None and not moves(scheduler):
+        with naming(state):
+            new = pages.encoded(new)
+    return new if sealed is None else sealed.then(new)
+
+
+def _fits(state: LayerState, row: int, new: int, budget: int, scheduler: Scheduler) -> bool:
+    """Whether `new` tokens more of each KV head are within the budget."""
+    held = state.pages.held(row)
+    held = torch.zeros(1) if held is None else held.double()
+    if scheduler.has_lengths:
+        most = scheduler.lengths(state.layer_idx, state.num_departed[row], budget)
+        return bool((held + new <= most).all())
+    return math.ceil(held.mean()) + new <= budget
+
+
+def _to_follow(state: LayerState, seen: int, budget: int) -> int:
+    """How many tokens less than the `budget` of pages stay, so that others are not due at once.
+
+    0 while a prompt is read, which is to keep what it may.
+    """
+    if not state.num_generated:
+        return 0
+    page_size, interval = state.settings.page_size, state.settings.interval
+    pages = math.ceil(interval / page_size) if interval else 0
+    pages = pages or (budget + row_window(state, seen)) // (INTERVALS * page_size)
+    # A page is about to be sealed: the others are to follow.
+    least = max(state.settings.num_sinks, budget // 2)
+    return max(min((pages - 1) * page_size, budget - least), 0)
+
+
+def _tokens(
+    state: LayerState,
+    rows: list[int],
+    span: TokenTable,
+    count: int,
+    scheduler: Scheduler,
+    needs: frozenset[str],
+) -> Tokens:
+    """`span` and what else of the layer the scheduler asks for, `needs` among it."""
+    index = torch.tensor(rows)
+    keys, values = state.tail.view()
+    opened = TokenTable({"keys": keys, "values": values})
+    if state.tail.labels is not None:
+        opened = opened.joined(state.tail.labels)
+    opened = opened.narrow(count, len(opened) - count).rows(index)
+    labels: dict[str, Any] = {}
+    if "experts" in needs and "experts" in span:
+        labels = {name: span[name] for name in ("experts", "weights")}
+        labels |= {f"open_{name}": opened[name] for name in ("experts", "weights")}
+    module = state.module
+    shape = span["keys"].shape[:3]
+    return Tokens(
+        positions=span["positions"].to(span["keys"].device).long().expand(shape),
+        keys=span["keys"],
+        values=span["values"] if "values" in needs else None,
+        open_keys=opened["keys"],
+        open_values=opened["values"] if "values" in needs else None,
+        latent_rank=state.latent_rank,
+        seen=state.num_seen,
+        layer_idx=state.layer_idx,
+        queries=state.observed.of_rows(rows, scheduler.observed_queries),
+        scale=state.scale,
+        record=span.tensors.get("record"),
+        constant=span.tensors.get("constant"),
+        control=state.observed.control_of(rows, state.tail.keys) if scheduler.controls else None,
+        valid=span["valid"].expand(shape) if "valid" in span else None,
+        sinks=state.settings.sinks,
+        padding=state.num_seen - state.num_departed[rows[0]] - (state.tail.length - count),
+        output=output_weight(module, state.tail.keys) if "output" in needs else None,
+        module=module if "module" in needs else None,
+        rotary=state.rotary,
+        notes=state.step.notes(rows),
+        **labels,
+    )

@@ -1,0 +1,217 @@
+"""One full-attention layer of the cache: a tail and sealed pages."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.head_dims import alike
+from ..model.masks import newest_columns, visible_columns
+from ..storage.tail import roomy
+from ..storage.token_table import TokenTable
+from .autocast import without_autocast
+from .checks import check_crop, check_update
+from .dense_states import DenseStates, given
+from .handoff import hand_over
+from .records import settle_held
+from .sealing import seal_excess
+from .state import LayerState
+
+
+class PagedLayer(DenseStates):
+    """Keys and values of one attention layer, as a tail in model dtype and sealed pages.
+
+    The order of the steps of a layer: `update` appends tokens and returns the new ones only, the
+    attention function reads the rest from `state`, `observe` keeps queries, `finish` and `label` seal.
+    In a layer that turns out not to be ours to read (`state.unpaged_reason`), everything stays in the
+    tail and `update` returns all of it.
+    """
+
+    def __init__(self, state: LayerState) -> None:
+        self.state = state
+        super().__init__()
+
+    @property
+    def record_past(self) -> bool:
+        """Whether drafted tokens may be taken back; transformers sets it."""
+        return self.state.is_drafting
+
+    @record_past.setter
+    def record_past(self, record_past: bool) -> None:
+        self.state.set_drafting(record_past)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append `key_states` [B, H, T, Dk] and `value_states` [B, H, T, Dv].
+
+        Returns the new tokens alone, which the attention function completes, or everything in an
+        unpaged layer. Stored tensors carry no gradient.
+
+        Raises:
+            RuntimeError: the last tokens still wait for their attention or their experts.
+            ValueError: heads, dims, dtype or batch differ from the tokens held.
+        """
+        state = self.state
+        check_update(state, key_states, value_states)
+        state.step.note_written()
+        if state.unpaged_reason is None:
+            state.wait_for("attention")
+        is_first = state.num_seen == 0
+        if is_first:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = stored(key_states, value_states, state.latent_rank)
+        if keys.requires_grad or values.requires_grad:
+            keys, values = keys.detach(), values.detach()
+        if is_first:
+            state.open(keys, values, state.latent_rank)
+        else:
+            buffer = state.step.buffer if state.seals else None
+            held = state.tail.length + key_states.shape[2]
+            state.tail.append(keys, values, capacity(state, held), buffer)
+        state.note_update(key_states.shape[2], is_first=is_first)
+        hand_over(self)
+        if state.unpaged_reason is None:
+            return key_states, value_states
+        keys, values = given(*state.tail.view(), state.latent_rank)
+        return keys.to(key_states.dtype), values.to(value_states.dtype)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        state = self.state
+        self.device = state.settings.placement.pool_of(key_states)
+        state.fix_geometry(key_states, value_states)
+        rank = state.facts.latent_rank
+        is_latent = key_states.shape[1] == 1 and key_states.shape[3] == rank
+        rank = rank if is_latent else None
+        state.open(*stored(key_states[:, :, :0], value_states[:, :, :0], rank), rank)
+        self.is_initialized = True
+
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float) -> None:
+        """Keep the newest of the queries [B, Hq, q, D] that are asked of this layer's keys.
+
+        `scale` is the factor of their products.
+        """
+        self.state.set_scale(scale)
+        keep_queries(self.state, query, mask)
+
+    def finish(self, mask: Tensor | None) -> None:
+        """Attention has run with `mask`: seal, or wait for the labels that come before sealing."""
+        state = self.state
+        state.set_mask(mask)
+        if not state.seals and mask is not None:
+            # Of a whole prompt's mask only what its newest query sees is kept.
+            key = (mask, state.tail.length)
+            state.set_mask(state.step.remember("held", key, lambda: newest_columns(*key)))
+        if state.reading.is_held and state.observed.pending is not None:
+            state.step.note_sealed()
+            settle_held(state)
+        if state.facts.has_gate and state.settings.needs_labels and state.unpaged_reason is None:
+            state.wait_for("experts")
+        else:
+            state.wait_for(None)
+            self.seal()
+
+    def label(self, experts: Tensor, weights: Tensor) -> None:
+        """Experts [B, q, k] and weights [B, q, k] of the newest tokens; then seal."""
+        labels = {"experts": experts.to(torch.int16)[:, None], "weights": weights[:, None]}
+        self.state.tail.label(TokenTable(labels))
+        self.state.wait_for(None)
+        self.seal()
+
+    def seal(self) -> None:
+        """Move the oldest tokens of a full tail into pages."""
+        state = self.state
+        if not state.seals:
+            return
+        count = seal_excess(state)
+        if count > 0 or state.is_first:
+            room = capacity(state, state.tail.length - count)
+            state.tail.drop(count, room, state.step.buffer, is_own=not state.is_first)
+        state.set_mask(None)
+
+    def compress(self) -> None:
+        """Seal what was held back."""
+        if self.is_initialized and self.state.seals:
+            self.state.begin_compression()
+            self.seal()
+
+    def get_seq_length(self) -> int:
+        """Tokens ever seen, evicted ones included: positions stay true."""
+        return self.state.num_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask's columns: the tail and the new tokens."""
+        state = self.state
+        if state.neighbours.read_full_mask:
+            return state.num_seen + query_length, 0
+        tail = state.tail.length if state.is_written else 0
+        return tail + query_length, state.num_seen - tail
+
+    def activate_past_recording(self) -> None:
+        """Until the next `crop` nothing is sealed, so that drafted tokens can be taken back."""
+        self.state.begin_drafting()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` tokens; 0 only ends a verification.
+
+        Raises:
+            ValueError: tokens that are not in the tail any more are among them.
+        """
+        check_crop(self.state, tokens_to_remove)
+        target = self.state.num_seen + tokens_to_remove
+        if not self.is_initialized:
+            return
+        if target == 0:
+            return self.reset()
+        self.state.crop(target)
+
+    def seal_verified(self) -> None:
+        """Seal, after a `crop` that ended a verification."""
+        if self.state.is_drafting:
+            self.state.set_drafting(False)
+            self.compress()
+            self.state.set_drafting(True)
+
+    def reset(self) -> None:
+        """Forget all tokens; the layer can be used for another batch, dtype or device."""
+        self.state.reset()
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.state.map_rows(beam_idx.tolist(), beam_idx, free=False)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state.num_seen:
+            index = torch.arange(self.state.tail.batch).repeat_interleave(repeats)
+            self.state.map_rows(index.tolist(), index, free=False)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state.num_seen:
+            index = torch.arange(self.state.tail.batch)[indices.cpu()]
+            self.state.map_rows(index.tolist(), index, free=True)
+
+
+@without_autocast
+def keep_queries(state: LayerState, query: Tensor, mask: Tensor | None) -> None:
+    """Keep the newest of the queries [B, Hq, q, D]; padding, which `mask` hides, as zeros."""
+    visible, length = None, query.shape[2]
+    if length > 1 and mask is not None:
+        key = (mask, length)
+        visible = state.step.remember("visible", key, lambda: visible_columns(*key))
+    heads = state.tail.keys.shape[1]
+    state.observed.append(query.unflatten(1, (heads, -1)), visible)
+
+
+def stored(keys: Tensor, values: Tensor, latent_rank: int | None) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are stored: a latent and its rotary key are one key without a value."""
+    keys, values = alike(keys, values)
+    if latent_rank is None:
+        return keys, values
+    return torch.cat([keys, values], dim=-1), keys[..., :0]
+
+
+def capacity(state: LayerState, held: int) -> int:
+    """Tokens a tail's buffer is made for, to hold `held` tokens and more."""
+    tokens = roomy(held, max(state.num_seen, held), state.tail.token_bytes)
+    settings = state.settings
+    return min(tokens, settings.window + settings.page_size) if state.seals else tokens

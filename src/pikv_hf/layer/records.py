@@ -1,0 +1,126 @@
+"""What the queries of a layer say of each of its tokens, for schedulers that keep count.
+
+Shapes: R rows, H KV heads, G query heads of each, m queries, T tokens, c numbers of a record.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model.masks import visible_columns
+from ..schedulers import Scheduler
+from ..schedulers.attention_mass import attention_weights
+from ..storage.memory import is_writable
+from ..storage.token_table import TokenTable
+from ..storage.uniform_pages import UniformPages
+from .autocast import without_autocast
+from .state import LayerState
+
+
+def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> TokenTable | None:
+    """`sealed`, all sealed tokens of `rows`, with records that the pending queries have added to.
+
+    Those of the tail are added to in place.
+    """
+    scheduler, tail, observed = state.settings.scheduler, state.tail, state.observed
+    assert scheduler is not None
+    queries = observed.pending
+    if queries is None:
+        return sealed
+    index = torch.tensor(rows, device=queries.device)
+    if observed.counted is None:
+        opened = _opened(state).rows(index)
+        every = opened if sealed is None else sealed.then(opened)
+        record = recorded(scheduler, every, queries[index], state.num_seen, state.scale)
+    else:
+        record = observed.counted[index]
+    before = record.shape[2] - tail.length
+    tail_record(state)[index] = record[:, :, before:]
+    if sealed is None:
+        return None
+    return sealed.joined(TokenTable({"record": record[:, :, :before]}))
+
+
+def _opened(state: LayerState) -> TokenTable:
+    """The open tokens of all rows: keys, records, positions, and which of them are seen."""
+    tail = state.tail
+    device = tail.keys.device
+    visible = visible_columns(state.mask, tail.length)
+    if visible is None:
+        visible = torch.ones(1, tail.length, dtype=torch.bool, device=device)
+    positions = torch.arange(state.num_seen - tail.length, state.num_seen, device=device)[
+        None, None
+    ]
+    opened = TokenTable(
+        {"keys": tail.view()[0], "record": tail_record(state), "positions": positions}
+    )
+    return opened.joined(TokenTable({"valid": visible.expand(tail.batch, -1)[:, None]}))
+
+
+def with_record(state: LayerState, rows: list[int], new: TokenTable) -> TokenTable:
+    """`new`, open tokens of `rows`, with their records."""
+    record = TokenTable({"record": tail_record(state)}).rows(torch.tensor(rows))
+    first = state.first_in_tail
+    return new.joined(record.tokens(new["positions"][0, 0] - first))
+
+
+@without_autocast
+def settle_held(state: LayerState) -> None:
+    """Settle a layer that does not seal: what is pending is too much to keep."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row in range(state.tail.batch):
+        groups.setdefault(state.pages.signature(row), []).append(row)
+    for rows in groups.values():
+        sealed = settled(state, rows, state.pages.take(rows, with_values=False))
+        if sealed is not None:
+            state.pages.append(sealed.front(), rows, state.tail.batch)
+    state.observed.settle()
+
+
+def tail_record(state: LayerState) -> Tensor:
+    """The records of the open tokens [B, H, n, c]; new tokens start with zeros."""
+    observed, tail = state.observed, state.tail
+    shape = *tail.keys.shape[:2], tail.length, observed.numbers
+    record = observed.record
+    if record is None:
+        record = tail.keys.new_zeros(shape, dtype=torch.float32)
+    missing = tail.length - record.shape[2]
+    if missing:
+        record = F.pad(record, (0, 0, 0, missing))
+    observed.set_record(record)
+    return record
+
+
+def recorded(
+    scheduler: Scheduler, tokens: TokenTable, queries: Tensor, seen: int, scale: float
+) -> Tensor:
+    """The records [R, H, T, c] of `tokens` after the newest `queries` [R, H, G, m, D].
+
+    No matrix of all queries is held.
+    """
+    record, keys = tokens["record"], tokens["keys"]
+    newest = tokens["positions"].to(keys.device).expand(record.shape[:3])
+    if "valid" in tokens:
+        newest = newest.masked_fill(~tokens["valid"].to(keys.device), seen)
+    for weights, asked_at in attention_weights(queries, keys, newest, seen, scale):
+        record = scheduler.recorded(record, weights, asked_at)
+    return record
+
+
+def write_counted(state: LayerState) -> bool:
+    """Write what was counted to where records are kept, in place; False if there is nothing, or if
+    others have the same pages, or inference mode made them."""
+    observed, slabs = state.observed, state.pages.slabs
+    counted = observed.counted
+    if counted is None:
+        return False
+    if any(slab.is_forked or not is_writable(slab.meta["record"]) for slab in slabs):
+        return False
+    start = 0
+    for slab in slabs:
+        assert isinstance(slab, UniformPages), "tokens of pools are not counted"
+        record = slab.meta["record"]
+        record[:, :, : slab.length] = counted[:, :, start : start + slab.length]
+        start += slab.length
+    observed.set_record(counted[:, :, start:].clone())
+    return True

@@ -1,0 +1,78 @@
+"""Kept tokens that move to where dropped ones have been, so that they stand side by side."""
+
+import torch
+from torch import Tensor
+
+from ..model.rotary import Rotary
+from ..schedulers import Scheduler
+from ..storage.token_table import TokenTable
+from .state import LayerState
+
+# Parts of half the distance between two numbers that a rest counts.
+STEPS = 127
+
+
+def moves(scheduler: Scheduler) -> bool:
+    """Whether the tokens that a scheduler keeps close the gaps between them."""
+    return "rerotate" in scheduler.needs
+
+
+def with_rest(state: LayerState, span: TokenTable) -> TokenTable:
+    """`span` of tokens that have not moved yet, with room for what rounding will take from them.
+
+    Moved again and again in 16 bits, keys would drift: a quarter of the way after some hundred
+    times. `rest` [R, H, T, turning dims] int8 is what the dtype of the keys cannot hold of them.
+    """
+    keys, rotary = span["keys"], state.turning
+    if keys.dtype == torch.float32:
+        return span
+    rest = torch.zeros_like(keys[..., rotary.turning], dtype=torch.int8)
+    return span.joined(TokenTable({"rest": rest}))
+
+
+def rest_bytes(state: LayerState, scheduler: Scheduler) -> int:
+    """Bytes of the `rest` of a token."""
+    if not moves(scheduler) or state.tail.keys.dtype == torch.float32:
+        return 0
+    return state.tail.keys[..., state.turning.turning].shape[-1]
+
+
+def side_by_side(state: LayerState, stays: TokenTable, kept: Tensor, places: int) -> TokenTable:
+    """Tokens `stays`, which stood at `kept` [R, H, K] of `places`, with keys that close the gaps.
+
+    `kept` ascends, with -1 for none behind. The newest token comes to stand at the last place.
+    """
+    rotary = state.turning
+    order = torch.arange(kept.shape[2], device=kept.device)
+    is_kept = kept >= 0
+    newer = is_kept.sum(-1, keepdim=True) - 1 - order
+    dropped = (places - 1 - kept - newer).masked_fill(~is_kept, 0)
+    keys = stays["keys"]
+    if "rest" not in stays:
+        moved = rotary.rotate(keys, torch.zeros_like(dropped), dropped)
+        return stays.joined(TokenTable({"keys": moved}))
+    exact = _exact(keys, stays["rest"], rotary)
+    moved = rotary.rotate(exact, torch.zeros_like(dropped), dropped)
+    return stays.joined(
+        TokenTable({"keys": moved.to(keys.dtype), "rest": _rest(moved, keys, rotary)})
+    )
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """What one step of a rest is, in relation to its number."""
+    return torch.finfo(dtype).eps / 2 / STEPS
+
+
+def _exact(keys: Tensor, rest: Tensor, rotary: Rotary) -> Tensor:
+    """Float32 keys: those that are held and their `rest`."""
+    exact = keys.float()
+    exact[..., rotary.turning] *= 1 + rest * _unit(keys.dtype)
+    return exact
+
+
+def _rest(exact: Tensor, held: Tensor, rotary: Rotary) -> Tensor:
+    """What is lost of float32 keys in the dtype of `held`, in steps."""
+    exact = exact[..., rotary.turning]
+    rounded = exact.to(held.dtype).float()
+    steps = torch.where(rounded == 0, 0.0, (exact / rounded - 1) / _unit(held.dtype))
+    return steps.round().clamp(-STEPS, STEPS).to(torch.int8)

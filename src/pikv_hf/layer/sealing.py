@@ -1,0 +1,115 @@
+"""From the tail into pages: the tokens of each batch row that are seen and worth keeping."""
+
+import torch
+from torch import Tensor
+
+from ..model.masks import rows_by_visibility
+from ..storage.room import Room
+from ..storage.token_table import TokenTable
+from .allowance import excess, spare_bytes
+from .autocast import without_autocast
+from .checks import naming
+from .eviction import kept
+from .records import settle_held, settled
+from .state import LayerState
+
+# Batch rows that are alike, and the columns of the tail that they see: None = all.
+Groups = list[tuple[list[int], Tensor | None]]
+
+
+@without_autocast
+def seal_excess(state: LayerState) -> int:
+    """Seal what is due of the layer's tail, and return how many of its oldest tokens that were."""
+    count, due = excess(state) if state.num_seen >= state.due else (0, state.due)
+    if count > 0:
+        state.step.note_sealed()
+        seal_oldest(state, count)
+    elif not state.pages.slabs and state.observed.is_pending(
+        state.num_generated, state.pages.page_size
+    ):
+        state.step.note_sealed()
+        settle_held(state)
+    state.expect_sealing(due)
+    return count
+
+
+def seal_oldest(state: LayerState, count: int) -> None:
+    """Seal the oldest `count` tokens of the layer's tail.
+
+    Raises:
+        ValueError: the compressor cannot store them.
+    """
+    oldest = state.tail.span(state.first_in_tail, count)
+    groups = _groups(state, count)
+    _note_padding(state, count, groups)
+    for rows, columns in groups:
+        span = oldest if len(rows) == state.tail.batch else oldest.rows(torch.tensor(rows))
+        if columns is not None:
+            span = span.tokens(columns)
+        new, room = span, Room(spare_bytes(state))
+        state.note_departed(rows, len(span))
+        if state.settings.scheduler is not None:
+            span, room = kept(state, rows, span, count, state.settings.scheduler)
+        if not len(span):
+            continue  # nothing stays
+        queries = state.observed.of_rows(rows, state.compressor.observed_queries)
+        if queries is not None:
+            queries = queries.flatten(2, 3) * state.scale
+        with naming(state):
+            state.pages.append(span, rows, state.tail.batch, queries, room)
+            _examine(state, rows, new, queries)
+    _end_records(state, count, groups)
+    if oldest["keys"].device.type == "cpu":
+        state.step.add_sealed_bytes(oldest["keys"].nbytes + oldest["values"].nbytes)
+
+
+def _note_padding(state: LayerState, count: int, groups: Groups) -> None:
+    """Note which of the oldest `count` open tokens are in none of `groups`."""
+    batch, visible = state.tail.batch, None
+    if sum(len(rows) for rows, _ in groups) < batch or any(c is not None for _, c in groups):
+        visible = torch.zeros(batch, count, dtype=torch.bool)
+        for rows, columns in groups:
+            seen = torch.arange(count) if columns is None else columns
+            visible[torch.tensor(rows)[:, None], seen] = True
+    state.padding.append(state.first_in_tail, visible, count)
+
+
+def _end_records(state: LayerState, count: int, groups: Groups) -> None:
+    """Settle the rows that sealed nothing, too; `count` tokens are open no more."""
+    if state.observed.pending is not None:
+        busy = {row for rows, _ in groups for row in rows}
+        for row in set(range(state.tail.batch)) - busy:
+            settled(state, [row], None)
+        state.observed.settle()
+    state.observed.drop(count)
+
+
+def _examine(state: LayerState, rows: list[int], new: TokenTable, queries: Tensor | None) -> None:
+    """Guard and probe look at what sealing does to the tokens `new`, dropped ones included.
+
+    Not at what was sealed: that may hold tokens which were decoded, so that no original is left.
+    """
+    state.guard.check(
+        state.compressor, state.pages, new, queries, state.num_departed[rows[0]], state.layer_idx
+    )
+    asked = state.observed.of_rows(rows, state.probe.observed_queries)
+    if asked is not None:
+        pages = state.pages.apart(new, queries)
+        state.probe.measure(new, pages, asked.flatten(2, 3), state.scale, state.latent_rank)
+
+
+def _groups(state: LayerState, count: int) -> Groups:
+    """Batch rows whose first `count` tail columns are alike: (rows, visible columns or None).
+
+    A column that the newest query may not see is padding, which never enters a page.
+    """
+    key = (state.mask, state.tail.length, count, state.tail.batch)
+    groups = state.step.remember("groups", key, lambda: rows_by_visibility(*key))
+    if state.settings.scheduler is None:
+        return groups
+    split: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
+    for number, (rows, _) in enumerate(groups):
+        for row in rows:
+            alike = number, state.num_departed[row], state.pages.signature(row)
+            split.setdefault(alike, []).append(row)
+    return [(rows, groups[number][1]) for (number, *_), rows in split.items()]

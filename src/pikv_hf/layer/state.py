@@ -1,0 +1,304 @@
+"""The state of one paged layer."""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ..model.rotary import Rotary
+from ..storage.page_table import PageTable
+from ..storage.tail import Tail
+from .loss_guard import Guard
+from .loss_probe import Probe
+from .observations import Observations
+from .padding import Padding
+from .reading import Reading
+from .settings import Settings
+from .step import Step
+
+
+class Neighbours(ABC):
+    """What a layer asks of the cache that it stands in."""
+
+    @property
+    @abstractmethod
+    def read_full_mask(self) -> bool:
+        """Whether a layer that is not paged reads the same mask, which then spans all tokens."""
+
+    @property
+    @abstractmethod
+    def num_unpaged(self) -> int:
+        """How many layers were to be paged and turned out not to be ours to read."""
+
+    @abstractmethod
+    def nbytes(self, state: "LayerState") -> int:
+        """Bytes that are not for paged layers, as many as there can be when `state` seals again."""
+
+    @abstractmethod
+    def read_ahead(self, paged_index: int) -> None:
+        """The pages of paged layer number `paged_index`, or of the first one, are read next."""
+
+
+@dataclass(frozen=True)
+class CacheParts:
+    """What the layers of one cache have in common; each part changes by its own methods only."""
+
+    settings: Settings
+    step: Step
+    reading: Reading
+    padding: Padding
+    neighbours: Neighbours
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What the model says of one of its attention layers.
+
+    `paged_index` of `num_paged` paged layers; `has_gate`: a gate runs behind its attention;
+    `latent_rank`: the width of the latent that it may cache, None = keys and values as such.
+    """
+
+    layer_idx: int
+    paged_index: int
+    num_paged: int
+    has_gate: bool = False
+    latent_rank: int | None = None
+
+
+class LayerState:
+    """What one paged layer holds and knows. The steps of the layer read it, and call its methods.
+
+    Shapes: B rows, H KV heads, T tokens, D head dim.
+
+    Attributes:
+        facts: what the model says of the layer.
+        settings, step, reading, padding, neighbours: what it has in common with other layers.
+        module, rotary: the attention module, and how its keys turn with their position; None while
+            the cache is not attached, or if they are not asked for.
+        pages: the sealed tokens.
+        observed: queries and token statistics, as methods ask for them.
+        num_seen: tokens ever seen, evicted ones included.
+        prompt_end: `num_seen` at the end of the newest prompt; what came later was generated.
+        due: `num_seen` from which on some of the tail may have to be sealed.
+        num_departed: tokens of each row, padding not counted, that are no longer in the tail.
+        unpaged_reason: why all tokens stay in the tail; None = the layer is paged.
+        latent_rank: width of the latents that are cached; None = keys and values as such.
+        scale: the factor of queries times keys.
+        mask: the newest mask of the model, until it has been used.
+        is_first: the newest tokens are the first ones.
+        geometry: heads, key dim, value dim and dtype of the tokens.
+        awaits: what has to come before the next tokens: "attention", "experts" or None.
+        is_drafting: nothing is sealed until the next `crop`, which may take drafted tokens back.
+    """
+
+    def __init__(self, facts: LayerFacts, config: PreTrainedConfig, parts: CacheParts) -> None:
+        self.facts = facts
+        self.settings, self.step, self.reading = parts.settings, parts.step, parts.reading
+        self.padding, self.neighbours = parts.padding, parts.neighbours
+        settings = parts.settings
+        self.module: Any = None
+        self.rotary: Rotary | None = None
+        self.compressor = settings.compressor.bind(config, facts.layer_idx)
+        tiers_of = functools.partial(settings.placement.tiers_of, facts.num_paged)
+        self.pages = PageTable(self.compressor, settings.page_size, tiers_of)
+        self.guard, self.probe = Guard(), Probe(settings.probe)
+        scheduler = () if settings.scheduler is None else (settings.scheduler,)
+        self.observed = Observations.for_methods((self.compressor, self.probe, *scheduler))
+        self.num_seen = self.prompt_end = self.due = 0
+        self.num_departed: list[int] = []
+        self.unpaged_reason: str | None = None
+        self.latent_rank: int | None = None
+        self.scale = 1.0
+        self.mask: Tensor | None = None
+        self.is_first = self.is_drafting = False
+        self.awaits: str | None = None
+        self.geometry: tuple[Any, ...] = ()
+        self._tail: Tail | None = None
+
+    @property
+    def layer_idx(self) -> int:
+        return self.facts.layer_idx
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there is a tail."""
+        return self._tail is not None
+
+    @property
+    def tail(self) -> Tail:
+        """The newest tokens, once the layer has been written to."""
+        assert self._tail is not None, "nothing has been cached yet"
+        return self._tail
+
+    @property
+    def turning(self) -> Rotary:
+        """How keys turn with their position, for a scheduler that asks for it."""
+        assert self.rotary is not None, "it is bound where `needs` has it"
+        return self.rotary
+
+    @property
+    def first_in_tail(self) -> int:
+        """The column of the oldest token in the tail: as many are sealed or evicted."""
+        return self.num_seen - self.tail.length
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens behind the prompt."""
+        return self.num_seen - self.prompt_end
+
+    @property
+    def seals(self) -> bool:
+        """Whether the tail is kept short."""
+        is_paged = self.unpaged_reason is None
+        return is_paged and not self.is_drafting and not self.reading.is_held
+
+    # ---- tokens ---------------------------------------------------------------------------------
+
+    def bind(self, module: Any, rotary: Rotary | None) -> None:
+        """The cache is attached to the model of `module`; None = it is detached."""
+        self.module = module
+        if rotary is not None:
+            self.rotary = rotary
+
+    def fix_geometry(self, keys: Tensor, values: Tensor) -> None:
+        """All tokens to come are like `keys` [B, H, T, Dk] and `values`, but for the batch."""
+        self.geometry = keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
+
+    def open(self, keys: Tensor, values: Tensor, latent_rank: int | None) -> None:
+        """Start a tail with `keys` [B, H, T, Dk] and `values`, as they are stored."""
+        self._tail, self.latent_rank = Tail(keys, values), latent_rank
+        self.num_departed = [0] * keys.shape[0]
+
+    def note_update(self, length: int, *, is_first: bool) -> None:
+        """`length` tokens were written to the tail: of the prompt, or generated.
+
+        Drafted tokens are not of the prompt, if that is known.
+        """
+        before, known = self.num_seen, self.reading.prompt_length
+        self.num_seen, self.is_first = before + length, is_first
+        is_prompt = self.reading.is_prompt(before, length)
+        if is_first or (is_prompt and not (self.is_drafting and known is None)):
+            self.prompt_end = self.num_seen if known is None else min(self.num_seen, known)
+            self.due = 0
+
+    def wait_for(self, what: str | None) -> None:
+        """Before the next tokens come `what`: "attention", "experts" or None."""
+        self.awaits = what
+
+    def judge(self, unpaged_reason: str | None) -> None:
+        """Page the layer, or leave all its tokens in the tail for `unpaged_reason`."""
+        self.unpaged_reason = unpaged_reason
+
+    def set_scale(self, scale: float) -> None:
+        self.scale = scale
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        self.mask = mask
+
+    # ---- sealing --------------------------------------------------------------------------------
+
+    def expect_sealing(self, due: int) -> None:
+        """Nothing has to be sealed before `due` tokens were seen."""
+        self.due = due
+
+    def note_departed(self, rows: Iterable[int], count: int) -> None:
+        """`count` tokens of each of `rows` leave the tail."""
+        for row in rows:
+            self.num_departed[row] += count
+
+    def begin_compression(self) -> None:
+        """Seal as behind the first tokens: the tail's buffer was made for more than a tail."""
+        self.is_first = True
+
+    def begin_drafting(self) -> None:
+        self.is_drafting = True
+        self.observed.begin_drafting()
+
+    def set_drafting(self, is_drafting: bool) -> None:
+        self.is_drafting = is_drafting
+
+    # ---- taking tokens back, rows ---------------------------------------------------------------
+
+    def crop(self, target: int) -> None:
+        """Keep the oldest `target` tokens, of those seen."""
+        removed, first = self.num_seen - target, self.first_in_tail
+        if target < first:
+            self.pages.crop(target)
+        self.tail.truncate(max(target - first, 0))
+        self.observed.truncate(removed, self.tail.length)
+        self.num_seen, self.prompt_end, self.due = target, min(self.prompt_end, target), 0
+        if self.is_drafting and self.mask is not None and removed:
+            self.mask = self.mask[..., :-removed]
+
+    def drop_unread(self, seen: int) -> None:
+        """Drop the tokens of a failed pass behind `seen` others that no attention has read."""
+        sealed = 0 if self.unpaged_reason is not None else self.padding.length
+        if self.awaits == "attention":
+            self.tail.truncate(min(self.tail.length, seen - sealed))
+        self.num_seen, self.awaits = sealed + self.tail.length, None
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._tail, self.is_first = None, False
+        self.num_seen = self.prompt_end = self.due = 0
+        self.pages.clear()
+        self.observed = self.observed.anew()
+        self.guard.reset()
+        self.probe.reset()
+        self.is_drafting, self.awaits, self.mask = False, None, None
+
+    def map_rows(self, source: list[int], index: Tensor, *, free: bool) -> None:
+        """New batch row i continues old batch row `source[i]`; `index` is the same as a tensor."""
+        if self.num_seen:
+            self.tail.map_rows(index)
+            self.num_departed = [self.num_departed[row] for row in source]
+            self.pages.map_rows(source, free=free)
+            self.observed.map_rows(index)
+
+    # ---- a repetition, which is taken back ------------------------------------------------------
+
+    def listen(self, listener: Observations) -> None:
+        """Until `restore`, `listener` observes in the place of what observes now."""
+        self.observed = listener
+
+    def saved(self) -> tuple[Observations, Tensor | None, int]:
+        """What `restore` brings back."""
+        return self.observed, self.mask, self.prompt_end
+
+    def restore(self, saved: tuple[Observations, Tensor | None, int]) -> None:
+        self.observed, self.mask, self.prompt_end = saved
+        self.awaits = None
+
+    # ---- what it holds --------------------------------------------------------------------------
+
+    def held_tokens(self) -> int:
+        """Tokens of the fullest row and KV head."""
+        if self._tail is None:
+            return 0
+        sealed = [self.pages.held(row) for row in range(self.tail.batch)]
+        return self.tail.length + max(0 if held is None else int(held.max()) for held in sealed)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything this layer holds."""
+        if self._tail is not None:
+            yield from self.tail.tensors()
+        yield from self.pages.tensors()
+        yield from self.observed.tensors()
+        yield from self.probe.tensors()
+        yield from self.scheduler_tensors()
+        if self.mask is not None:
+            yield self.mask
+
+    def scheduler_tensors(self) -> Iterable[Tensor]:
+        """What the scheduler holds for this layer, or reads of it."""
+        scheduler = self.settings.scheduler
+        held = () if scheduler is None else scheduler.tensors(self.layer_idx)
+        return (*held, *(() if self.rotary is None else (self.rotary.frequencies,)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model, which is copied or saved by itself."""
+        return vars(self) | {"module": None}

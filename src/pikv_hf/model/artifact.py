@@ -1,0 +1,162 @@
+"""Calibration files: what was fitted to one model, and which model that was.
+
+A file is in the safetensors format. Its tensors are called `method.layer.part`, for instance
+`lowrank.3.key_up`; its metadata is one JSON text, which says first which model they are for. (One,
+because safetensors writes several in any order: the same calibration is the same file.)
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .output_projection import is_plain
+
+METADATA = "pikv_calibration"
+GEOMETRY = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+)
+SAMPLES = 32  # numbers of a weight that go into the fingerprint
+SAMPLED_LAYERS = 3
+# Rounding to bfloat16 moves a fingerprint by .0011 of its norm, other weights by about 1.4.
+SAME_WEIGHTS = 0.005
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of file that names its model: the argument that takes it, the key of its metadata in
+    it, the command that makes it."""
+
+    argument: str
+    key: str
+    command: str
+
+
+CALIBRATION = FileKind("calibration", METADATA, "pikv calibrate")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a calibration is for, as its metadata say it.
+
+    `fingerprint` is a few numbers of attention weights, by parameter: it does not depend on dtype
+    or device, and costs no reading of the whole model.
+    """
+
+    name: str
+    model_type: str
+    geometry: dict[str, int]
+    fingerprint: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "ModelIdentity":
+        config = model.config.get_text_config(decoder=True)
+        found = {name: getattr(config, name, None) for name in GEOMETRY}
+        geometry = {name: value for name, value in found.items() if isinstance(value, int)}
+        return cls(_name_of(model), config.model_type, geometry, dict(_samples(model)))
+
+    def difference(self, other: "ModelIdentity") -> str | None:
+        """What distinguishes `other`, a model, from this one; None = nothing that shows."""
+        if other.model_type != self.model_type:
+            return f"its model type is {other.model_type}, not {self.model_type}"
+        for name, value in self.geometry.items():
+            if other.geometry.get(name) != value:
+                return f"its {name} is {other.geometry.get(name)}, not {value}"
+        for name, numbers in self.fingerprint.items():
+            if name in other.fingerprint:
+                mine, theirs = (torch.tensor(n) for n in (numbers, other.fingerprint[name]))
+                if mine.shape != theirs.shape or not _is_close(mine, theirs):
+                    return f"its weight {name} has other numbers"
+        return None
+
+
+def read_metadata(path: str | PathLike[str], kind: FileKind = CALIBRATION) -> dict[str, Any]:
+    """The metadata of a calibration file, or one of another kind.
+
+    Raises:
+        ValueError: there is no such file, or it is not one of the kind's command.
+    """
+    name = f"`{kind.argument}`"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise ValueError(f"{name} is {str(path)!r}; there is no such file.") from None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{name} {str(path)!r} cannot be read: {error}.") from error
+    if kind.key not in metadata:
+        raise ValueError(f"{name} {str(path)!r} is no file that `{kind.command}` made.")
+    return json.loads(metadata[kind.key])
+
+
+def read_factors(path: str | PathLike[str], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names; only they are read."""
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+
+def check_model(
+    path: str | PathLike[str], model: PreTrainedModel, kind: FileKind = CALIBRATION
+) -> None:
+    """Raise ValueError unless the calibration, or other file, at `path` was made for `model`."""
+    made_for = ModelIdentity(**read_metadata(path, kind)["model"])
+    difference = made_for.difference(ModelIdentity.of(model))
+    if difference is not None:
+        raise ValueError(
+            f"`{kind.argument}` {str(path)!r} was made for {made_for.name}, not for {_name_of(model)}: "
+            f"{difference}."
+        )
+
+
+def check_method(path: str | PathLike[str], model: PreTrainedModel, method: str) -> None:
+    """Raise ValueError unless the calibration at `path` was made for `model` and for `method`."""
+    check_model(path, model)
+    methods = read_metadata(path)["job"]["methods"]
+    if method not in methods:
+        raise ValueError(
+            f"`calibration` {str(path)!r} was made for {', '.join(methods)}, not for {method}: run "
+            f"`pikv calibrate --method {method}`."
+        )
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return model.config.name_or_path or type(model).__name__
+
+
+def _samples(model: PreTrainedModel) -> Iterator[tuple[str, list[float]]]:
+    """Numbers of the first, the middle and the last layer that have attention weights to read."""
+    by_layer: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, module in model.named_modules():
+        if (
+            "attn" in name.rpartition(".")[2].lower()
+            or "attention" in type(module).__name__.lower()
+        ):
+            weights: Any = module.named_parameters(prefix=name)
+            plain = [(n, w) for n, w in weights if is_plain(w)]
+            if plain:
+                by_layer[name] = plain
+    layers = list(by_layer.values())
+    last = len(layers) - 1
+    for idx in sorted(
+        {last * i // (SAMPLED_LAYERS - 1) for i in range(SAMPLED_LAYERS)} if layers else ()
+    ):
+        for name, weight in layers[idx]:
+            step = max(weight.numel() // SAMPLES, 1)
+            yield name, weight.detach().flatten()[::step][:SAMPLES].float().tolist()
+
+
+def _is_close(mine: Tensor, theirs: Tensor) -> bool:
+    return bool((mine - theirs).norm() <= SAME_WEIGHTS * mine.norm().maximum(theirs.norm()))

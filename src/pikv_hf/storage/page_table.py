@@ -1,0 +1,327 @@
+"""The page table of one layer: storage only, it knows no policy.
+
+Shapes: R rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .codec import PageCodec, check_states, encoded, flat_tokens
+from .incoming_pages import EncodedPages, IncomingPages
+from .memory import is_own
+from .ragged_pages import RaggedPages, together
+from .room import NO_ROOM, SPARE, Room, grown_pages
+from .tiers import Tier, near
+from .token_table import TokenTable
+from .uniform_pages import UniformPages
+
+# Pages of a pool that are encoded at a time, or whose codes are copied where no tier is limited.
+PAGES_ENCODED, PAGES_MOVED = 16, 256
+
+
+class PageTable:
+    """The pages of one layer, in slabs and pools. Sealed pages are immutable and encoded once."""
+
+    def __init__(
+        self, codec: PageCodec, page_size: int, tiers_of: Callable[[Tensor], list[Tier]] = near
+    ) -> None:
+        """`tiers_of` a tensor of the layer: the kinds of memory for pages, to be filled in order."""
+        self.codec = codec
+        self.page_size = page_size
+        self.tiers_of = tiers_of
+        self.tiers: list[Tier] = []
+        self.slabs: list[UniformPages | RaggedPages] = []
+
+    def append(
+        self,
+        span: TokenTable,
+        rows: list[int],
+        batch: int,
+        queries: Tensor | None = None,
+        room: Room = NO_ROOM,
+    ) -> None:
+        """Seal `span`, tokens of the batch rows `rows`, with what is known of them.
+
+        They have `keys` and `values`, or codes, as `take` and `encoded` give them. If `valid` is
+        known, the valid tokens of each row and KV head are its first ones.
+        `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them. `room`
+        is made for tokens to come.
+
+        Raises:
+            ValueError: the compressor cannot store these tokens.
+        """
+        codes = {name: self._paged(tensor) for name, tensor in span.codes().items()}
+        states = {} if codes else self._states(span)
+        like = next(iter((codes or states).values()))
+        self.tiers = self.tiers_of(like)
+        known = span.without_codes().without("keys", "values", "valid")
+        positions = TokenTable({"positions": known["positions"].to(torch.int32)})
+        known = positions.joined(known.without("positions"))
+        choice = None if codes else self.codec.assign(**states, queries=queries)
+        is_behind_pools = any(isinstance(slab, RaggedPages) for slab in self.slabs)
+        if not (choice is not None or is_behind_pools or "valid" in span):
+            fields = codes or encoded(self.codec, **states, queries=queries)
+            return self._append_uniform(fields, known, rows, batch, room)
+        lead = like.shape[:2]
+        known = {
+            name: self._paged(t.to(like.device).expand(*lead, *t.shape[2:]))
+            for name, t in known.tensors.items()
+        }
+        valid = span.all_valid()["valid"].to(like.device)
+        lengths = self._paged(valid.expand(*lead, -1)).sum(-1)
+        new = IncomingPages(states, codes, known, lengths, rows, queries)
+        self._append_pooled(new, choice, batch, room)
+
+    def encoded(self, span: TokenTable) -> TokenTable:
+        """`span` with its codes, where tokens are encoded each by itself.
+
+        Raises:
+            ValueError: the compressor cannot store these tokens.
+        """
+        if not self.codec.is_per_token:
+            return span
+        fields = self.codec.encode(**self._states(span))
+        return span.with_codes({k: flat_tokens(v, len(span)) for k, v in fields.items()})
+
+    def _states(self, span: TokenTable) -> dict[str, Tensor]:
+        """The `keys` and `values` of `span` as pages to be encoded."""
+        if not self.codec.is_lossless:
+            check_states(self.codec, span["keys"], span["values"])
+        return {name: self._paged(span[name]) for name in ("keys", "values")}
+
+    def apart(self, span: TokenTable, queries: Tensor | None = None) -> "PageTable":
+        """A table of nothing but `span`, whose pages are as `append` makes them of it here."""
+        table, rows = PageTable(self.codec, self.page_size), span["keys"].shape[0]
+        table.append(span, list(range(rows)), rows, queries)
+        return table
+
+    def _paged(self, tensor: Tensor) -> Tensor:
+        """[R, H, T, ...] as [R, H, S, P, ...]; the last page is filled up with zeros."""
+        missing = -tensor.shape[2] % self.page_size
+        if missing:
+            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing))
+        pages = tensor.shape[2] // self.page_size
+        return tensor.reshape(*tensor.shape[:2], pages, self.page_size, *tensor.shape[3:])
+
+    def _append_uniform(
+        self, fields: dict[str, Tensor], known: TokenTable, rows: list[int], batch: int, room: Room
+    ) -> None:
+        """Pages of equally many tokens in all rows and heads: behind the last slab, or a new one
+
+        in each of the tiers that has room for some of them.
+        """
+        slab, is_whole = self.slabs[-1] if self.slabs else None, len(rows) == batch
+        heads, pages = next(iter(fields.values())).shape[1:3]
+        grows = is_whole and len(known) % self.page_size == 0
+        start = 0
+        if isinstance(slab, UniformPages) and is_whole and (free := slab.free_pages(known, batch)):
+            start = min(free, pages)
+            tokens = min(start * self.page_size, len(known))
+            slab.write(
+                {k: t.narrow(2, 0, start) for k, t in fields.items()}, known.narrow(0, tokens)
+            )
+        page_bytes = sum(t.nbytes // pages for t in (*fields.values(), *known.tensors.values()))
+        for tier in self.tiers:
+            free = self._free(tier, fields, 2)
+            count = min(free, pages - start)
+            if count <= 0:
+                continue
+            wide = count
+            if grows and start + count == pages:
+                spare = 0 if all(map(is_own, fields.values())) else count // SPARE
+                follow = max((room.tokens or 0) // self.page_size, spare)
+                grown, spare_room = self._grown(batch * heads, tier), tier.room(room)
+                wide = min(spare_room.pages(count, follow, grown, page_bytes), free)
+            tokens = min(count * self.page_size, len(known) - start * self.page_size)
+            slab = UniformPages(
+                codec=self.codec,
+                tier=tier,
+                fields={k: tier.hold(t.narrow(2, start, count), wide) for k, t in fields.items()},
+                meta=known.narrow(start * self.page_size, tokens).with_room(wide * self.page_size),
+                length=tokens,
+                page_size=self.page_size,
+                readers=list(rows),
+                stored=list(range(len(rows))),
+            )
+            self.slabs.append(slab)
+            start += count
+
+    def _free(self, tier: Tier, fields: dict[str, Tensor], dim: int) -> int:
+        """Pages for which `tier` has room; dimension `dim` of `fields` counts some of their kind."""
+        if tier.limit is None:
+            return sys.maxsize
+        used = sum(slab.nbytes for slab in self.slabs if slab.tier.name == tier.name)
+        page_bytes = sum(t.nbytes // t.shape[dim] for t in fields.values())
+        return (tier.limit - used) // page_bytes
+
+    def _append_pooled(
+        self, new: IncomingPages, choice: Tensor | None, batch: int, room: Room
+    ) -> None:
+        """Each page into a pool of the codec chosen for it, with its share of the `room`.
+
+        `choice` [R, H, S]: which of the codec's members; None = pages are not mixed.
+        """
+        members = self.codec.members
+        if choice is None:
+            members = tuple({self.codec.of_head(head): None for head in range(new.heads)})
+            choice = torch.zeros_like(new.lengths)
+            if len(members) > 1:
+                choice = choice + torch.arange(new.heads, device=choice.device)[:, None]
+        is_limited = any(tier.limit is not None for tier in self.tiers)
+        size = PAGES_MOVED if new.codes and not is_limited else PAGES_ENCODED
+        for number, member in enumerate(members):
+            mine = (choice == number) & (new.lengths > 0)
+            to_come = int(mine.sum())
+            for chosen, group in new.places(mine):
+                # What is encoded or copied at a time stays small.
+                for at in chosen.split(size) if len(chosen) else ():
+                    pages = new.encoded(member, at, group)
+                    while len(pages):
+                        room_of = functools.partial(
+                            self._pool_room, room, pages, to_come, batch * new.heads, len(members)
+                        )
+                        pool = self._open_pool(member, pages, batch, new.heads, room_of)
+                        first, pages = pages.split(pool.free_pages(pages, batch))
+                        pool.write(first)
+                        to_come -= len(first)
+
+    def _open_pool(
+        self,
+        member: PageCodec,
+        pages: EncodedPages,
+        batch: int,
+        heads: int,
+        room_of: Callable[[Tier], int],
+    ) -> RaggedPages:
+        """The last pool of `member` if some of `pages` can be written behind its own, or a new one.
+
+        `room_of`: for how many pages one is made in a tier.
+        """
+        for pool in reversed(self.slabs):
+            if isinstance(pool, RaggedPages) and pool.codec == member:
+                if pool.free_pages(pages, batch):
+                    return pool
+                break
+        for tier in self.tiers:
+            free = self._free(tier, pages.fields, 0)
+            if free >= len(pages):
+                break
+        pool = RaggedPages.like(pages, member, tier, min(room_of(tier), free), batch, heads)
+        self.slabs.append(pool)
+        return pool
+
+    def _pool_room(
+        self, room: Room, pages: EncodedPages, to_come: int, owners: int, members: int, tier: Tier
+    ) -> int:
+        """For how many pages like `pages` a pool is made, `to_come` of which are written now."""
+        room = tier.room(room)
+        known = (room.tokens or 0) // self.page_size * owners // members
+        page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages) * members
+        if self.codec.is_mixed:  # which encoding they will have is not known
+            known = min(known, max(room.nbytes, 0) // page_bytes)
+        return room.pages(to_come, known, self._grown(owners, tier) * owners // 2, page_bytes)
+
+    def _grown(self, owners: int, tier: Tier) -> int:
+        """Pages to make room for in `tier`, for each of `owners`, the KV heads of all rows."""
+        held = sum(slab.page_count for slab in self.slabs) // owners
+        # Where rows are reordered or pages shared, room is never filled.
+        is_filled = all(slab.is_in_order() and not slab.is_forked for slab in self.slabs)
+        return grown_pages(held, is_roomy=tier.is_roomy and is_filled)
+
+    def bytes_with(self, nbytes: int) -> int:
+        """Bytes of all pages once `nbytes` of pages are added, which take the room first."""
+        held = room = 0
+        for slab in self.slabs:
+            size = sum(tensor.nbytes for tensor in slab.tensors())
+            held += size
+            room += 0 if slab.is_forked else int(slab.room * size)
+        return max(held, held - room + nbytes)
+
+    def held(self, row: int) -> Tensor | None:
+        """Tokens of each KV head of a batch row, [H] on the CPU; None = none at all."""
+        held = [slab.held()[slab.stored_of([row])[0]] for slab in self._read_by(row)]
+        return torch.stack(held).sum(0) if held else None
+
+    def _read_by(self, row: int) -> list[UniformPages | RaggedPages]:
+        return [slab for slab in self.slabs if row in slab.readers]
+
+    def signature(self, row: int) -> tuple[int, ...]:
+        """The slabs that a batch row reads: rows of equal signature hold equally many tokens."""
+        slabs = [i for i, slab in enumerate(self.slabs) if row in slab.readers]
+        in_pools = [
+            int(pool.held()[pool.stored_of([row])[0]].sum())
+            for pool in self._read_by(row)
+            if isinstance(pool, RaggedPages)
+        ]
+        return (*slabs, sum(in_pools))
+
+    def spans(self, rows: list[int]) -> list[TokenTable]:
+        """The tokens of batch rows of one signature, decoded, the oldest first."""
+        return [span.without_codes() for span in self._spans(rows, with_values=True)]
+
+    def _spans(self, rows: list[int], *, with_values: bool) -> list[TokenTable]:
+        mine = self._read_by(rows[0])
+        spans = [s.span(rows, with_values=with_values) for s in mine if isinstance(s, UniformPages)]
+        pools = [pool for pool in mine if isinstance(pool, RaggedPages)]
+        if not pools:
+            return spans
+        # In mixed pages a token's next encoding may be another one.
+        with_codes = self.codec.is_per_token
+        return [*spans, together(pools, rows, with_codes=with_codes, with_values=with_values)]
+
+    def take(self, rows: list[int], *, with_values: bool) -> TokenTable | None:
+        """Remove and return the tokens of batch rows of one signature: decoded, and their codes.
+
+        Values are decoded if they are asked for, or if there are no codes to be sealed again.
+        """
+        taken, with_values = None, with_values or not self.codec.is_per_token
+        for span in self._spans(rows, with_values=with_values):
+            taken = span if taken is None else taken.then(span)
+        for slab in self.slabs:
+            slab.drop_readers(set(rows))
+        self.slabs = [slab for slab in self.slabs if slab.readers]
+        for slab in self.slabs:
+            slab.forget_unread_rows()
+        return taken
+
+    def crop(self, position: int) -> None:
+        """Drop every token from column `position` on. Only for pages in order of position."""
+        for slab in self.slabs:
+            slab.crop(position)
+        self.slabs = [slab for slab in self.slabs if slab.page_count]
+
+    def map_rows(self, source: list[int], *, free: bool) -> None:
+        """New batch row i reads the pages of old batch row `source[i]`; pages are not copied.
+
+        With `free`, the pages that no row reads any more are given back.
+        """
+        for slab in self.slabs:
+            slab.map_rows(source)
+        self.slabs = [slab for slab in self.slabs if slab.readers]
+        if free:
+            for slab in self.slabs:
+                slab.forget_unread_rows()
+
+    def clear(self) -> None:
+        """Drop all pages."""
+        self.slabs = []
+
+    def mark_forked(self) -> None:
+        """Another table has the same pages: what is to come is written elsewhere."""
+        for slab in self.slabs:
+            slab.mark_forked()
+
+    def read_ahead(self) -> None:
+        """All pages will be read soon."""
+        for slab in self.slabs:
+            slab.tier.read_ahead(slab.fields.values())
+
+    def tensors(self) -> Iterator[Tensor]:
+        for slab in self.slabs:
+            yield from slab.tensors()
+        yield from self.codec.tensors()

@@ -1,0 +1,46 @@
+"""Room for the tokens of one long forward pass, used by one layer after the other."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from .memory import is_writable
+
+
+class PromptBuffer:
+    """A pair of buffers for keys and values, lent to one layer at a time.
+
+    If each layer made room of its own for a chunk of the prompt and freed it again, the allocator
+    would be left with a hole per layer and chunk.
+    """
+
+    def __init__(self) -> None:
+        self._pair: tuple[Tensor, Tensor] | None = None
+
+    def lend(self, keys: Tensor, values: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Buffers like `keys` and `values` [B, H, ..., D] for at least `tokens` tokens."""
+        pair, self._pair = self._pair, None
+        if pair is not None and all(
+            _fits(buffer, like, tokens) for buffer, like in zip(pair, (keys, values), strict=True)
+        ):
+            return pair
+        del pair  # freed before its successor is made
+        keys, values = (t.new_empty(*t.shape[:2], tokens, t.shape[3]) for t in (keys, values))
+        return keys, values
+
+    def give_back(self, keys: Tensor, values: Tensor) -> None:
+        self._pair = keys, values
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self._pair or ()
+
+
+def _fits(buffer: Tensor, like: Tensor, tokens: int) -> bool:
+    """Whether `buffer` can take `tokens` tokens of the kind of `like`."""
+    same = (*buffer.shape[:2], buffer.shape[3], buffer.dtype, buffer.device) == (
+        *like.shape[:2],
+        like.shape[3],
+        like.dtype,
+        like.device,
+    )
+    return same and buffer.shape[2] >= tokens and is_writable(buffer)

@@ -1,0 +1,299 @@
+"""Pages of which every row and KV head may have another number.
+
+Shapes: R stored rows, H KV heads, N pages, P tokens a page, D head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from pikv_kernels import merge_segments, partial_attention
+from torch import Tensor
+
+from .codec import PageCodec, decoded, flat_tokens
+from .incoming_pages import EncodedPages
+from .memory import is_writable
+from .prefetch import Block
+from .row_map import PageStore, Partial
+from .tiers import Tier
+from .token_table import TokenTable
+
+# Numbers of queries and head dims that one product over pages may copy.
+MOST_COPIED = 2**22
+# Queries of a KV head whose weights are made.
+MOST_WEIGHTED = 64
+
+
+class Run(NamedTuple):
+    """Pages that stand side by side: `group` after `group` of them has one owner, and is full; with a
+    group of 1 they may be of any length."""
+
+    pages: int
+    group: int
+
+
+@dataclass(kw_only=True)
+class RaggedPages(PageStore):
+    """Pages of one encoding in any order, each with its owner.
+
+    `fields` [capacity, ...] are the encoded pages, `meta` [capacity, 1, P, ...] what is known of
+    their tokens, `owner` [capacity] = stored row * H + KV head, and `lengths` [capacity] the valid
+    tokens, the first ones of a page. `runs` counts the pages in order.
+    """
+
+    codec: PageCodec
+    meta: TokenTable
+    owner: Tensor
+    lengths: Tensor
+    runs: list[Run]
+    stored_rows: int
+    heads: int
+    _in_place: tuple[int, list[Block]] | None = field(default=None, repr=False)
+
+    @property
+    def rows(self) -> int:
+        return self.stored_rows
+
+    @property
+    def page_count(self) -> int:
+        return sum(run.pages for run in self.runs)
+
+    @property
+    def page_size(self) -> int:
+        return self.meta["positions"].shape[2]
+
+    @property
+    def room(self) -> float:
+        return 1 - self.page_count / max(len(self.owner), 1)
+
+    def held(self) -> Tensor:
+        held = torch.zeros(self.rows * self.heads, dtype=torch.int64)
+        owner, lengths = (t[: self.page_count].cpu() for t in (self.owner, self.lengths))
+        return held.index_add_(0, owner, lengths.long()).view(self.rows, self.heads)
+
+    @classmethod
+    def like(
+        cls,
+        pages: EncodedPages,
+        codec: PageCodec,
+        tier: Tier,
+        room: int,
+        rows: int,
+        heads: int,
+    ) -> "RaggedPages":
+        """An empty pool of `rows` batch rows with room for `room` pages of the kind of `pages`."""
+
+        def empty(tensor: Tensor) -> Tensor:
+            return tensor.new_empty(room, *tensor.shape[1:])
+
+        return cls(
+            codec=codec,
+            tier=tier,
+            fields={k: tier.empty(v, room, *v.shape[1:]) for k, v in pages.fields.items()},
+            meta=TokenTable({name: empty(tensor) for name, tensor in pages.meta.tensors.items()}),
+            owner=empty(pages.owner),
+            lengths=empty(pages.lengths),
+            runs=[],
+            stored_rows=rows,
+            heads=heads,
+            readers=list(range(rows)),
+            stored=list(range(rows)),
+        )
+
+    def free_pages(self, pages: EncodedPages, batch: int) -> int:
+        """How many pages like `pages`, whole groups, of any of `batch` rows fit behind these."""
+        is_free = (
+            pages.meta.tensors.keys() == self.meta.tensors.keys()
+            and not self.is_forked
+            and self.is_read_by_all(batch)
+            and self.is_in_order()
+            and is_writable(self.owner)
+        )
+        free = self.owner.shape[0] - self.page_count if is_free else 0
+        return free // pages.group * pages.group
+
+    def write(self, pages: EncodedPages) -> None:
+        """Write `pages` behind these."""
+        start, count = self.page_count, len(pages)
+        for mine, new in zip(self._stored(), pages.tensors(), strict=True):
+            mine.narrow(0, start, count).copy_(new)
+        self._add_run(Run(count, pages.group))
+        self.changed()
+
+    def _stored(self) -> Iterator[Tensor]:
+        yield from (*self.fields.values(), *self.meta.tensors.values(), self.owner, self.lengths)
+
+    def _add_run(self, new: Run) -> None:
+        if self.runs and self.runs[-1].group == new.group:
+            new = Run(self.runs.pop().pages + new.pages, new.group)
+        self.runs.append(new)
+
+    def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
+        # The weights of many queries would be larger than the pages.
+        is_weighted = self.codec.gives_weights and query.shape[2] <= MOST_WEIGHTED
+        asked = self.codec.into_pages(query, self.fields) if is_weighted else query
+        results: list[tuple[Tensor, Tensor, Tensor]] = []
+        for result in self._attend_runs(asked.flatten(0, 1), is_weighted, scale):
+            results.append(result)
+            if sum(out.numel() for out, _, _ in results) >= MOST_COPIED:
+                yield self._merged(results, query, is_weighted)
+                results = []
+        if results:
+            yield self._merged(results, query, is_weighted)
+
+    def _merged(
+        self, results: list[tuple[Tensor, Tensor, Tensor]], query: Tensor, is_weighted: bool
+    ) -> Partial:
+        """One result [R, H, Q, Dv] of `query` [R, H, Q, Dk] from those over some runs."""
+        out, lse, owner = (torch.cat(parts) for parts in zip(*results, strict=True))
+        out, lse = merge_segments(out, lse, owner, query.shape[0] * query.shape[1])
+        if is_weighted:
+            out = self.codec.out_of_pages(out)
+        return out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
+
+    def _attend_runs(
+        self, asked: Tensor, is_weighted: bool, scale: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Results [n, Q, Dv] and [n, Q] over pages, and the owners [n] whose queries they are of."""
+        step = max(1, MOST_COPIED // (asked.shape[1] * asked.shape[2]))
+        if self.codec.block_tokens is not None:
+            decoded = self.codec.block_tokens * len(asked) // self.page_size
+            step = min(step, max(1, decoded))
+        for fields, (block, run) in self.tier.blocks(self._blocks(step)):
+            owner = self.owner[block][:: run.group]
+            mine = asked.index_select(0, owner)[:, None]
+            mask = self._mask(block, asked.dtype) if run.group == 1 else None
+            tokens = run.group * self.page_size
+            # Nothing to decode: over short runs, one fused kernel is faster than several operations.
+            is_fused = not is_weighted or (run.group == 1 and self.codec.block_tokens is None)
+            if not is_fused:
+                out, lse, _ = self.codec.attend_weighted(mine, fields, tokens, scale, mask)
+            elif mask is None:
+                out, lse = self.codec.attend(mine, fields, tokens, scale)
+            else:
+                out, lse = self._attend_masked(mine, fields, mask, scale)
+            yield out[:, 0], lse[:, 0], owner
+
+    def _attend_masked(
+        self, query: Tensor, fields: dict[str, Tensor], mask: Tensor, scale: float
+    ) -> Partial:
+        """`Compressor.attend` of `query` [n, 1, Q, Dk] over pages [n, 1, 1, ...] of any lengths."""
+        keys, values = (flat_tokens(t, self.page_size) for t in self.codec.decode(fields))
+        return partial_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
+
+    def _mask(self, block: slice, dtype: torch.dtype) -> Tensor:
+        """What hides the places of the pages `block` that hold no token, [n, 1, 1, P]."""
+        lengths = self.lengths[block, None]
+        place = torch.arange(self.page_size, device=lengths.device)
+        mask = torch.zeros(len(lengths), len(place), dtype=dtype, device=lengths.device)
+        return mask.masked_fill_(place >= lengths, torch.finfo(dtype).min)[:, None, None]
+
+    def changed(self) -> None:
+        super().changed()
+        self._in_place = None
+
+    def _blocks(self, most: int) -> Iterator[Block]:
+        """`_views`, made once where they are read in place, and not at every step."""
+        if not self.tier.in_place:
+            return self._views(most)
+        if self._in_place is None or self._in_place[0] != most:
+            self._in_place = most, list(self._views(most))
+        return iter(self._in_place[1])
+
+    def _views(self, most: int) -> Iterator[Block]:
+        """Groups of pages [n, 1, group, ...], of a run, at most `most` pages, with places and run."""
+        page_bytes = self.nbytes // max(len(self.owner), 1)  # there may be none
+        start, step = 0, min(most, self.tier.most_pages(page_bytes))
+        for run in self.runs:
+            each = max(step // run.group, 1) * run.group
+            for first in range(start, start + run.pages, each):
+                places = slice(first, min(first + each, start + run.pages))
+                pages = {name: field[places] for name, field in self.fields.items()}
+                groups = {k: t.unflatten(0, (-1, 1, run.group)) for k, t in pages.items()}
+                yield groups, (places, run)
+            start += run.pages
+
+    def span(self, *, with_codes: bool, with_values: bool) -> TokenTable:
+        """All its tokens decoded, [N, 1, P, ...], with what is known of them and `order`:
+
+        owner and position as one number [N, 1, P], -1 at places that hold no token.
+        """
+        used = self.page_count
+        fields = {name: field[:used, None, None] for name, field in self.fields.items()}
+        fields = self.tier.bring(fields)
+        states = decoded(self.codec, fields, with_values).items()
+        meta = TokenTable({name: tensor[:used] for name, tensor in self.meta.tensors.items()})
+        place = torch.arange(self.page_size, device=self.owner.device)
+        valid = place < self.lengths[:used, None, None]
+        order = (self.owner[:used, None, None] << 32) + meta["positions"]
+        order = order.masked_fill(~valid, -1)
+        tokens = meta.joined(TokenTable({name: pages[:, :, 0] for name, pages in states}))
+        tokens = tokens.joined(TokenTable({"order": order}))
+        if not (with_codes and self.codec.is_per_token):
+            return tokens
+        return tokens.with_codes({name: field[:, 0] for name, field in fields.items()})
+
+    def keep_rows(self, used: Tensor) -> None:
+        new_of_old = torch.full((self.rows,), -1).index_copy_(0, used, torch.arange(len(used)))
+        owner = self.owner[: self.page_count]
+        row = new_of_old.to(owner.device)[owner // self.heads]
+        self._keep_pages(row >= 0, row * self.heads + owner % self.heads)
+        self.stored_rows = len(used)
+
+    def crop(self, position: int) -> None:
+        columns = self.meta["positions"][: self.page_count, 0]
+        place = torch.arange(self.page_size, device=columns.device)
+        valid = place < self.lengths[: self.page_count, None]
+        self.lengths = ((columns < position) & valid).sum(1, dtype=torch.int32)
+        self._keep_pages(self.lengths > 0, self.owner[: self.page_count])
+        self.changed()
+
+    def _keep_pages(self, keep: Tensor, owner: Tensor) -> None:
+        """Free all pages but those of `keep` [N], whose owners are now those of `owner` [N]."""
+        index = keep.nonzero().flatten()
+        self.fields = {k: self.tier.select(v, index) for k, v in self.fields.items()}
+        self.meta = self.meta.rows(index)
+        self.owner = owner.index_select(0, index)
+        self.lengths = self.lengths[: len(keep)].index_select(0, index)
+        self.runs = [Run(len(index), 1)] if len(index) else []
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self._stored()
+        yield from self._index.values()
+
+
+def together(
+    pools: list[RaggedPages], rows: list[int], *, with_codes: bool, with_values: bool
+) -> TokenTable:
+    """All tokens of some batch rows from all their pools, [R, H, T, ...].
+
+    T is what the fullest KV head holds; `valid` says where the others, whose tokens are the last
+    ones of T, hold any, if there are such.
+    """
+    parts, heads = [], pools[0].heads
+    for pool in pools:
+        tokens = pool.span(with_codes=with_codes, with_values=with_values)
+        flat = TokenTable({name: t.flatten(0, 2)[None, None] for name, t in tokens.tensors.items()})
+        for number, row in enumerate(pool.stored_of(rows).tolist()):
+            order = flat["order"][0, 0]
+            mine = flat.tokens(((order >> 32) // heads == row).nonzero().flatten())
+            moved = mine["order"] + ((number - row) * heads << 32)
+            parts.append(mine.joined(TokenTable({"order": moved})))
+    every = parts[0]
+    for part in parts[1:]:
+        every = every.then(part)
+    order, index = every["order"][0, 0].sort()
+    every, owner = every.tokens(index).without("order"), order >> 32
+    counts = torch.bincount(owner, minlength=len(rows) * heads)
+    width = int(counts.max())
+    if width * len(counts) == len(every):
+        shape = len(rows), heads, width
+        return TokenTable({name: t[0, 0].unflatten(0, shape) for name, t in every.tensors.items()})
+    # Token i of an owner is the i-th of `every` behind the tokens of the owners before it.
+    behind = counts.cumsum(0)[:, None] - torch.arange(width, 0, -1, device=counts.device)
+    valid = behind >= (counts.cumsum(0) - counts)[:, None]
+    padded = every.tokens(behind.clamp_min(0).flatten())
+    shape = len(rows), heads, width
+    spread = {name: t[0, 0].unflatten(0, shape) for name, t in padded.tensors.items()}
+    return TokenTable(spread | {"valid": valid.unflatten(0, shape[:2])})

@@ -1,0 +1,133 @@
+"""The newest tokens of one layer, still open."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .memory import is_writable
+from .prompt_buffer import PromptBuffer
+from .token_table import TokenTable
+
+# Bytes of room that a small buffer has.
+FEW = 2**13
+
+
+def roomy(tokens: int, seen: int, token_bytes: int) -> int:
+    """Tokens a buffer is made for, if `tokens` of them, of `seen` in all, are only the first.
+
+    A quarter of what is seen, so that no cache takes much more than its tokens; growing by a factor
+    keeps the cost of copying them constant for each.
+    """
+    return tokens + max(seen // 4, FEW // max(token_bytes, 1))
+
+
+class Tail:
+    """The newest tokens in model dtype, in a buffer that is written in place."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """Starts with the model's own tensors, uncopied."""
+        self.keys, self.values = keys, values
+        self.length = keys.shape[2]
+        self.labels: TokenTable | None = None
+        # The tail's own buffers, while it stands in borrowed ones.
+        self._own: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of a token, of all rows and heads."""
+        batch, heads, _, dim = self.keys.shape
+        return batch * heads * (dim + self.values.shape[3]) * self.keys.element_size()
+
+    def append(
+        self, keys: Tensor, values: Tensor, capacity: int, scratch: PromptBuffer | None = None
+    ) -> None:
+        """Write behind the tokens held, into a buffer for `capacity` tokens or what is needed.
+
+        More than `capacity` stand in the `scratch`, if there is one, until `drop` makes them fewer.
+        """
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[2] and end > capacity and scratch is not None and not self._own:
+            own = self.keys, self.values
+            self._move(0, scratch.lend(*own, end))
+            self._own = own
+        elif end > self.keys.shape[2] or not is_writable(self.keys):
+            self._move(0, self._buffers(max(capacity, end)))
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+
+    def drop(self, count: int, capacity: int, scratch: PromptBuffer, *, is_own: bool) -> None:
+        """Forget the oldest `count` tokens; the others stay in a buffer for at most `capacity` tokens.
+
+        That is the one they stand in, or stood in before they were borrowed, if it is not larger and
+        the tail's own: not the model's, nor one for tokens that were held back.
+        """
+        left, current = self.length - count, (self.keys, self.values)
+        before = self._own or current
+        if not (is_own and left <= before[0].shape[2] <= capacity and is_writable(before[0])):
+            before = self._buffers(max(capacity, left))
+        self._move(count, before)
+        if self._own is not None:
+            scratch.give_back(*current)
+            self._own = None
+        self.length -= count
+        if self.labels is not None:
+            self.labels = self.labels.narrow(count, left).owned()
+
+    def truncate(self, length: int) -> None:
+        self.length = length
+        if self.labels is not None:
+            self.labels = self.labels.narrow(0, length)
+
+    @property
+    def unlabelled(self) -> int:
+        """The newest tokens of each row that have no labels yet."""
+        return self.length - (0 if self.labels is None else len(self.labels))
+
+    def label(self, labels: TokenTable) -> None:
+        self.labels = labels if self.labels is None else self.labels.then(labels)
+
+    def map_rows(self, index: Tensor) -> None:
+        self.keys = self.keys.index_select(0, index.to(self.keys.device))
+        self.values = self.values.index_select(0, index.to(self.values.device))
+        self._own = None
+        if self.labels is not None:
+            self.labels = self.labels.rows(index)
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, length, D]."""
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+
+    def span(self, start: int, count: int) -> TokenTable:
+        """The oldest `count` tokens; `start` is the position of the first of them."""
+        keys, values = self.view()
+        states = TokenTable({"keys": keys, "values": values}).narrow(0, count)
+        positions = torch.arange(start, start + count).view(1, 1, -1)
+        span = states.joined(TokenTable({"positions": positions}))
+        return span if self.labels is None else span.joined(self.labels.narrow(0, count))
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.keys, self.values, *(self._own or ()))
+        if self.labels is not None:
+            yield from self.labels.tensors.values()
+
+    def _buffers(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """Buffers of its own for `capacity` tokens."""
+        keys, values = (
+            old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            for old in (self.keys, self.values)
+        )
+        return keys, values
+
+    def _move(self, start: int, buffers: tuple[Tensor, Tensor]) -> None:
+        """Into `buffers`, beginning with token `start`."""
+        keep = self.length - start
+        for old, new in zip((self.keys, self.values), buffers, strict=True):
+            states = old.narrow(2, start, keep)
+            new.narrow(2, 0, keep).copy_(states.clone() if new is old else states)
+        self.keys, self.values = buffers

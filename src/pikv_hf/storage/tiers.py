@@ -1,0 +1,170 @@
+"""The kinds of memory that encoded pages of a layer may live in.
+
+Shapes: R rows, H KV heads, S pages; or N pages of a pool.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .memory import empty_like, is_on_disk, own
+from .prefetch import BLOCK_BYTES, Block, staged
+from .room import Room
+
+
+@dataclass(frozen=True)
+class Tier(ABC):
+    """Memory for pages that are read on `device`; `limit`: bytes of one layer, None = no limit."""
+
+    device: torch.device
+    limit: int | None = None
+    name: ClassVar[str]
+    #: Whether unused room for more pages takes no memory.
+    is_roomy: ClassVar[bool] = False
+
+    def room(self, room: Room) -> Room:
+        """How much of `room` there is in this tier."""
+        return replace(room, nbytes=sys.maxsize) if self.is_roomy else room
+
+    @abstractmethod
+    def has(self, tensor: Tensor) -> bool:
+        """Whether `tensor` lies in memory of this kind."""
+
+    @abstractmethod
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        """Memory of this kind for numbers of the dtype of `like`, unwritten."""
+
+    def hold(self, tensor: Tensor, room: int | None = None) -> Tensor:
+        """`tensor` [R, H, S, ...] here, alone in its storage, with room for `room` pages."""
+        if room is None or room == tensor.shape[2]:
+            if self.has(tensor):
+                return own(tensor)
+            return self.empty(tensor, *tensor.shape).copy_(tensor)
+        held = self.empty(tensor, *tensor.shape[:2], room, *tensor.shape[3:])
+        held.narrow(2, 0, tensor.shape[2]).copy_(tensor)
+        return held
+
+    def select(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """The entries `index` of the first dimension of `tensor`, which lies here: a copy."""
+        held = self.empty(tensor, len(index), *tensor.shape[1:])
+        return torch.index_select(tensor, 0, index.to(tensor.device), out=held)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the device reads it in place."""
+        return True
+
+    def most_pages(self, page_bytes: int) -> int:
+        """How many pages of `page_bytes` bytes each may be brought to the device at a time."""
+        return sys.maxsize if self.in_place else max(1, BLOCK_BYTES // max(page_bytes, 1))
+
+    def bring(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same on `device`."""
+        return {name: tensor.to(self.device) for name, tensor in fields.items()}
+
+    def blocks(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        """The same on `device`; each is to be read before the next one is asked for."""
+        return blocks if self.in_place else staged(blocks, self.device)
+
+    def read_ahead(self, tensors: Iterable[Tensor]) -> None:
+        """They will be read soon."""
+        return
+
+
+@dataclass(frozen=True)
+class Near(Tier):
+    """The memory of the device on which the layer runs."""
+
+    name: ClassVar[str] = "device"
+
+    def has(self, tensor: Tensor) -> bool:
+        return True  # where they were made, or loaded
+
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        return empty_like(like, shape)
+
+
+@dataclass(frozen=True)
+class Ram(Tier):
+    """The CPU's memory, pinned if the layer runs on CUDA."""
+
+    name: ClassVar[str] = "ram"
+
+    def has(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and (not self._pins or tensor.is_pinned())
+
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        if not self._pins and like.device.type == "cpu":
+            return empty_like(like, shape)
+        return torch.empty(shape, dtype=like.dtype, pin_memory=self._pins)
+
+    @property
+    def in_place(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def _pins(self) -> bool:
+        return self.device.type == "cuda"
+
+
+@dataclass(frozen=True)
+class Disk(Ram):
+    """Files in `folder`, mapped into memory: read in place on a CPU.
+
+    A file loses its name as soon as it is mapped, so that the system removes it with the last tensor
+    that reads it, however the process ends; the folder looks empty. Room for half as many pages
+    more costs no memory, and keeps files few: their number grows with the logarithm of the tokens.
+    """
+
+    folder: str = ""
+    name: ClassVar[str] = "disk"
+    is_roomy: ClassVar[bool] = True
+
+    def has(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and (is_on_disk(tensor) or not tensor.numel())
+
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        if not size:
+            return torch.empty(shape, dtype=like.dtype)
+        try:
+            return self._mapped(size, like).view(shape)
+        except (OSError, RuntimeError) as error:  # torch's own, where the system maps no more
+            number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+            raise OSError(
+                number or errno.ENOMEM,
+                f"`offload_folder` {self.folder!r} cannot hold {size * like.element_size()} more bytes "
+                f"of pages: {reason or error}",
+            ) from error
+
+    def _mapped(self, size: int, like: Tensor) -> Tensor:
+        file, path = tempfile.mkstemp(".pages", "pikv-", self.folder)
+        try:
+            if hasattr(os, "posix_fallocate"):  # a full disk: an error here, not a signal later
+                os.posix_fallocate(file, 0, size * like.element_size())
+            return torch.from_file(path, shared=True, size=size, dtype=like.dtype)
+        finally:
+            os.unlink(path)
+            os.close(file)
+
+    def read_ahead(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.numel():
+                storage = tensor.untyped_storage()
+                place = ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes())
+                ctypes.CDLL(None).madvise(*place, mmap.MADV_WILLNEED)
+
+
+def near(like: Tensor) -> list[Tier]:
+    """The memory of the device of `like` alone."""
+    return [Near(like.device)]
