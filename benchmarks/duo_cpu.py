@@ -25,8 +25,8 @@ from pikv_hf.fitting.profile import profile
 from pikv_hf.fitting.profile_job import Job
 from pikv_hf.fitting.resumable import write
 from pikv_hf.model.artifact import ModelIdentity
+from pikv_hf.model.loading import load
 from pikv_hf.needles.haystack import NEEDLE_MODEL
-from pikv_hf.needles.trials import load
 from pikv_hf.schedulers.duo import PROFILE, SCORES, Duo, streaming_heads
 
 SPARSITY, SINKS, RECENT = 0.5, 64, 256

@@ -21,7 +21,7 @@ from pikv_hf import SCHEDULERS, PiKVCache
 from pikv_hf.attention.function import attend
 from pikv_hf.layer.handoff import take_layer
 from pikv_hf.model.versions import with_cache
-from pikv_hf.schedulers import Knorm, Scheduler, Tokens
+from pikv_hf.schedulers import Candidates, Knorm, Scheduler
 
 SHAPE, GROUPS, SCALE = (4, 128, 128), 8, 128**-0.5
 TOKENS, PAGE, WINDOW = 65536, 64, 128
@@ -58,7 +58,7 @@ class Halving(Scheduler):
     def budget(self, seen: int) -> int:
         return self.whole if 0 < seen <= self.whole else TOKENS // 2
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         if self.given is None:
             return Knorm().scores(tokens)
         return self.given[:, :, : tokens.keys.shape[2]]

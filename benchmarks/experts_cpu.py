@@ -21,9 +21,9 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pikv_hf import PiKVCache
+from pikv_hf.model.loading import load
 from pikv_hf.needles.haystack import NEEDLE_MODEL
-from pikv_hf.needles.trials import load
-from pikv_hf.schedulers import Expert, KeyDiff, Random, Scheduler, SnapKV, Tokens
+from pikv_hf.schedulers import Candidates, Expert, KeyDiff, Random, Scheduler, SnapKV
 from pikv_hf.schedulers.expert import TERMS
 
 BUDGETS = (0.25, 0.125)
@@ -40,7 +40,7 @@ CLAIMS = (("keydiff", "agreement", 0.125), ("snapkv", "agreement", 0.25))
 class Shuffled(Expert):
     """The control: every candidate has the labels of another."""
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         if tokens.experts is not None and tokens.weights is not None:
             generator = torch.Generator().manual_seed(tokens.layer_idx)
             order = torch.randperm(tokens.experts.shape[2], generator=generator)
@@ -89,7 +89,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 def mode_of(scheduler: Scheduler) -> str:
     """Queries are worth asking when they are those of the question."""
-    asks = scheduler.observed_queries and getattr(scheduler, "weight", 1)
+    asks = scheduler.needs.queries and getattr(scheduler, "weight", 1)
     return AWARE if asks else AGNOSTIC
 
 

@@ -14,7 +14,7 @@ from pikv_hf.compressors import Compressor, Int2, Int4, Svd
 from pikv_hf.fitting.calibrate import calibrate, text_pieces
 from pikv_hf.fitting.calibration_job import METHODS, Job
 from pikv_hf.fitting.capture import Capture, Observer
-from pikv_hf.needles import trials as demo
+from pikv_hf.model import loading
 from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
 
 CONTEXT, PAGE, NEWEST = 895, 64, 127  # tokens, of which the newest stay as they are
@@ -72,7 +72,7 @@ def main() -> None:
         "error, root mean square of both layers; bytes of bfloat16",
         columns=["compressor", "rank", "bytes / element", "untrained", "trained"],
     )
-    model, tokenizer = demo.load(str(NEEDLE_MODEL))
+    model, tokenizer = loading.load(str(NEEDLE_MODEL))
     folder = Path(tempfile.mkdtemp())
     train = text(TRAIN[:16] if quick else TRAIN, folder / "train.txt")
     layers = captured(model, tokenizer, text(TEST, folder / "test.txt"))

@@ -25,9 +25,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from pikv_hf import PiKVCache
 from pikv_hf.compressors import Compressor, Fp8, Identity, Int2, Int4, Int8, TurboQuant
 from pikv_hf.layer.loss_guard import LossWarning
+from pikv_hf.model.loading import load
 from pikv_hf.model.versions import with_cache
 from pikv_hf.needles.haystack import NEEDLE_MODEL, Haystack, make_haystack
-from pikv_hf.needles.trials import load
 
 PAGE, WINDOW = 64, 16
 NEEDLES, SEED = 8, 3_000_000

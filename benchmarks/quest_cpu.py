@@ -25,10 +25,10 @@ from pikv_hf.fitting.capture import QUERIES, Observer
 from pikv_hf.fitting.resumable import write
 from pikv_hf.fitting.utility_networks import fit_utility
 from pikv_hf.model.artifact import ModelIdentity
+from pikv_hf.model.loading import load
 from pikv_hf.model.rotary import Rotary
 from pikv_hf.needles.haystack import NEEDLE_MODEL, Haystack, make_haystack
-from pikv_hf.needles.trials import load
-from pikv_hf.schedulers import AdaKV, PiKVQuest, Scheduler, Tokens
+from pikv_hf.schedulers import AdaKV, Candidates, PiKVQuest, Scheduler
 
 CONTEXT, STEPS, WINDOWS, NEEDLES = 447, 500, 64, 8
 ASKED = 118  # tokens of the questions and answers behind a text
@@ -42,7 +42,7 @@ OTHERS = ("keydiff", "knorm", "snapkv", "random")
 class AsCached(PiKVQuest):
     """Reads keys as they are cached."""
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         return super().scores(replace(tokens, rotary=STAYS))
 
 
@@ -90,7 +90,7 @@ def attention_kept(observer: Observer, scheduler: Scheduler | None) -> float:
         for query, keys, values in (*layer.fitted, *layer.held_out):
             old = keys.shape[1] - keys.shape[1] // 8
             attention = (query @ keys.mT * layer.state.scale).softmax(-1).mean(1)[:, :old]
-            tokens = Tokens(
+            tokens = Candidates(
                 positions=torch.arange(old).expand(1, len(keys), -1),
                 keys=keys[None, :, :old],
                 values=values[None, :, :old],
@@ -154,7 +154,7 @@ def main() -> None:
         masses = {
             name: [f"{100 * attention_kept(texts_of[n], scheduler):.1f}" for n in LENGTHS]
             for name, scheduler in made.items()
-            if not (scheduler.is_ragged or scheduler.observed_queries)
+            if not (scheduler.traits.is_ragged or scheduler.needs.queries)
         }
         questions = Questions.of(tokenizer, LENGTH, count)
         model = model.to(torch.bfloat16)

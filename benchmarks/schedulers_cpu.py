@@ -26,9 +26,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pikv_hf import SCHEDULERS, PiKVCache
 from pikv_hf.compressors import Compressor, TurboQuant
+from pikv_hf.model.loading import load
 from pikv_hf.model.versions import with_cache
 from pikv_hf.needles.haystack import NEEDLE_MODEL
-from pikv_hf.needles.trials import load
 from pikv_hf.schedulers import Scheduler
 
 PAGE, WINDOW, COUNT, PROCESSES = 16, 16, 512, 3
@@ -65,7 +65,7 @@ class Case:
     @property
     def is_slow(self) -> bool:
         """Whether it computes the attention of every query anew, for records of each token."""
-        return self.budget is not None and bool(self.options["scheduler"].records)
+        return self.budget is not None and bool(self.options["scheduler"].needs.statistics)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from pikv_hf.fitting import capture
 from pikv_hf.fitting.calibrate import calibrate, text_pieces
 from pikv_hf.fitting.calibration_job import METHODS, Job
 from pikv_hf.fitting.capture import HELD_OUT, QUERIES, Observer, Window
+from pikv_hf.model import loading
 from pikv_hf.model.artifact import read_metadata
 from pikv_hf.model.versions import with_cache
-from pikv_hf.needles import trials as demo
 from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
 from pikv_hf.schedulers import AdaKV, SnapKV, StreamingLLM
 
@@ -222,7 +222,7 @@ def needle_text(first: int, count: int) -> str:
 
 @pytest.fixture(scope="module")
 def bundled():
-    return demo.load(str(NEEDLE_MODEL))
+    return loading.load(str(NEEDLE_MODEL))
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ from typer.testing import CliRunner, Result
 
 import pikv_hf
 from pikv_hf import LossWarning, PiKVCache, __version__
-from pikv_hf.cache.from_text import parse_cache
+from pikv_hf.cache.from_text import METHODS, parse_cache
 from pikv_hf.commands.app import COMMANDS, app, command
 from pikv_hf.commands.terminal import Dtype
 from pikv_hf.compressors import Int8
 from pikv_hf.fitting.progress_bar import bar
+from pikv_hf.model import loading
 from pikv_hf.needles import trials as demo
 from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
 from pikv_hf.placements import Offload
@@ -31,7 +32,7 @@ def pikv(*args: str | Path, stdin: str | None = None) -> Result:
 
 @pytest.fixture(scope="module")
 def bundled():
-    return demo.load(str(NEEDLE_MODEL))
+    return loading.load(str(NEEDLE_MODEL))
 
 
 # ---- demo ---------------------------------------------------------------------------------------
@@ -377,15 +378,23 @@ def test_each_command_is_listed_as_it_describes_itself(name):
 
 
 def test_help_loads_neither_torch_nor_transformers():
+    """Of `pikv`, and of each command: it shows in a moment."""
     code = (
-        "import sys; from typer.testing import CliRunner; from pikv_hf.cli import app; "
-        "print(CliRunner().invoke(app, ['--help']).output, *{'torch', 'transformers'} & {*sys.modules})"
+        "import sys; from typer.testing import CliRunner; from pikv_hf.commands.app import app, COMMANDS\n"
+        "for args in ([], *([name] for name in COMMANDS)):\n"
+        "    print(CliRunner().invoke(app, [*args, '--help']).output)\n"
+        "print(*{'torch', 'transformers'} & {*sys.modules}, 'loaded')"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "Hide needles" in done.stdout and done.stdout.split()[-1] not in (
-        "torch",
-        "transformers",
-    )
+    assert "Hide needles" in done.stdout and "pikv methods" in done.stdout
+    assert done.stdout.splitlines()[-1].strip() == "loaded"
+
+
+def test_methods_are_listed():
+    result = pikv("methods")
+    words = result.output.split()
+    for registry, _ in METHODS.values():
+        assert set(registry) <= set(words)
 
 
 def test_an_unknown_command_is_a_usage_error():
@@ -408,7 +417,7 @@ def test_names_of_a_dtype(name, monkeypatch, prompt):
     def load(path, dtype, device_map):
         raise Loaded(dtype)
 
-    monkeypatch.setattr(demo, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     result = pikv("generate", "--prompt-file", prompt[0], "--dtype", name)
     assert isinstance(result.exception, Loaded) and result.exception.args == (Dtype.bfloat16,)
 

@@ -140,7 +140,7 @@ def test_counted_equals_asked_again(name, compressor, scheduler) -> None:
         every = span.then(
             TokenTable({"keys": layer.state.tail.view()[0], "record": opened, "positions": newest})
         )
-        expected = recorded(scheduler, every, queries, 59, layer.state.scale)
+        expected = recorded(scheduler.needs.statistics, every, queries, 59, layer.state.scale)
         assert (expected != every["record"]).any()
         if isinstance(scheduler, H2O):
             assert torch.allclose(counted, expected, atol=1e-4)

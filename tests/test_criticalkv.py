@@ -13,13 +13,14 @@ from pikv_hf import PiKVCache
 from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import (
     AdaKV,
+    Candidates,
     ChunkKV,
     CriticalKV,
     KeyDiff,
     Knorm,
+    Needs,
     PyramidKV,
     SnapKV,
-    Tokens,
     Tova,
     criticalkv,
 )
@@ -122,7 +123,7 @@ def test_norms_in_blocks(seed, dtype, monkeypatch) -> None:
 
     keys, values, output = draw(2, 3, 17, 8), draw(2, 3, 17, 5), draw(32, 3 * 2 * 5)
     positions = torch.arange(17).expand(2, 3, -1)
-    tokens = Tokens(positions, keys, values, keys[:, :, :0], 17, output=output)
+    tokens = Candidates(positions, keys, values, keys[:, :, :0], 17, output=output)
     weights = output.double().T.unflatten(0, (3, 2, 5))
     expected = torch.einsum("rhtd,hgdo->rhgto", values.double(), weights).abs().sum(-1).mean(2)
     for block in (1, 5 * 2 * 32, 2**24):
@@ -139,11 +140,11 @@ def test_sinks_and_places_without_a_token() -> None:
     valid = torch.arange(12).expand(1, 2, 12) >= torch.tensor([0, 5])[:, None]
     values[0, 0, :3] = values[0, 1, 5:8] = 0
     positions = torch.arange(12).expand(1, 2, 12)
-    tokens = Tokens(
+    tokens = Candidates(
         positions, keys, values, keys[:, :, :0], 12, queries=queries, valid=valid, sinks=3,
         output=torch.randn(16, 16),
     )  # fmt: skip
-    tokens = replace(tokens, constant=CRITICAL.constant(tokens))
+    tokens = replace(tokens, constants=CRITICAL.constants(tokens))
     for scheduler in (CRITICAL, AdaKV(CRITICAL)):
         keep = scheduler.keep(tokens, 6)[0].tolist()
         assert set(range(3)) <= set(keep[0]) and {5, 6, 7} <= set(keep[1])
@@ -157,17 +158,17 @@ class Spy(CriticalKV):
     decided: ClassVar[list[int]] = []
 
     @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | self.constant_needs
+    def needs(self) -> Needs:
+        return super().needs | Needs(inputs=self.constant_inputs)
 
-    def constant(self, tokens: Tokens) -> torch.Tensor:
+    def constants(self, tokens: Candidates) -> torch.Tensor:
         self.read.append([tokens.layer_idx, *tokens.positions[0, 0].tolist()])
-        return super().constant(tokens)
+        return super().constants(tokens)
 
-    def keep(self, tokens: Tokens, budget: int) -> torch.Tensor:
+    def keep(self, tokens: Candidates, budget: int) -> torch.Tensor:
         expected = criticalkv.projected_norms(tokens)
-        assert tokens.constant is not None
-        assert torch.allclose(tokens.constant[..., 0], expected, rtol=1e-5)
+        assert tokens.constants is not None
+        assert torch.allclose(tokens.constants[..., 0], expected, rtol=1e-5)
         self.decided.append(tokens.layer_idx)
         return super().keep(tokens, budget)
 
@@ -185,7 +186,7 @@ def test_each_norm_is_made_once(name, monkeypatch) -> None:
         found = [at for idx, *places in Spy.read if idx == layer for at in places]
         assert found == list(range(cache.layers[layer].state.num_departed[0]))
         assert Spy.decided.count(layer) >= 5
-    assert "values" not in CriticalKV().needs
+    assert "values" not in CriticalKV().needs.inputs
 
 
 def test_composition_and_refusals() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.schedulers import ExpectedAttention, Tokens
+from pikv_hf.schedulers import Candidates, ExpectedAttention
 
 OPEN, LAYERS, FUTURE = 9, 2, 40
 LENGTHS = (50, 41, 33)
@@ -113,7 +113,7 @@ def test_scores(missing) -> None:
     places = LENGTHS[0] - OPEN
     valid = torch.ones(1, 2, places, dtype=torch.bool)
     valid[:, 1, :missing] = False
-    tokens = Tokens(
+    tokens = Candidates(
         positions=torch.arange(places).expand(1, 2, -1),
         keys=keys[:, :, :places],
         values=values[:, :, :places],

@@ -11,7 +11,7 @@ from test_schedulers import OPEN, kept
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.schedulers import AdaKV, Expert, KeyDiff, Knorm, SnapKV, StreamingLLM, Tokens
+from pikv_hf.schedulers import AdaKV, Candidates, Expert, KeyDiff, Knorm, SnapKV, StreamingLLM
 from pikv_hf.schedulers.expert import TERMS, expert_term, ranks
 
 BUDGET = 20
@@ -54,7 +54,7 @@ def plain_ranks(scores: list[float]) -> list[float]:
     return [(a + b / 2) / len(scores) for a, b in zip(lower, equal, strict=True)]
 
 
-def drawn(seed: int, heads: int, ragged: bool) -> Tokens:
+def drawn(seed: int, heads: int, ragged: bool) -> Candidates:
     """Two rows with three KV heads: labels of each head, or the same in all."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -69,7 +69,7 @@ def drawn(seed: int, heads: int, ragged: bool) -> Tokens:
         lengths = torch.randint(5, 31, (2, 3, 1), generator=generator)
         valid = torch.arange(30) >= 30 - lengths
     keys = normal(2, 3, 30, 8)
-    return Tokens(
+    return Candidates(
         positions=torch.arange(30).expand(2, 3, -1),
         keys=keys,
         values=keys,
@@ -181,7 +181,7 @@ def test_labels_of_each_head() -> None:
     model = build("mixtral")
     inputs = prompt(model, (70, 61))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    seen: list[Tokens] = []
+    seen: list[Candidates] = []
 
     class Spy(Expert):
         def scores(self, tokens):

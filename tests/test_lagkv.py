@@ -8,7 +8,7 @@ from torch import Tensor
 from zoo import prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.schedulers import LagKV, Tokens
+from pikv_hf.schedulers import Candidates, LagKV
 
 OPEN, LAG, SINKS = 9, 8, 3
 LENGTHS = (61, 46, 30)
@@ -82,7 +82,7 @@ def test_heads_with_different_numbers_of_tokens(cross) -> None:
         k, v = (t[rows, heads] for t in (keys, values))
         whole = first is None
         start = 0 if whole else first
-        tokens = Tokens(
+        tokens = Candidates(
             positions=torch.arange(start, 40).expand(*k.shape[:2], -1),
             keys=k[:, :, start:40],
             values=v[:, :, start:40],
@@ -109,7 +109,7 @@ def test_dims_that_do_not_vary() -> None:
     states[..., 2] = 1.0
     positions = torch.arange(40).view(1, 1, -1)
     options = {"open_keys": states[:, :, :0], "open_values": states[:, :, :0], "seen": 40}
-    tokens = Tokens(positions=positions, keys=states, values=states, **options)
+    tokens = Candidates(positions=positions, keys=states, values=states, **options)
     scores = LagKV(sinks=0, lag_size=LAG, cross_scoring=True).scores(tokens)
     assert not scores.isnan().any()
     assert scores[0, 0, :LAG].min() > 0 and scores[0, 0, :LAG].sum() == pytest.approx(1)

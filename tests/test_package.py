@@ -95,5 +95,5 @@ def test_kernels_is_a_source_root_and_never_a_package():
 
 def test_import_loads_nothing_that_only_extras_or_pictures_need(tmp_path: Path):
     heavy = ("lm_eval", "datasets", "evaluate", "matplotlib", "pandas")
-    code = f"import sys, pikv_hf, pikv_hf.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, pikv_hf, pikv_hf.commands.app; print([m for m in {heavy} if m in sys.modules])"
     assert python("-c", code, cwd=tmp_path).strip() == "[]"

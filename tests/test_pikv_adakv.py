@@ -10,14 +10,14 @@ from zoo import prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.model.versions import with_cache
-from pikv_hf.schedulers import AdaKV, Knorm, PiKVAdaKV, SnapKV, Tokens
+from pikv_hf.schedulers import AdaKV, Candidates, Knorm, PiKVAdaKV, SnapKV
 from pikv_hf.storage.ragged_pages import RaggedPages
 from pikv_hf.storage.uniform_pages import UniformPages
 
 BUDGET, SEEN, OPEN = 60, 90, 10
 
 
-def trace(seed: int, rows: int = 2) -> Tokens:
+def trace(seed: int, rows: int = 2) -> Candidates:
     """Tokens, and queries that attend to a few of them, of the same kind for every seed."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -27,10 +27,10 @@ def trace(seed: int, rows: int = 2) -> Tokens:
     keys, queries = draw(rows, 2, SEEN, 8), draw(rows, 2, 2, 6, 8)
     positions = torch.arange(SEEN - OPEN).expand(rows, 2, -1)
     old, new = keys.split([SEEN - OPEN, OPEN], dim=2)
-    return Tokens(positions, old, old, new, SEEN, 0, queries, 1.5)
+    return Candidates(positions, old, old, new, SEEN, 0, queries, 1.5)
 
 
-def recall(tokens: Tokens, keep: torch.Tensor) -> list[float]:
+def recall(tokens: Candidates, keep: torch.Tensor) -> list[float]:
     """The share of attention that stays, of each row, with a softmax over everything in float64."""
     out = []
     for row in range(len(keep)):
@@ -48,10 +48,10 @@ def test_converges_to_its_target(target) -> None:
     scheduler = PiKVAdaKV(SnapKV(window_size=6, kernel_size=1), target=target, rate=0.2)
     control, found = torch.zeros(2, 1), []
     for step in range(80):
-        tokens = dataclasses.replace(trace(step), control=control)
+        tokens = dataclasses.replace(trace(step), row_state=control)
         keep = scheduler.keep(tokens, BUDGET)
         found.append(recall(tokens, keep))
-        control = scheduler.controlled(tokens, keep)
+        control = scheduler.next_row_state(tokens, keep)
         held = (keep >= 0).sum(-1)
         assert (held == held[:, :1]).all() and held.max() <= BUDGET
     assert min(found[0]) > target, "the whole budget is enough, there is something to save"
@@ -61,12 +61,12 @@ def test_converges_to_its_target(target) -> None:
 
 def test_a_step_is_the_published_one() -> None:
     scheduler = PiKVAdaKV(SnapKV(window_size=6, kernel_size=1), target=0.7, rate=0.3)
-    tokens = dataclasses.replace(trace(0), control=torch.tensor([[0.5], [0.0]]))
+    tokens = dataclasses.replace(trace(0), row_state=torch.tensor([[0.5], [0.0]]))
     keep = scheduler.keep(tokens, BUDGET)
     assert (keep >= 0).sum(-1).tolist() == [[30, 30], [60, 60]]
     theta = [0.5, 1.0]
     expected = [t + 0.3 * (0.7 - r) for t, r in zip(theta, recall(tokens, keep), strict=True)]
-    actual = (1 - scheduler.controlled(tokens, keep)).flatten().tolist()
+    actual = (1 - scheduler.next_row_state(tokens, keep)).flatten().tolist()
     assert actual == pytest.approx([min(t, 1.0) for t in expected], abs=1e-5)
 
 
@@ -92,9 +92,9 @@ def test_each_row_of_a_cache_has_its_own() -> None:
         mine = ids[1 - row : 2 - row, -length:]
         alone = read(mine, torch.ones_like(mine), length - 15)
         for layer, single in zip(paged(both), paged(alone), strict=True):
-            assert layer.state.pages.held(row).tolist() == single.pages.held(0).tolist()
+            assert layer.state.pages.held(row).tolist() == single.state.pages.held(0).tolist()
             assert torch.allclose(
-                layer.state.observed.control[row], single.observed.control[0], atol=1e-5
+                layer.state.observed.control[row], single.state.observed.control[0], atol=1e-5
             )
             counts.append(int(layer.state.pages.held(row)[0]))
     assert max(counts) <= 26 and min(counts) < 20
@@ -116,4 +116,4 @@ def test_bad_arguments() -> None:
             PiKVAdaKV(**options)
     with pytest.raises(ValueError, match="equally many"):
         PiKVAdaKV(AdaKV())
-    assert PiKVAdaKV(Knorm()).observed_queries == 32
+    assert PiKVAdaKV(Knorm()).needs.queries == 32

@@ -22,10 +22,10 @@ from pikv_hf.fitting.calibrate import calibrate, text_pieces
 from pikv_hf.fitting.calibration_job import Job
 from pikv_hf.fitting.capture import QUERIES, Observer
 from pikv_hf.fitting.resumable import write
+from pikv_hf.model import loading
 from pikv_hf.model.artifact import METADATA, ModelIdentity, read_metadata
-from pikv_hf.needles import trials as demo
 from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
-from pikv_hf.schedulers import AdaKV, KeyDiff, Knorm, PiKVQuest, Random, Scheduler, Tokens
+from pikv_hf.schedulers import AdaKV, Candidates, KeyDiff, Knorm, PiKVQuest, Random, Scheduler
 from pikv_hf.schedulers.duo import PROFILE
 
 OPEN, BUDGET = 5, 20
@@ -197,7 +197,7 @@ def asked_text(first: int, count: int, length: int = LENGTH + 1 + QUERIES) -> li
 
 @pytest.fixture(scope="module")
 def bundled():
-    return demo.load(str(NEEDLE_MODEL))
+    return loading.load(str(NEEDLE_MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def kept_mass(observer: Observer, scheduler: Scheduler) -> float:
                 (window.query @ window.keys.mT * layer.state.scale).softmax(-1).mean(1)[:, :old]
             )
             keys, values = (states[None] for states in window[1:])
-            tokens = Tokens(
+            tokens = Candidates(
                 positions=torch.arange(old).expand(1, len(attention), -1),
                 keys=keys[:, :, :old],
                 values=values[:, :, :old],
@@ -249,8 +249,8 @@ def kept_mass(observer: Observer, scheduler: Scheduler) -> float:
                 scale=layer.state.scale,
                 rotary=rotary,
             )
-            if scheduler.constants:
-                tokens = replace(tokens, constant=scheduler.constant(tokens))
+            if scheduler.needs.constants:
+                tokens = replace(tokens, constants=scheduler.constants(tokens))
             found = attention.gather(1, scheduler.keep(tokens, old // 4)[0])
             shares.append((found.sum(1) / attention.sum(1)).mean())
     return torch.stack(shares).mean().item()

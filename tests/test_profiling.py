@@ -19,8 +19,8 @@ from pikv_hf.fitting.head_effect import QUERIES, HeadEffect
 from pikv_hf.fitting.needle_texts import needle_pieces
 from pikv_hf.fitting.profile import profile
 from pikv_hf.fitting.profile_job import Job
+from pikv_hf.model import loading
 from pikv_hf.model.versions import CACHE, with_cache
-from pikv_hf.needles import trials as demo
 from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
 from pikv_hf.schedulers import Duo
 from pikv_hf.schedulers.duo import read_profile
@@ -237,7 +237,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def bundled():
-    return demo.load(str(NEEDLE_MODEL))
+    return loading.load(str(NEEDLE_MODEL))
 
 
 def test_needle_pieces(bundled) -> None:
@@ -264,7 +264,7 @@ def test_the_heads_that_retrieve(bundled, tmp_path) -> None:
         right = 0
         for stack in stacks:
             with PiKVCache(model, scheduler=scheduler, page_size=8, window=8) as cache:
-                inputs = demo.encode(model, tokenizer, stack.prompt())
+                inputs = loading.encode(model, tokenizer, stack.prompt())
                 out = model.generate(**inputs, **with_cache(cache), max_new_tokens=3)
                 reply = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
                 right += stack.is_exact(reply)

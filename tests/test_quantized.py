@@ -70,7 +70,7 @@ def test_labels(part) -> None:
     assert_same(generate(model, inputs, ours, **FEW), generate(plain, inputs, theirs, **FEW))
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         if hasattr(mine, "tail"):
-            labels, wanted = mine.tail.labels, other.tail.labels
+            labels, wanted = mine.state.tail.labels, other.state.tail.labels
             assert torch.equal(labels["experts"], wanted["experts"])
             torch.testing.assert_close(labels["weights"], wanted["weights"])
 

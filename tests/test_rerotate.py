@@ -16,7 +16,7 @@ from pikv_hf import PiKVCache
 from pikv_hf.layer.rerotation import side_by_side
 from pikv_hf.model.rotary import Rotary
 from pikv_hf.model.versions import with_cache
-from pikv_hf.schedulers import AdaKV, Random, StreamingLLM
+from pikv_hf.schedulers import AdaKV, Needs, Random, StreamingLLM
 from pikv_hf.storage.token_table import TokenTable
 
 LENGTHS, NEW, OPEN = (60, 47), 12, 9
@@ -28,8 +28,8 @@ class Scattered(Random):
     """Other tokens in every head, moved."""
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"rerotate"})
+    def needs(self) -> Needs:
+        return Needs(inputs=frozenset({"rerotate"}))
 
 
 class SideBySide:

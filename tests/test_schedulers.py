@@ -9,7 +9,7 @@ from torch import Tensor
 from zoo import prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.schedulers import ChunkKV, FastV, KeyDiff, Knorm, PyramidKV, SnapKV, Tokens, Tova
+from pikv_hf.schedulers import Candidates, ChunkKV, FastV, KeyDiff, Knorm, PyramidKV, SnapKV, Tova
 from pikv_hf.schedulers.attention_mass import attention_mass
 
 OPEN, BUDGET = 9, 20
@@ -121,7 +121,7 @@ def test_kept_set(name, lengths, budget, method) -> None:
         whole, everything = read_alone(name, model, ids[row : row + 1, -length:])
         for layer, queries, found in zip(paged(whole), everything, kept(cache, row), strict=True):
             queries, keys = in_cached_space(model, layer, queries)
-            scale = paged(cache)[0].state.scale if scheduler.observed_queries else 1.0
+            scale = paged(cache)[0].state.scale if scheduler.needs.queries else 1.0
             count = budget if isinstance(budget, int) else int(budget * length)
             scores = oracle(queries, keys, scale)
             expected = best(scores, count - OPEN)
@@ -169,7 +169,7 @@ def test_attention_mass_in_blocks(seed, monkeypatch) -> None:
 
     queries, keys = draw(2, 3, 2, 7, 8), draw(2, 3, 40, 8)
     positions = torch.arange(40 - 4).expand(2, 3, -1)
-    tokens = Tokens(
+    tokens = Candidates(
         positions, keys[:, :, :-4], keys[:, :, :-4], keys[:, :, -4:], 40, 0, queries, 0.4
     )
     expected = torch.stack(
@@ -185,10 +185,10 @@ def test_queries_older_than_every_key() -> None:
     torch.manual_seed(0)
     queries, keys = torch.randn(1, 1, 2, 6, 8), torch.randn(1, 1, 5, 8)
     positions = torch.arange(7, 10).view(1, 1, 3)
-    asked = Tokens(positions, keys[:, :, :3], keys, keys[:, :, 3:], 12, 0, queries, 0.4)
+    asked = Candidates(positions, keys[:, :, :3], keys, keys[:, :, 3:], 12, 0, queries, 0.4)
     mass = attention_mass(asked)
     late = queries[:, :, :, 1:]  # of the queries at 6 to 11 the first sees nothing
-    seeing = Tokens(positions, keys[:, :, :3], keys, keys[:, :, 3:], 12, 0, late, 0.4)
+    seeing = Candidates(positions, keys[:, :, :3], keys, keys[:, :, 3:], 12, 0, late, 0.4)
     assert mass.isfinite().all()
     assert torch.allclose(mass, attention_mass(seeing) * 5 / 6)
 

@@ -54,15 +54,6 @@ def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def part_of(module: str) -> str | None:
-    """`pikv_hf.pages` -> pages, `pikv_hf.routers.all` -> routers, `torch.nn` -> None."""
-    top, _, rest = module.partition(".")
-    if top != "pikv_hf":
-        return top if top == "pikv_kernels" else None
-    name = rest.split(".")[0]
-    return name if (SRC / name).is_dir() or (SRC / f"{name}.py").exists() else "__init__"
-
-
 def module_of(file: Path) -> str:
     """The full name of the module in `file`; `__init__` stands for a folder."""
     home = SRC.parent if file.is_relative_to(SRC) else KERNELS.parent

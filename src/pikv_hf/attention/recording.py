@@ -47,8 +47,8 @@ def attend_counting(
 
     `mask` is what is added to the scores of the tail. Returns `[B, H, G, Dv]` and the log-sum-exp.
     """
-    scheduler, observed = state.settings.scheduler, state.observed
-    assert scheduler is not None, "records are those of a scheduler"
+    statistics, observed = state.settings.needs.statistics, state.observed
+    assert statistics is not None, "records are of a scheduler"
     compressor = state.pages.codec
     asked = compressor.into_pages(query, slabs[0].fields)
     blocks = (block for slab in slabs for block in slab.blocks())
@@ -62,7 +62,7 @@ def attend_counting(
     ]
     weights = torch.cat(shares, dim=-1).float()[:, :, :, None]
     asked_at = torch.arange(state.num_seen - 1, state.num_seen, device=query.device)
-    observed.count(scheduler.recorded(_records(state, slabs), weights, asked_at))
+    observed.count(statistics.updated(_records(state, slabs), weights, asked_at))
     return out, lse
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from ..compressors import COMPRESSORS, Compressor, Identity, MixedCompressor
+from ..compressors import COMPRESSORS, Compressor, Identity
 from ..layer.budget import ACCEPTED, Budget, make_budget
 from ..layer.settings import Settings
 from ..placements import PLACEMENTS, Local, Placement
@@ -23,13 +23,13 @@ def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
         return None
     if scheduler is None:
         raise ValueError(f"`budget` is {given!r}, but there is no `scheduler` to keep to it.")
-    if scheduler.has_lengths:
+    if scheduler.traits.has_lengths:
         raise ValueError(
             f"`budget` is {given!r}, but the heads of {scheduler} have lengths of their own: leave it "
             "out."
         )
     budget = make_budget(given)
-    if budget.is_in_bytes and scheduler.exceeds_budget:
+    if budget.is_in_bytes and scheduler.traits.exceeds_budget:
         raise ValueError(
             f"`budget` is {given!r}, but {scheduler} keeps some layers whole, whatever they take: "
             "give a number of tokens or a share of them."
@@ -119,9 +119,9 @@ def _check_together(scheduler: Scheduler | None, compressor: Compressor, router:
             f"`compressor` is {compressor}, whose pages cannot be encoded again when {scheduler} "
             "moves tokens: use another compressor, or no scheduler."
         )
-    is_ragged = scheduler is not None and scheduler.is_ragged
+    is_ragged = scheduler is not None and scheduler.traits.is_ragged
     selects = router is not None and not isinstance(router, All)
-    if selects and (is_ragged or isinstance(compressor, MixedCompressor)):
+    if selects and (is_ragged or compressor.is_mixed):
         raise ValueError(
             f"`router` is {router}, which selects pages, but those of "
             f"{scheduler if is_ragged else compressor} are all read: use router='all', or another "

@@ -81,7 +81,7 @@ def parse_cache(text: str) -> CacheOption:
             f"{text!r} needs a budget: add budget=25% (a share), budget=512 (tokens) or budget=2GiB."
         )
     check_budget(arguments.get("budget"), scheduler)
-    if scheduler is not None and scheduler.repetition is not None:
+    if scheduler is not None and scheduler.needs.repetition is not None:
         arguments.setdefault("hold_prompt", True)  # else it refuses every prompt
     return CacheOption(body, arguments)
 

@@ -50,8 +50,7 @@ def check_held(cache: PagedCache, kwargs: dict[str, Any], length: int) -> None:
     Raises:
         ValueError: the first text is not held back, or ids are unknown.
     """
-    scheduler = cache.settings.scheduler
-    how = None if scheduler is None else scheduler.repetition
+    how = cache.settings.needs.repetition
     if how is None:
         return
     if kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None:
@@ -131,8 +130,7 @@ def repeat(cache: PagedCache) -> None:
     The repetition is taken back: the cache is as it was, with the marks as records of its tokens.
     Nothing is repeated of a text whose last forward pass has failed.
     """
-    scheduler = cache.settings.scheduler
-    how = None if scheduler is None else scheduler.repetition
+    how = cache.settings.needs.repetition
     written = [state for state in cache.states if state.is_written]
     log, layers, seen = cache.log, list(cache.layers), cache.log.length
     if how is None or any(state.awaits or state.num_seen != seen for state in written):

@@ -28,8 +28,10 @@ def check_fit(cache: PagedCache, model: PreTrainedModel, binding: Binding) -> No
     scheduler = settings.scheduler
     if scheduler is not None:
         scheduler.check(model, len(binding.attention))
-        check_repetition(scheduler.repetition, model, cache.native_class)
-        if "output" in scheduler.needs | scheduler.constant_needs:
+        check_repetition(settings.needs.repetition, model, cache.native_class)
+        constants = settings.needs.constants
+        inputs = frozenset() if constants is None else constants.constant_inputs
+        if "output" in settings.needs.inputs | inputs:
             for modules in binding.attention.values():
                 output_projection(modules[0])
     if not hasattr(cache, "layers"):
@@ -57,7 +59,7 @@ def _why_no_labels(model: PreTrainedModel, binding: Binding) -> str:
 def _check_moves(settings: Settings, binding: Binding) -> None:
     """Refuse to move kept keys that nothing turns, or that would be encoded again each time."""
     scheduler, compressor = settings.scheduler, settings.compressor
-    if scheduler is None or "rerotate" not in scheduler.needs:
+    if scheduler is None or "rerotate" not in settings.needs.inputs:
         return
     if compressor != Identity():
         raise ValueError(

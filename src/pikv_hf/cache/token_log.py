@@ -12,8 +12,8 @@ MOST = 4096
 
 def num_kept_ids(settings: Settings) -> int | None:
     """About how many of the newest token ids a cache keeps; None = all."""
-    scheduler = settings.scheduler
-    return None if scheduler is None or scheduler.repetition is not None else MOST
+    repeats = settings.scheduler is None or settings.needs.repetition is not None
+    return None if repeats else MOST
 
 
 def log_bytes(rows: int, tokens: int, most: int | None) -> int:

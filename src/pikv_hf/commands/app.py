@@ -1,4 +1,4 @@
-"""The command `pikv`: what it lists is made here, and each command where torch is loaded."""
+"""The command `pikv`: what it lists; a command is imported when it is called."""
 
 import importlib
 from typing import Annotated, Any, NamedTuple
@@ -30,14 +30,19 @@ COMMANDS = {
         "Find the KV heads that must read everything, for duo; interrupted, the same command goes on.",
     ),
     "demo": Listed(
-        ".answers",
+        ".demo",
         "demo_command",
         "Hide needles in a haystack and find them with several caches: accuracy, memory, speed.",
     ),
     "generate": Listed(
-        ".answers",
+        ".generate",
         "generate_command",
         "Answer on one's own text, greedily, and say what the cache holds afterwards.",
+    ),
+    "methods": Listed(
+        ".methods",
+        "methods_command",
+        "List compressors, schedulers, routers and placements, with a sentence on each.",
     ),
 }
 

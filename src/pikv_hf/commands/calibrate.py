@@ -2,15 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.table import Table
 
-from ..fitting.calibrate import calibrate, text_pieces
-from ..fitting.calibration_job import METHODS, PIKV_QUEST, Job
-from ..fitting.projections import Fit, mean_errors
+from ..fitting.defaults import CALIBRATION_LENGTH, STEPS, WINDOWS
 from .terminal import (
     DeviceMap,
     Dtype,
@@ -23,7 +21,8 @@ from .terminal import (
     resumable,
 )
 
-DEFAULT = Job()
+if TYPE_CHECKING:
+    from ..fitting.projections import Fit
 
 
 def calibrate_command(
@@ -42,21 +41,24 @@ def calibrate_command(
     ),
     method: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(METHODS)} (these by default) or {PIKV_QUEST}; repeatable."),
+        typer.Option(
+            help="lowrank, lowrank_affine, distill (these by default) or pikv_quest; repeatable."
+        ),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Numbers kept of a key or value. Default: a quarter of them.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of context.")] = DEFAULT.length,
-    windows: Annotated[int, typer.Option(help="Contexts kept to train on.")] = DEFAULT.windows,
-    steps: Annotated[
-        int, typer.Option(help="Training steps; 0 keeps the principal axes.")
-    ] = DEFAULT.steps,
+    length: Annotated[int, typer.Option(help="Tokens of context.")] = CALIBRATION_LENGTH,
+    windows: Annotated[int, typer.Option(help="Contexts kept to train on.")] = WINDOWS,
+    steps: Annotated[int, typer.Option(help="Training steps; 0 keeps the principal axes.")] = STEPS,
     dtype: DtypeOption = Dtype.auto,
     device_map: DeviceMap = None,
 ) -> None:
     """Fit compressors, or pikv_quest, to a model and texts; interrupted, the same command goes on."""
-    methods = tuple(dict.fromkeys(method)) if method else DEFAULT.methods
+    from ..fitting.calibrate import calibrate, text_pieces
+    from ..fitting.calibration_job import METHODS, PIKV_QUEST, Job
+
+    methods = tuple(dict.fromkeys(method)) if method else tuple(METHODS)
     with one_sentence():
         job = Job(methods, rank, length, windows, steps)
     make_folder(output.parent)
@@ -75,7 +77,9 @@ def calibrate_command(
     out.print(f"Written: {output}", soft_wrap=True)
 
 
-def _table(title: str, kind: str, before: str, fits: dict[str, dict[int, Fit]]) -> Table:
+def _table(title: str, kind: str, before: str, fits: dict[str, dict[int, "Fit"]]) -> Table:
+    from ..fitting.projections import mean_errors
+
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column(kind)
     for heading in ("layers", before, "trained"):

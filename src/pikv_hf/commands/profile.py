@@ -4,19 +4,13 @@ import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich import box
 from rich.table import Table
-from torch import Tensor
 
-from ..fitting.calibrate import text_pieces
-from ..fitting.needle_texts import needle_pieces
-from ..fitting.profile import profile
-from ..fitting.profile_job import Job
-from ..fitting.progress_bar import bar
+from ..fitting.defaults import PROFILE_LENGTH, RECENT, SINKS, TEXTS
 from .terminal import (
     DeviceMap,
     Dtype,
@@ -29,7 +23,9 @@ from .terminal import (
     resumable,
 )
 
-DEFAULT = Job()
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -47,24 +43,26 @@ def profile_command(
     output: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path(
         "heads.safetensors"
     ),
-    length: Annotated[int, typer.Option(help="Tokens of a text.")] = DEFAULT.length,
-    texts: Annotated[
-        int, typer.Option(help="Haystacks that are made without --text.")
-    ] = DEFAULT.texts,
-    sinks: Annotated[int, typer.Option(help="First tokens of a streaming head.")] = DEFAULT.sinks,
-    recent: Annotated[
-        int, typer.Option(help="Newest tokens of a streaming head.")
-    ] = DEFAULT.recent,
+    length: Annotated[int, typer.Option(help="Tokens of a text.")] = PROFILE_LENGTH,
+    texts: Annotated[int, typer.Option(help="Haystacks that are made without --text.")] = TEXTS,
+    sinks: Annotated[int, typer.Option(help="First tokens of a streaming head.")] = SINKS,
+    recent: Annotated[int, typer.Option(help="Newest tokens of a streaming head.")] = RECENT,
     dtype: DtypeOption = Dtype.auto,
     device_map: DeviceMap = None,
 ) -> None:
     """Find the KV heads that must read everything, for duo; interrupted, the same command goes on."""
+    from ..fitting.calibrate import text_pieces
+    from ..fitting.needle_texts import needle_pieces
+    from ..fitting.profile import profile
+    from ..fitting.profile_job import Job
+    from ..fitting.progress_bar import bar
+
     with one_sentence():
         job = Job(length, texts, sinks, recent)
     make_folder(output.parent)
     loaded, tokenizer = load(model, dtype, device_map)
 
-    def pieces(done: int) -> Iterable[Tensor]:
+    def pieces(done: int) -> Iterable["Tensor"]:
         if text:
             return islice(text_pieces(tokenizer, text, length), done, None)
         made = needle_pieces(tokenizer, length, texts, done)
@@ -77,7 +75,9 @@ def profile_command(
     out.print(f"Written: {output}", soft_wrap=True)
 
 
-def _table(scores: dict[int, Tensor]) -> Table:
+def _table(scores: dict[int, "Tensor"]) -> Table:
+    import torch
+
     title = "change of the output of attention when one KV head streams, of its norm"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("layers", "KV heads", "least", *(f"{s:.0%}" for s in SHARES[1:-1]), "most"):

@@ -4,17 +4,24 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from transformers import PreTrainedTokenizerBase
 
-from ..cache.from_text import CacheOption, parse_cache
-from ..model.versions import logging
-from ..needles import trials as demo
-from ..needles.haystack import NEEDLE_MODEL
+if TYPE_CHECKING:  # torch and transformers take seconds: help needs neither
+    from transformers import PreTrainedTokenizerBase
+
+    from ..cache.from_text import CacheOption
+    from ..model.loading import GenerativeModel
+
+#: What `--cache` takes, for help.
+CACHES = (
+    "A cache is 'dynamic' (transformers' own), 'lossless' (PiKVCache as it is), or arguments of "
+    "PiKVCache, such as 'compressor=int8,scheduler=streaming_llm(sinks=8),budget=25%', where the name "
+    "of a method alone stands for it: 'keydiff,budget=25%'. `pikv methods` lists the names."
+)
 
 out = Console()
 err = Console(stderr=True)
@@ -52,6 +59,12 @@ DeviceMap = Annotated[
 ]
 
 
+Probe = Annotated[
+    bool,
+    typer.Option("--probe", help="Measure the error of attention over compressed pages, too."),
+]
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     err.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
     raise typer.Exit(code)
@@ -81,13 +94,18 @@ def resumable(output: Path) -> Generator[None]:
 
 def load(
     name: str | None, dtype: Dtype, device_map: str | None
-) -> tuple["demo.GenerativeModel", PreTrainedTokenizerBase]:
+) -> tuple["GenerativeModel", "PreTrainedTokenizerBase"]:
+    """The model and tokenizer `name`, or the bundled ones; a failure ends the command."""
+    from ..model import loading
+    from ..model.versions import logging
+    from ..needles.haystack import NEEDLE_MODEL
+
     if name is None:
         logging.disable_progress_bar()
     else:
         err.print(f"Loading {escape(name)} ...")
     try:
-        return demo.load(name or str(NEEDLE_MODEL), dtype.value, device_map)
+        return loading.load(name or str(NEEDLE_MODEL), dtype.value, device_map)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         fail(f"--model: {name or NEEDLE_MODEL} could not be loaded: {reason}")
@@ -100,8 +118,10 @@ def load(
         )
 
 
-def parse_caches(caches: Sequence[str], compressors: Sequence[str] = ()) -> list[CacheOption]:
+def parse_caches(caches: Sequence[str], compressors: Sequence[str] = ()) -> list["CacheOption"]:
     """One option for each text of --cache, then of --compressor."""
+    from ..cache.from_text import parse_cache
+
     texts = [("--cache", text) for text in caches]
     texts += [("--compressor", f"compressor={text}") for text in compressors]
     options = []
@@ -113,7 +133,7 @@ def parse_caches(caches: Sequence[str], compressors: Sequence[str] = ()) -> list
     return options
 
 
-def distinct(options: Sequence[CacheOption], probe: bool) -> list[CacheOption]:
+def distinct(options: Sequence["CacheOption"], probe: bool) -> list["CacheOption"]:
     """The same cache named twice counts once; with `probe`, all measure their error."""
     once: dict[str, CacheOption] = {}
     for option in options:

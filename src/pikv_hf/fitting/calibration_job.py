@@ -6,6 +6,7 @@ from ..compressors import COMPRESSORS, LowRank
 from ..schedulers.pikv_quest import NAME as PIKV_QUEST
 from ..validation import check_count
 from .capture import QUERIES
+from .defaults import CALIBRATION_LENGTH, STEPS, WINDOWS
 
 METHODS: dict[str, type[LowRank]] = {
     name: method for name, method in COMPRESSORS.items() if issubclass(method, LowRank)
@@ -34,9 +35,9 @@ class Job:
 
     methods: tuple[str, ...] = tuple(METHODS)
     rank: int | None = None
-    length: int = 512
-    windows: int = 64
-    steps: int = 500
+    length: int = CALIBRATION_LENGTH
+    windows: int = WINDOWS
+    steps: int = STEPS
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in NAMES]

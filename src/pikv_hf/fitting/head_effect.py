@@ -10,7 +10,7 @@ import torch
 from pikv_kernels import add_sink, partial_attention
 from torch import Tensor
 
-from ..schedulers import Scheduler, Tokens
+from ..schedulers import Candidates, Needs, Scheduler
 
 QUERIES = 64  # newest tokens of each text whose attention is looked at
 
@@ -45,17 +45,13 @@ class HeadEffect(Scheduler):
     sums: dict[int, Effect] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"values", "output", "module"})
+    def needs(self) -> Needs:
+        return Needs(queries=QUERIES, inputs=frozenset({"values", "output", "module"}))
 
-    @property
-    def observed_queries(self) -> int:
-        return QUERIES
-
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         return tokens.positions.double()
 
-    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+    def keep(self, tokens: Candidates, budget: int) -> Tensor:
         if tokens.values is None or not tokens.values.shape[-1]:
             raise ValueError(
                 f"layer {tokens.layer_idx} caches latents, which all its heads read (MLA): there are "
@@ -67,7 +63,7 @@ class HeadEffect(Scheduler):
         return super().keep(tokens, budget)
 
 
-def head_effect(tokens: Tokens, sinks: int, recent: int) -> Effect:
+def head_effect(tokens: Candidates, sinks: int, recent: int) -> Effect:
     """Of the observed queries of one row without padding."""
     assert tokens.values is not None and tokens.open_values is not None
     queries, output = tokens.queries, tokens.output
@@ -86,7 +82,9 @@ def head_effect(tokens: Tokens, sinks: int, recent: int) -> Effect:
     return Effect(*(t.cpu() for t in sums))
 
 
-def _outputs(tokens: Tokens, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _outputs(
+    tokens: Candidates, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+) -> Tensor:
     """What the heads return, [H, G, m, Dv] in float32, where `mask` [m, T] lets them see."""
     groups, asked = queries.shape[2:4]
     additive = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)

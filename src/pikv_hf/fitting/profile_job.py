@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..validation import check_count
+from .defaults import PROFILE_LENGTH, RECENT, SINKS, TEXTS
 from .head_effect import QUERIES
 
 
@@ -20,10 +21,10 @@ class Job:
         ValueError: an argument is not what it must be.
     """
 
-    length: int = 2048
-    texts: int = 32
-    sinks: int = 64
-    recent: int = 256
+    length: int = PROFILE_LENGTH
+    texts: int = TEXTS
+    sinks: int = SINKS
+    recent: int = RECENT
 
     def __post_init__(self) -> None:
         for name in ("length", "texts", "recent"):

@@ -146,17 +146,16 @@ def token_bytes(state: LayerState) -> float:
     total = state.compressor.bytes_per_token(*dims, size, settings.page_size)
     # Its position, its record, and the one that attention adds to; what never changes.
     total += 4 + 4 * (state.observed.numbers + state.observed.width) + _label_bytes(state)
-    if settings.scheduler is not None:
-        total += 4 * settings.scheduler.constants + rest_bytes(state, settings.scheduler)
+    constants = settings.needs.constants
+    total += 0 if constants is None else 4 * constants.num_constants
+    total += rest_bytes(state)
     # The owner of a page and its length.
     return total + _is_pooled(state) * 12 / settings.page_size
 
 
 def _is_pooled(state: LayerState) -> bool:
     """Tell if KV heads differ in their number of pages or in the encodings of their pages."""
-    scheduler = state.settings.scheduler
-    is_ragged = scheduler is not None and scheduler.is_ragged
-    return is_ragged or state.pages.codec.is_mixed
+    return state.settings.traits.is_ragged or state.pages.codec.is_mixed
 
 
 def _label_bytes(state: LayerState) -> int:

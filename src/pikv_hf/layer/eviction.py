@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..model.output_projection import output_weight
-from ..schedulers import Scheduler, Tokens
+from ..schedulers import Candidates, Scheduler
 from ..storage.room import Room
 from ..storage.token_table import TokenTable
 from .allowance import page_bytes, row_window, sealed_tokens, spare_bytes, token_bytes
@@ -32,41 +32,42 @@ def kept(
     Besides, what is known of the tokens that follow until some must go again.
     `count` tokens at the beginning of the tail are leaving it.
     """
-    if moves(scheduler):
+    if moves(state.settings):
         new = with_rest(state, new)
     if state.observed.is_marked:
         new = with_record(state, rows, new)
-    if scheduler.constants:
-        once = _tokens(state, rows, new, count, scheduler, scheduler.constant_needs)
+    needs = state.settings.needs
+    if needs.constants is not None:
+        once = _candidates_of(state, rows, new, count, needs.constants.constant_inputs)
         with torch.no_grad():
-            new = new.joined(TokenTable({"constant": scheduler.constant(once)}))
+            new = new.joined(TokenTable({"constant": needs.constants.constants(once)}))
     left = state.num_departed[rows[0]]
     seen = left + state.tail.length - count
     budget = sealed_tokens(state, seen, left)
     room = _room(state, rows, len(new))
     is_within = budget is None or _fits(state, rows[0], len(new), budget, scheduler)
     is_within &= room.nbytes >= 0
-    if is_within and not scheduler.records:
+    if is_within and needs.statistics is None:
         return new, room
     if is_within and len(rows) == state.tail.batch and write_counted(state):
         return with_record(state, rows, new), room
     span = _candidates(state, rows, new, scheduler)
     if is_within or budget is None:
         return span.front(), room
-    tokens = _tokens(state, rows, span, count, scheduler, scheduler.needs)
+    tokens = _candidates_of(state, rows, span, count, needs.inputs)
     to_follow = _to_follow(state, seen, budget)
     keep = scheduler.keep(tokens, budget - to_follow)
-    if scheduler.controls:
-        state.observed.set_control(rows, scheduler.controlled(tokens, keep))
+    if needs.row_state is not None:
+        state.observed.set_control(rows, needs.row_state.next_row_state(tokens, keep))
     if span.codes():
         span = span.without("keys", "values")  # the codes stay what they are
-    is_ragged = scheduler.is_ragged and bool((keep < 0).any())
-    if scheduler.is_ragged:
+    is_ragged = state.settings.traits.is_ragged and bool((keep < 0).any())
+    if state.settings.traits.is_ragged:
         span = span.without("valid")
     stays = span.gather(keep.clamp_min(0) if is_ragged else keep)
     if is_ragged:
         stays = stays.joined(TokenTable({"valid": keep >= 0}))
-    if moves(scheduler):
+    if moves(state.settings):
         stays = side_by_side(state, stays, keep, len(span))
     return stays, Room(room.nbytes, to_follow)
 
@@ -85,10 +86,10 @@ def _candidates(
     state: LayerState, rows: list[int], new: TokenTable, scheduler: Scheduler
 ) -> TokenTable:
     """The sealed tokens of `rows`, which leave their pages, and `new` behind them."""
-    pages = state.pages
-    take = functools.partial(pages.take, rows, with_values="values" in scheduler.needs)
+    pages, needs = state.pages, state.settings.needs
+    take = functools.partial(pages.take, rows, with_values="values" in needs.inputs)
     is_small = len(new) <= pages.page_size and pages.held(rows[0]) is not None
-    if is_small and pages.codec.is_lossless and not scheduler.records:
+    if is_small and pages.codec.is_lossless and needs.statistics is None:
         # Pages mostly have room: then nothing is copied to stand in one piece.
         with naming(state):
             pages.append(new, rows, state.tail.batch)
@@ -96,10 +97,10 @@ def _candidates(
         assert span is not None
         return span
     sealed = take()
-    if scheduler.records:
+    if needs.statistics is not None:
         sealed = settled(state, rows, sealed)
         new = with_record(state, rows, new)
-    if sealed is not None and not moves(scheduler):
+    if sealed is not None and not moves(state.settings):
         with naming(state):
             new = pages.encoded(new)
     return new if sealed is None else sealed.then(new)
@@ -109,7 +110,7 @@ def _fits(state: LayerState, row: int, new: int, budget: int, scheduler: Schedul
     """Whether `new` tokens more of each KV head are within the budget."""
     held = state.pages.held(row)
     held = torch.zeros(1) if held is None else held.double()
-    if scheduler.has_lengths:
+    if scheduler.traits.has_lengths:
         most = scheduler.lengths(state.layer_idx, state.num_departed[row], budget)
         return bool((held + new <= most).all())
     return math.ceil(held.mean()) + new <= budget
@@ -130,46 +131,45 @@ def _to_follow(state: LayerState, seen: int, budget: int) -> int:
     return max(min((pages - 1) * page_size, budget - least), 0)
 
 
-def _tokens(
+def _candidates_of(
     state: LayerState,
     rows: list[int],
     span: TokenTable,
     count: int,
-    scheduler: Scheduler,
-    needs: frozenset[str],
-) -> Tokens:
-    """`span` and what else of the layer the scheduler asks for, `needs` among it."""
-    index = torch.tensor(rows)
+    inputs: frozenset[str],
+) -> Candidates:
+    """`span` and what else of the layer the scheduler asks for, `inputs` among it."""
+    index, needs = torch.tensor(rows), state.settings.needs
     keys, values = state.tail.view()
     opened = TokenTable({"keys": keys, "values": values})
     if state.tail.labels is not None:
         opened = opened.joined(state.tail.labels)
     opened = opened.narrow(count, len(opened) - count).rows(index)
     labels: dict[str, Any] = {}
-    if "experts" in needs and "experts" in span:
+    if "experts" in inputs and "experts" in span:
         labels = {name: span[name] for name in ("experts", "weights")}
         labels |= {f"open_{name}": opened[name] for name in ("experts", "weights")}
     module = state.module
     shape = span["keys"].shape[:3]
-    return Tokens(
+    return Candidates(
         positions=span["positions"].to(span["keys"].device).long().expand(shape),
         keys=span["keys"],
-        values=span["values"] if "values" in needs else None,
+        values=span["values"] if "values" in inputs else None,
         open_keys=opened["keys"],
-        open_values=opened["values"] if "values" in needs else None,
+        open_values=opened["values"] if "values" in inputs else None,
         latent_rank=state.latent_rank,
         seen=state.num_seen,
         layer_idx=state.layer_idx,
-        queries=state.observed.of_rows(rows, scheduler.observed_queries),
+        queries=state.observed.of_rows(rows, needs.queries),
         scale=state.scale,
-        record=span.tensors.get("record"),
-        constant=span.tensors.get("constant"),
-        control=state.observed.control_of(rows, state.tail.keys) if scheduler.controls else None,
+        statistics=span.tensors.get("record"),
+        constants=span.tensors.get("constant"),
+        row_state=state.observed.control_of(rows, state.tail.keys) if needs.row_state else None,
         valid=span["valid"].expand(shape) if "valid" in span else None,
         sinks=state.settings.sinks,
         padding=state.num_seen - state.num_departed[rows[0]] - (state.tail.length - count),
-        output=output_weight(module, state.tail.keys) if "output" in needs else None,
-        module=module if "module" in needs else None,
+        output=output_weight(module, state.tail.keys) if "output" in inputs else None,
+        module=module if "module" in inputs else None,
         rotary=state.rotary,
         notes=state.step.notes(rows),
         **labels,

@@ -1,10 +1,11 @@
 """The queries of one layer, for methods that ask what is attended to."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from ..schedulers import Needs
 
 EVERY = 2**62
 # At most 1/4 of the queries that are kept are older than they need be.
@@ -71,12 +72,11 @@ class Observations:
         self.control: Tensor | None = None
 
     @classmethod
-    def for_methods(cls, methods: Sequence[Any]) -> "Observations":
-        """Observations that are large enough for every one of `methods`."""
-        names = ("observed_queries", "records", "controls")
-        is_marked = any(getattr(method, "repetition", None) is not None for method in methods)
-        counts = (max(getattr(method, name, 0) for method in methods) for name in names)
-        return cls(*counts, is_marked=is_marked)
+    def for_needs(cls, needs: Needs) -> "Observations":
+        """Observations as methods need them."""
+        width = 0 if needs.statistics is None else needs.statistics.num_statistics
+        row_state = 0 if needs.row_state is None else needs.row_state.num_row_state
+        return cls(needs.queries, width, row_state, is_marked=needs.repetition is not None)
 
     @property
     def queries(self) -> Tensor | None:

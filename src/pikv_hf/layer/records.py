@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.masks import visible_columns
-from ..schedulers import Scheduler
+from ..schedulers import TokenStatistics
 from ..schedulers.attention_mass import attention_weights
 from ..storage.memory import is_writable
 from ..storage.token_table import TokenTable
@@ -22,8 +22,8 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
 
     Those of the tail are added to in place.
     """
-    scheduler, tail, observed = state.settings.scheduler, state.tail, state.observed
-    assert scheduler is not None
+    statistics, tail, observed = state.settings.needs.statistics, state.tail, state.observed
+    assert statistics is not None, "queries are pending for them"
     queries = observed.pending
     if queries is None:
         return sealed
@@ -31,7 +31,7 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
     if observed.counted is None:
         opened = _opened(state).rows(index)
         every = opened if sealed is None else sealed.then(opened)
-        record = recorded(scheduler, every, queries[index], state.num_seen, state.scale)
+        record = recorded(statistics, every, queries[index], state.num_seen, state.scale)
     else:
         record = observed.counted[index]
     before = record.shape[2] - tail.length
@@ -92,7 +92,7 @@ def tail_record(state: LayerState) -> Tensor:
 
 
 def recorded(
-    scheduler: Scheduler, tokens: TokenTable, queries: Tensor, seen: int, scale: float
+    statistics: TokenStatistics, tokens: TokenTable, queries: Tensor, seen: int, scale: float
 ) -> Tensor:
     """The records [R, H, T, c] of `tokens` after the newest `queries` [R, H, G, m, D].
 
@@ -103,7 +103,7 @@ def recorded(
     if "valid" in tokens:
         newest = newest.masked_fill(~tokens["valid"].to(keys.device), seen)
     for weights, asked_at in attention_weights(queries, keys, newest, seen, scale):
-        record = scheduler.recorded(record, weights, asked_at)
+        record = statistics.updated(record, weights, asked_at)
     return record
 
 

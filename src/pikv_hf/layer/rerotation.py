@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 from ..model.rotary import Rotary
-from ..schedulers import Scheduler
 from ..storage.token_table import TokenTable
+from .settings import Settings
 from .state import LayerState
 
 # Parts of half the distance between two numbers that a rest counts.
 STEPS = 127
 
 
-def moves(scheduler: Scheduler) -> bool:
-    """Whether the tokens that a scheduler keeps close the gaps between them."""
-    return "rerotate" in scheduler.needs
+def moves(settings: Settings) -> bool:
+    """Whether kept tokens close the gaps between them."""
+    return "rerotate" in settings.needs.inputs
 
 
 def with_rest(state: LayerState, span: TokenTable) -> TokenTable:
@@ -30,9 +30,9 @@ def with_rest(state: LayerState, span: TokenTable) -> TokenTable:
     return span.joined(TokenTable({"rest": rest}))
 
 
-def rest_bytes(state: LayerState, scheduler: Scheduler) -> int:
+def rest_bytes(state: LayerState) -> int:
     """Bytes of the `rest` of a token."""
-    if not moves(scheduler) or state.tail.keys.dtype == torch.float32:
+    if not moves(state.settings) or state.tail.keys.dtype == torch.float32:
         return 0
     return state.tail.keys[..., state.turning.turning].shape[-1]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..compressors import Compressor, Identity
 from ..placements import Local, Placement
 from ..routers import Router
-from ..schedulers import Scheduler
+from ..schedulers import Needs, Scheduler, Traits
 from .budget import Budget
 
 # What of a scheduler's `needs` moves keys or queries to other positions.
@@ -46,20 +46,29 @@ class Settings:
     probe: bool = False
 
     @functools.cached_property
+    def needs(self) -> Needs:
+        """What the scheduler asks for."""
+        return Needs() if self.scheduler is None else self.scheduler.needs
+
+    @functools.cached_property
+    def traits(self) -> Traits:
+        """How the scheduler chooses."""
+        return Traits() if self.scheduler is None else self.scheduler.traits
+
+    @functools.cached_property
     def needs_rotary(self) -> bool:
         """Whether keys or queries are moved to other positions."""
-        return self.scheduler is not None and not self.scheduler.needs.isdisjoint(MOVING)
+        return not self.needs.inputs.isdisjoint(MOVING)
 
     @functools.cached_property
     def needs_labels(self) -> bool:
         """Whether tokens carry the experts that the model's gates chose for them."""
-        wanted = self.scheduler is not None and "experts" in self.scheduler.needs
-        return wanted or self.router is not None
+        return "experts" in self.needs.inputs or self.router is not None
 
     @functools.cached_property
     def num_sinks(self) -> int:
         """First tokens of each row that stay whatever the budget is: the user's or the scheduler's."""
-        return max(self.sinks, 0 if self.scheduler is None else self.scheduler.least)
+        return max(self.sinks, self.needs.sinks)
 
     @functools.cached_property
     def has_share(self) -> bool:

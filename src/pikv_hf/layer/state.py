@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..model.rotary import Rotary
+from ..schedulers import Needs
 from ..storage.page_table import PageTable
 from ..storage.tail import Tail
 from .loss_guard import Guard
@@ -106,8 +107,8 @@ class LayerState:
         tiers_of = functools.partial(settings.placement.tiers_of, facts.num_paged)
         self.pages = PageTable(self.compressor, settings.page_size, tiers_of)
         self.guard, self.probe = Guard(), Probe(settings.probe)
-        scheduler = () if settings.scheduler is None else (settings.scheduler,)
-        self.observed = Observations.for_methods((self.compressor, self.probe, *scheduler))
+        queries = max(self.compressor.observed_queries, self.probe.observed_queries)
+        self.observed = Observations.for_needs(settings.needs | Needs(queries=queries))
         self.num_seen = self.prompt_end = self.due = 0
         self.num_departed: list[int] = []
         self.unpaged_reason: str | None = None

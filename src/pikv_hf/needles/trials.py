@@ -3,33 +3,22 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache.from_text import CacheOption
 from ..cache.pikv_cache import PiKVCache
+from ..model.loading import GenerativeModel, encode
 from ..model.versions import BaseStreamer, DynamicLayer, cache_in, with_cache
+from ..requirements import VERSION
+from ..storage.memory import storage_bytes, tensors_in
 from .haystack import Haystack, make_haystack
-
-if TYPE_CHECKING:
-
-    class GenerativeModel(PreTrainedModel):
-        """What `AutoModelForCausalLM` returns; `PreTrainedModel` alone has no `generate`."""
-
-        generate: Callable[..., Any]
-
 
 SPARE_TOKENS = 2
 """Tokens of a reply beyond those of the answer."""
@@ -84,35 +73,6 @@ class Clock(BaseStreamer):
         pass
 
 
-def load(
-    name: str, dtype: str = "auto", device_map: str | None = None
-) -> tuple["GenerativeModel", PreTrainedTokenizerBase]:
-    """Model and tokenizer, set to greedy decoding; on the GPU if there is one."""
-    if device_map is None and torch.cuda.is_available():
-        device_map = "auto"
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map).eval()
-    config = model.generation_config
-    config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
-    if config.pad_token_id is None:
-        end = config.eos_token_id
-        config.pad_token_id = end[0] if isinstance(end, list) else end
-    # transformers' annotation lets a backend that is not installed be None.
-    return model, tokenizer  # ty: ignore[invalid-explicit-return]
-
-
-def encode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    special_tokens: bool = True,
-) -> dict[str, Tensor]:
-    """The inputs of `generate`."""
-    encoded = tokenizer(text, add_special_tokens=special_tokens, return_tensors="pt")
-    ids = encoded.input_ids.to(model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
 def haystacks(
     tokenizer: PreTrainedTokenizerBase, *, length: int, needles: int, questions: int, seed: int
 ) -> list[Haystack]:
@@ -128,7 +88,7 @@ def haystacks(
 
 
 def run(
-    model: "GenerativeModel",
+    model: GenerativeModel,
     tokenizer: PreTrainedTokenizerBase,
     caches: Sequence[CacheOption],
     stacks: Sequence[Haystack],
@@ -141,7 +101,7 @@ def run(
 
 
 def answer(
-    model: "GenerativeModel",
+    model: GenerativeModel,
     tokenizer: PreTrainedTokenizerBase,
     option: CacheOption,
     stack: Haystack,
@@ -184,9 +144,9 @@ def holdings(cache: Cache) -> dict[str, Any]:
         return {name: getattr(report, name) for name in names}
     nbytes = held_bytes(cache)
     in_bf16 = sum(
-        sum(2 * tensor.numel() for tensor in _tensors([layer.keys, layer.values]))
+        sum(2 * tensor.numel() for tensor in tensors_in([layer.keys, layer.values]))
         if type(layer) is DynamicLayer
-        else sum(tensor.nbytes for tensor in _tensors(vars(layer)))
+        else sum(tensor.nbytes for tensor in tensors_in(vars(layer)))
         for layer in cache.layers
     )
     per_token = nbytes / max(cache.get_seq_length(), 1)
@@ -196,15 +156,6 @@ def holdings(cache: Cache) -> dict[str, Any]:
         "bf16_ratio": in_bf16 / nbytes if nbytes else 1.0,
         "error": None,
     }
-
-
-def held_bytes(cache: Cache) -> int:
-    """Bytes of the distinct storages that any cache keeps alive."""
-    if isinstance(cache, PiKVCache):
-        return cache.nbytes
-    tensors = _tensors([vars(layer) for layer in cache.layers])
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def summarize(trials: Sequence[Trial], caches: Sequence[CacheOption]) -> list[Row]:
@@ -245,15 +196,13 @@ def to_dict(
     trials: Sequence[Trial],
 ) -> dict[str, Any]:
     """Everything that is needed to read and to repeat a run, ready for JSON."""
-    from ..requirements import VERSION
-
     on_gpu = model.device.type == "cuda"
     return {
         **job,
         "versions": {
             "pikv_hf": VERSION,
-            "torch": torch.VERSION,
-            "transformers": transformers.VERSION,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
         "machine": {
@@ -268,11 +217,8 @@ def to_dict(
     }
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
+def held_bytes(cache: Cache) -> int:
+    """Bytes of the distinct storages that any cache keeps alive."""
+    if isinstance(cache, PiKVCache):
+        return cache.nbytes
+    return storage_bytes(tensors_in([vars(layer) for layer in cache.layers]))

@@ -1,7 +1,15 @@
 """Which tokens stay: one file per method."""
 
 from .adakv import AdaKV
-from .base import Scheduler, Tokens
+from .base import (
+    Candidates,
+    Needs,
+    RowState,
+    Scheduler,
+    TokenConstants,
+    TokenStatistics,
+    Traits,
+)
 from .chunkkv import ChunkKV
 from .criticalkv import CriticalKV
 from .duo import Duo
@@ -54,6 +62,7 @@ __all__ = [
     "LRU",
     "SCHEDULERS",
     "AdaKV",
+    "Candidates",
     "ChunkKV",
     "CriticalKV",
     "Duo",
@@ -65,14 +74,18 @@ __all__ = [
     "Knorm",
     "LRUPlus",
     "LagKV",
+    "Needs",
     "PiKVAdaKV",
     "PiKVLayerSum",
     "PiKVQuest",
     "PyramidKV",
     "Random",
+    "RowState",
     "Scheduler",
     "SnapKV",
     "StreamingLLM",
-    "Tokens",
+    "TokenConstants",
+    "TokenStatistics",
     "Tova",
+    "Traits",
 ]

@@ -1,9 +1,9 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Scheduler, Traits
 from .snapkv import SnapKV
 from .top_tokens import best_of_each_head, mask_of_best
 from .wrapper import Wrapper
@@ -27,7 +27,7 @@ class AdaKV(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.scorer.is_per_head or self.scorer.is_ragged:
+        if not self.scorer.traits.is_per_head or self.scorer.traits.is_ragged:
             raise ValueError(
                 f"`scorer` is {self.scorer!r}, whose heads do not choose each for itself; it must be "
                 "one that scores every KV head apart, such as SnapKV()."
@@ -36,14 +36,10 @@ class AdaKV(Wrapper):
             raise ValueError(f"`alpha` is {self.alpha!r}; it must be a number in [0, 1].")
 
     @property
-    def is_ragged(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(super().traits, is_ragged=True, decides_by_scores=False)
 
-    @property
-    def decides_by_scores(self) -> bool:
-        return False
-
-    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+    def keep(self, tokens: Candidates, budget: int) -> Tensor:
         ranked = self.ranked(tokens, budget)
         heads, places = ranked.shape[1:]
         safe = mask_of_best(ranked, min(int(budget * self.alpha), places))

@@ -6,7 +6,7 @@ import torch
 from pikv_kernels import is_fast_bfloat16
 from torch import Tensor
 
-from .base import Tokens
+from .base import Candidates
 
 # Numbers of one block of attention weights, 4 MiB in float32, and the fewest queries of one: a block
 # stays in a CPU's cache while it is worked on, and its product is not one of vectors.
@@ -15,7 +15,7 @@ BLOCK, FEWEST = 2**20, 16
 BLOCK_ON_ACCELERATORS = 2**24
 
 
-def attention_mass(tokens: Tokens) -> Tensor:
+def attention_mass(tokens: Candidates) -> Tensor:
     """The attention that each candidate gets from each query head, [R, H, G, T] in float32.
 
     The mean over the observed queries of softmax(scale * q k^T) over the candidates and the open

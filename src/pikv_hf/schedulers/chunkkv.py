@@ -1,9 +1,9 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Scheduler, Traits
 from .snapkv import SnapKV
 from .wrapper import Wrapper
 
@@ -26,7 +26,7 @@ class ChunkKV(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.scorer.decides_by_scores:
+        if not self.scorer.traits.decides_by_scores:
             raise ValueError(
                 f"`scorer` is {self.scorer!r}, which chooses by more than its scores; it must be one "
                 "that only scores tokens, such as SnapKV()."
@@ -36,10 +36,10 @@ class ChunkKV(Wrapper):
             raise ValueError(f"`chunk_length` is {length!r}; it must be a positive whole number.")
 
     @property
-    def is_per_head(self) -> bool:
-        return False
+    def traits(self) -> Traits:
+        return replace(super().traits, is_per_head=False)
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         scores = self.scorer.scores(tokens).mean(dim=1)
         chunk = torch.arange(scores.shape[-1], device=scores.device) // self.chunk_length
         chunks = int(-(-scores.shape[-1] // self.chunk_length))

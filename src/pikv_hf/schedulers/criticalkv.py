@@ -1,11 +1,12 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from pikv_kernels import is_fast_bfloat16
 from torch import Tensor
 
 from ..model.latent import LatentQuery
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler, TokenConstants, Traits
 from .snapkv import SnapKV
 from .top_tokens import best_places, mask_of_best
 from .wrapper import Wrapper
@@ -17,7 +18,7 @@ BLOCK_ON_ACCELERATORS = 2**24
 
 
 @dataclass(frozen=True)
-class CriticalKV(Wrapper):
+class CriticalKV(Wrapper, TokenConstants):
     """Attention times what it would add to the output (Feng et al., arXiv 2502.03805, algorithm 1).
 
     Of the tokens that a KV head keeps, `first_stage_ratio` are those of the highest scores; the
@@ -36,6 +37,8 @@ class CriticalKV(Wrapper):
         epsilon: what is added to every score in the second stage, >= 0.
     """
 
+    constant_inputs: ClassVar[frozenset[str]] = frozenset({"values", "output", "module"})
+
     scorer: Scheduler = field(default_factory=SnapKV)
     first_stage_ratio: float = 0.5
     epsilon: float = 1e-4
@@ -43,8 +46,10 @@ class CriticalKV(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         scorer, ratio = self.scorer, self.first_stage_ratio
-        is_attention = bool(scorer.observed_queries or scorer.records) and scorer.is_per_head
-        if not is_attention or not scorer.decides_by_scores:
+        is_attention = (
+            bool(scorer.needs.queries or scorer.needs.statistics) and scorer.traits.is_per_head
+        )
+        if not is_attention or not scorer.traits.decides_by_scores:
             raise ValueError(
                 f"`scorer` is {scorer!r}; it must be one whose scores are the attention that each KV "
                 "head pays, such as SnapKV(). With AdaKV: AdaKV(CriticalKV(SnapKV()))."
@@ -55,43 +60,37 @@ class CriticalKV(Wrapper):
             raise ValueError(f"`epsilon` is {self.epsilon!r}; it must be a number, 0 or more.")
 
     @property
-    def constants(self) -> int:
-        return 1
+    def needs(self) -> Needs:
+        return super().needs | Needs(constants=self)
 
-    @property
-    def constant_needs(self) -> frozenset[str]:
-        return frozenset({"values", "output", "module"})
-
-    def constant(self, tokens: Tokens) -> Tensor:
+    def constants(self, tokens: Candidates) -> Tensor:
         return projected_norms(tokens)[..., None]
 
     @property
-    def decides_by_scores(self) -> bool:
-        return False
+    def traits(self) -> Traits:
+        return replace(super().traits, decides_by_scores=False)
 
-    def reranked(self, tokens: Tokens, ranked: Tensor, counts: Tensor) -> Tensor:
+    def reranked(self, tokens: Candidates, ranked: Tensor, counts: Tensor) -> Tensor:
         first = (counts.double() * self.first_stage_ratio).long()
-        assert tokens.constant is not None, "the cache keeps what `constants` counts"
-        second = (ranked + self.epsilon) * tokens.constant[..., 0]
+        assert tokens.constants is not None, "they are among the needs"
+        second = (ranked + self.epsilon) * tokens.constants[..., 0]
         # Sinks and what is no token stay above and below all others.
         second = torch.where(ranked.isfinite(), second, ranked)
         return second.masked_fill(mask_of_best(ranked, first), torch.inf)
 
-    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+    def keep(self, tokens: Candidates, budget: int) -> Tensor:
         ranked = self.ranked(tokens, budget)
         counts = torch.full(ranked.shape[:2], min(budget, ranked.shape[2]), device=ranked.device)
         return best_places(self.reranked(tokens, ranked, counts), budget)
 
 
-def projected_norms(tokens: Tokens) -> Tensor:
+def projected_norms(tokens: Candidates) -> Tensor:
     """How long the output projection leaves each value: its L1 norm [R, H, T], in float32.
 
     The mean over the query heads of each KV head; one of them and a block of tokens at a time. Of
     latents (MLA) the values are those that each query head expands from them.
     """
-    assert tokens.output is not None and tokens.values is not None, (
-        "the cache gives what `constant_needs` names"
-    )
+    assert tokens.output is not None and tokens.values is not None, "they are the constant inputs"
     output, values, up = tokens.output, tokens.values, None
     dtype = torch.bfloat16 if is_fast_bfloat16(values) else torch.float32
     dim = values.shape[3]

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.artifact import FileKind, check_model, read_factors, read_metadata
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler, Traits
 from .top_tokens import best_of_each_head
 
 PROFILE = FileKind("profile", "pikv_profile", "pikv profile")
@@ -24,7 +24,7 @@ class Duo(Scheduler):
     streams. `pikv profile` makes the profile. The paper learns its scores by distillation; ours are
     how much the output of a layer's attention changes when the head streams.
 
-    Heads have lengths of their own: the cache is given no `budget`. Tokens leave in pages, so that a
+    Heads have lengths of their own: the cache is given no `budget`. Candidates leave in pages, so that a
     streaming head holds up to `page_size - 1` more. Each time, the layer's pages are read and written
     once: a larger `interval` of the cache is faster.
 
@@ -77,20 +77,12 @@ class Duo(Scheduler):
         return (self._streams[layer_idx],)
 
     @property
-    def is_ragged(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(sinks=self.sinks)
 
     @property
-    def has_lengths(self) -> bool:
-        return True
-
-    @property
-    def decides_by_scores(self) -> bool:
-        return False
-
-    @property
-    def least(self) -> int:
-        return self.sinks
+    def traits(self) -> Traits:
+        return Traits(is_ragged=True, has_lengths=True, decides_by_scores=False)
 
     def budget(self, seen: int) -> int:
         """Of a streaming head."""
@@ -100,11 +92,11 @@ class Duo(Scheduler):
         streams = self._streams[layer_idx]
         return torch.full(streams.shape, left).masked_fill(streams, budget)
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         number = tokens.number().expand(tokens.positions.shape)
         return tokens.positions.double().masked_fill(number < self.sinks, torch.inf)
 
-    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+    def keep(self, tokens: Candidates, budget: int) -> Tensor:
         held = tokens.number().amax(-1).expand(tokens.positions.shape[:2]) + 1
         streams = self._streams[tokens.layer_idx].to(held.device)
         if len(streams) != held.shape[1]:

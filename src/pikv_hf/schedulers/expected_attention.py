@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ..model.rotary import Rotary
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler
 
-# Tokens whose keys are copied to float32 at a time.
+# Candidates whose keys are copied to float32 at a time.
 BLOCK = 1024
 
 
@@ -52,18 +52,11 @@ class ExpectedAttention(Scheduler):
             raise ValueError(f"`epsilon` is {self.epsilon!r}; it must be a number, 0 or more.")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"rotary", "values"} if self.use_vnorm else {"rotary"})
+    def needs(self) -> Needs:
+        inputs = frozenset({"rotary", "values"} if self.use_vnorm else {"rotary"})
+        return Needs(queries=self.window_size, inputs=inputs, sinks=self.sinks)
 
-    @property
-    def observed_queries(self) -> int:
-        return self.window_size
-
-    @property
-    def least(self) -> int:
-        return self.sinks
-
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         number = tokens.number().expand(tokens.keys.shape[:3])
         shares = self._shares(tokens, number < self.sinks)
         if self.use_vnorm:
@@ -74,7 +67,7 @@ class ExpectedAttention(Scheduler):
             )
         return shares.masked_fill((number >= 0) & (number < self.sinks), torch.inf)
 
-    def _shares(self, tokens: Tokens, hidden: Tensor) -> Tensor:
+    def _shares(self, tokens: Candidates, hidden: Tensor) -> Tensor:
         """The mean share [R, H, T] of the expected attention; 0 where `hidden` [R, H, T]."""
         blocks = *tokens.keys.split(BLOCK, dim=2), tokens.open_keys
         rotary, free, weight = self._free_queries(tokens)
@@ -93,7 +86,7 @@ class ExpectedAttention(Scheduler):
             shares += exponents.softmax(-1)[..., : hidden.shape[2]]
         return shares / free.shape[2]
 
-    def _free_queries(self, tokens: Tokens) -> tuple[Rotary, Tensor, Tensor]:
+    def _free_queries(self, tokens: Candidates) -> tuple[Rotary, Tensor, Tensor]:
         """Queries [R, H, G, m, D] without their positions, and which of them count, [R, 1, m, 1]."""
         queries, rotary = tokens.queries, tokens.rotary
         assert rotary is not None, "it is among the needs"

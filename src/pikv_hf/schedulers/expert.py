@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler
 from .keydiff import KeyDiff
 from .wrapper import Wrapper
 
@@ -47,7 +47,7 @@ class Expert(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scorer.is_ragged or not self.scorer.decides_by_scores:
+        if self.scorer.traits.is_ragged or not self.scorer.traits.decides_by_scores:
             raise ValueError(
                 f"`scorer` is {self.scorer!r}, in which not the scores alone decide: put it around, as "
                 "in AdaKV(Expert(SnapKV()))."
@@ -62,13 +62,13 @@ class Expert(Wrapper):
             raise ValueError(f"`weight` is {self.weight!r}; it must be 0 or more.")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.scorer.needs | {"experts"}
+    def needs(self) -> Needs:
+        return super().needs | Needs(inputs=frozenset({"experts"}))
 
-    def protected(self, tokens: Tokens, budget: int) -> Tensor | None:
+    def protected(self, tokens: Candidates, budget: int) -> Tensor | None:
         return super().protected(tokens, budget) if self.weight else None
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         terms = {name: getattr(self, name) for name in TERMS if getattr(self, name)}
         if tokens.experts is None or not terms:
             return self.scorer.scores(tokens)
@@ -84,7 +84,7 @@ class Expert(Wrapper):
         return total if stays is None else total.masked_fill(stays, torch.inf)
 
 
-def expert_term(name: str, tokens: Tokens) -> Tensor:
+def expert_term(name: str, tokens: Candidates) -> Tensor:
     """A term of `Expert` for each candidate, [R, 1 or H, T] in float32."""
     experts, weights = tokens.experts, tokens.weights
     assert experts is not None and weights is not None

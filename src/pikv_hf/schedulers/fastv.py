@@ -4,7 +4,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention_mass import attention_mass
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler, Traits
 
 NOTE = "fastv"
 
@@ -33,16 +33,12 @@ class FastV(Scheduler):
                 raise ValueError(f"`{name}` is {value!r}; it must be a positive whole number.")
 
     @property
-    def is_per_head(self) -> bool:
-        return False
+    def traits(self) -> Traits:
+        return Traits(is_per_head=False, exceeds_budget=True)
 
     @property
-    def exceeds_budget(self) -> bool:
-        return True
-
-    @property
-    def observed_queries(self) -> int:
-        return self.window_size
+    def needs(self) -> Needs:
+        return Needs(queries=self.window_size)
 
     def check(self, model: PreTrainedModel, layers: int) -> None:
         if self.layer >= layers:
@@ -54,7 +50,7 @@ class FastV(Scheduler):
     def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
         return available if layer < self.layer else budget
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         # Layers that keep everything never ask: the first that does is layer `layer`.
         if NOTE not in tokens.notes:
             tokens.notes[NOTE] = attention_mass(tokens).mean(dim=(1, 2))

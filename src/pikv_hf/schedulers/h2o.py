@@ -3,11 +3,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler, TokenStatistics
 
 
 @dataclass(frozen=True)
-class H2O(Scheduler):
+class H2O(Scheduler, TokenStatistics):
     """Heavy hitters and recent tokens stay (Zhang et al., arXiv 2306.14048, algorithm 1).
 
     The score is the attention that a token has ever got, from every query while it was held, summed
@@ -33,18 +33,22 @@ class H2O(Scheduler):
             raise TypeError(f"`mean` is {self.mean!r}; it must be True or False.")
 
     @property
-    def records(self) -> int:
+    def needs(self) -> Needs:
+        return Needs(statistics=self)
+
+    @property
+    def num_statistics(self) -> int:
         return 1
 
-    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
-        return record + weights.sum((2, 3))[..., None]
+    def updated(self, statistics: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+        return statistics + weights.sum((2, 3))[..., None]
 
-    def scores(self, tokens: Tokens) -> Tensor:
-        assert tokens.record is not None, "the cache keeps what `records` asks for"
-        total = tokens.record[..., 0]
+    def scores(self, tokens: Candidates) -> Tensor:
+        assert tokens.statistics is not None, "they are among the needs"
+        total = tokens.statistics[..., 0]
         return total / (tokens.seen - tokens.positions) if self.mean else total
 
-    def protected(self, tokens: Tokens, budget: int) -> Tensor:
+    def protected(self, tokens: Candidates, budget: int) -> Tensor:
         opened = tokens.open_keys.shape[2]
         recent = int(self.recent_ratio * (budget + opened)) - opened
         place = torch.arange(tokens.keys.shape[2], device=tokens.keys.device)

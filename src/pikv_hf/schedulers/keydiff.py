@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Scheduler
 from .knorm import BLOCK
 
 
@@ -16,7 +16,7 @@ class KeyDiff(Scheduler):
     those of the open tokens included. Needs no queries.
     """
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         blocks = tokens.keys.split(BLOCK, dim=2)
         valid = [None] * len(blocks) if tokens.valid is None else tokens.valid.split(BLOCK, dim=2)
         total = _directions(tokens.open_keys).sum(dim=2)

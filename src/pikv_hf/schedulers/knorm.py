@@ -3,9 +3,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Scheduler
 
-# Tokens that are copied to float32 at a time: copies of all would not fit into the CPU's caches.
+# Candidates that are copied to float32 at a time: copies of all would not fit into the CPU's caches.
 BLOCK = 1024
 
 
@@ -17,7 +17,7 @@ class Knorm(Scheduler):
     model, not of attention: in the bundled one it is the other way round.
     """
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         norms, wide = [], None
         for block in tokens.keys.split(BLOCK, dim=2):
             if wide is None or wide.shape != block.shape:  # one for all: new memory costs more

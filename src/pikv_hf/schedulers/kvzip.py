@@ -1,10 +1,9 @@
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,10 @@ class KVzip(Scheduler):
                 )
 
     @property
-    def repetition(self) -> Any:
-        return self
+    def needs(self) -> Needs:
+        return Needs(repetition=self)
 
-    def scores(self, tokens: Tokens) -> Tensor:
-        assert tokens.record is not None, "the cache keeps what a repetition marks"
-        marks = tokens.record[..., 0]
+    def scores(self, tokens: Candidates) -> Tensor:
+        assert tokens.statistics is not None, "the cache keeps what a repetition marks"
+        marks = tokens.statistics[..., 0]
         return marks.masked_fill(marks == 0, torch.inf)

@@ -3,15 +3,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler
 
-# Tokens that are scaled in float32 at a time.
+# Candidates that are scaled in float32 at a time.
 BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class LagKV(Scheduler):
-    """Tokens that stand out from those which follow them stay (arXiv 2504.04704, section 2.2).
+    """Candidates that stand out from those which follow them stay (arXiv 2504.04704, section 2.2).
 
     Behind the first `sinks` tokens the sequence, open tokens included, is cut into partitions of
     `lag_size`. Each dim of keys and values is scaled by its least and greatest value in the next
@@ -41,14 +41,10 @@ class LagKV(Scheduler):
             raise TypeError(f"`cross_scoring` is {self.cross_scoring!r}; it must be True or False.")
 
     @property
-    def least(self) -> int:
-        return self.sinks
+    def needs(self) -> Needs:
+        return Needs(inputs=frozenset({"values"}), sinks=self.sinks)
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"values"})
-
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         number = tokens.number().expand(tokens.keys.shape[:3])
         states = [torch.cat([tokens.keys, tokens.open_keys], dim=2)]
         assert tokens.values is not None and tokens.open_values is not None, "they are the needs"

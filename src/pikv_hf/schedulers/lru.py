@@ -3,11 +3,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler, TokenStatistics
 
 
 @dataclass(frozen=True)
-class LRU(Scheduler):
+class LRU(Scheduler, TokenStatistics):
     """The least recently used tokens go (PiKV, arXiv 2508.06526, table of schedulers: u = -r).
 
     r is the number of tokens since one was used: since a query head of its KV head gave it at least
@@ -26,15 +26,19 @@ class LRU(Scheduler):
             raise ValueError(f"`threshold` is {limit!r}; it must be a number in (0, 1].")
 
     @property
-    def records(self) -> int:
+    def needs(self) -> Needs:
+        return Needs(statistics=self)
+
+    @property
+    def num_statistics(self) -> int:
         return 1
 
-    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
-        return last_use(record[..., 0], self._is_used(weights), asked_at)[..., None]
+    def updated(self, statistics: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+        return last_use(statistics[..., 0], self._is_used(weights), asked_at)[..., None]
 
-    def scores(self, tokens: Tokens) -> Tensor:
-        assert tokens.record is not None, "the cache keeps what `records` asks for"
-        return torch.maximum(tokens.record[..., 0].double(), tokens.positions.double())
+    def scores(self, tokens: Candidates) -> Tensor:
+        assert tokens.statistics is not None, "they are among the needs"
+        return torch.maximum(tokens.statistics[..., 0].double(), tokens.positions.double())
 
     def _is_used(self, weights: Tensor) -> Tensor:
         """Whether each of m queries uses a token: [R, H, m, T]."""

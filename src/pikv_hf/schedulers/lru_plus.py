@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Tokens
+from .base import Candidates
 from .lru import LRU, last_use
 
 
@@ -27,14 +27,14 @@ class LRUPlus(LRU):
             raise ValueError(f"`weight` is {weight!r}; it must be a number, 0 or more.")
 
     @property
-    def records(self) -> int:
+    def num_statistics(self) -> int:
         return 2
 
-    def recorded(self, record: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
-        last, uses = record.unbind(-1)
+    def updated(self, statistics: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+        last, uses = statistics.unbind(-1)
         is_used = self._is_used(weights)
         return torch.stack([last_use(last, is_used, asked_at), uses + is_used.sum(dim=2)], dim=-1)
 
-    def scores(self, tokens: Tokens) -> Tensor:
-        assert tokens.record is not None, "the cache keeps what `records` asks for"
-        return super().scores(tokens) + self.weight * tokens.record[..., 1].double()
+    def scores(self, tokens: Candidates) -> Tensor:
+        assert tokens.statistics is not None, "they are among the needs"
+        return super().scores(tokens) + self.weight * tokens.statistics[..., 1].double()

@@ -1,16 +1,16 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from .attention_mass import attention_mass
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, RowState, Scheduler, Traits
 from .snapkv import SnapKV
 from .top_tokens import best_of_each_head
 from .wrapper import Wrapper
 
 
 @dataclass(frozen=True)
-class PiKVAdaKV(Wrapper):
+class PiKVAdaKV(Wrapper, RowState):
     """Keeps as much of the budget as attention needs (PiKV's "AdaKV", arXiv 2508.06526).
 
     A controller for each row and layer moves the share theta of the budget that is kept, which is
@@ -32,7 +32,7 @@ class PiKVAdaKV(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scorer.is_ragged:
+        if self.scorer.traits.is_ragged:
             raise ValueError(
                 f"`scorer` is {self.scorer!r}; it must be one whose heads keep equally many tokens."
             )
@@ -44,34 +44,26 @@ class PiKVAdaKV(Wrapper):
             raise ValueError(f"`window_size` is {size!r}; it must be a positive whole number.")
 
     @property
-    def is_ragged(self) -> bool:
-        return True  # rows keep different numbers of tokens
+    def needs(self) -> Needs:
+        return super().needs | Needs(queries=self.window_size, row_state=self)
 
     @property
-    def decides_by_scores(self) -> bool:
-        return False
+    def traits(self) -> Traits:  # rows keep different numbers of tokens
+        return replace(super().traits, is_ragged=True, decides_by_scores=False)
 
-    @property
-    def observed_queries(self) -> int:
-        return max(self.scorer.observed_queries, self.window_size)
-
-    @property
-    def controls(self) -> int:
-        return 1
-
-    def keep(self, tokens: Tokens, budget: int) -> Tensor:
-        assert tokens.control is not None, "the cache keeps what `controls` asks for"
-        scored = tokens.asked_by_newest(self.scorer.observed_queries)
+    def keep(self, tokens: Candidates, budget: int) -> Tensor:
+        assert tokens.row_state is not None, "it is among the needs"
+        scored = tokens.asked_by_newest(self.scorer.needs.queries)
         ranked = self.ranked(scored, budget)
-        theta = 1 - tokens.control  # zeros at first
+        theta = 1 - tokens.row_state  # zeros at first
         counts = (theta * budget).ceil().long().clamp(1, budget).expand(ranked.shape[:2])
         if tokens.valid is not None:
             counts = counts.minimum(tokens.valid.sum(-1))
         return best_of_each_head(self.reranked(scored, ranked, counts), counts)
 
-    def controlled(self, tokens: Tokens, keep: Tensor) -> Tensor:
-        assert tokens.control is not None, "the cache keeps what `controls` asks for"
+    def next_row_state(self, tokens: Candidates, keep: Tensor) -> Tensor:
+        assert tokens.row_state is not None, "it is among the needs"
         mass = attention_mass(tokens.asked_by_newest(self.window_size)).mean(2)
         kept = mass.gather(2, keep.clamp_min(0)).masked_fill(keep < 0, 0.0).sum(-1)
         recall = 1 - (mass.sum(-1) - kept).mean(1, keepdim=True)
-        return (tokens.control - self.rate * (self.target - recall)).clamp(0, 1)
+        return (tokens.row_state - self.rate * (self.target - recall)).clamp(0, 1)

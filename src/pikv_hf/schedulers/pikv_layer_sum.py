@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .attention_mass import attention_mass
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler, Traits
 
 NOTE = "pikv_layer_sum"
 
@@ -30,14 +30,14 @@ class PiKVLayerSum(Scheduler):
             raise ValueError(f"`window_size` is {asked!r}; it must be a positive whole number.")
 
     @property
-    def is_per_head(self) -> bool:
-        return False
+    def traits(self) -> Traits:
+        return Traits(is_per_head=False)
 
     @property
-    def observed_queries(self) -> int:
-        return self.window_size
+    def needs(self) -> Needs:
+        return Needs(queries=self.window_size)
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         mass = attention_mass(tokens).mean(dim=(1, 2))
         at = tokens.positions[:, 0]  # the same in all heads
         before = tokens.notes.get(NOTE)  # of every column of the sequence

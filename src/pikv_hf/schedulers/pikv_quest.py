@@ -9,17 +9,17 @@ from transformers import PreTrainedModel
 
 from ..model.artifact import check_method, read_factors, read_metadata
 from ..model.rotary import Rotary
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler, TokenConstants
 
 NAME = "pikv_quest"
-# Tokens whose keys and values are copied to float32 at a time.
+# Candidates whose keys and values are copied to float32 at a time.
 BLOCK = 1024
 
 Network = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class PiKVQuest(Scheduler):
+class PiKVQuest(Scheduler, TokenConstants):
     """What a small network expects to be attended to stays (PiKV's "QUEST", arXiv 2508.06526: the
     utility of a token is u = MLP([K, V])). Not Quest, the selection of pages (arXiv 2406.10774).
 
@@ -35,6 +35,7 @@ class PiKVQuest(Scheduler):
     """
 
     needs_file: ClassVar[bool] = True
+    constant_inputs: ClassVar[frozenset[str]] = frozenset({"values"})
 
     calibration: str | PathLike[str] | None = None
     # By layer: on the device last used.
@@ -61,21 +62,13 @@ class PiKVQuest(Scheduler):
         check_method(self.calibration, model, NAME)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"rotary"})
-
-    @property
-    def constants(self) -> int:
-        return 1
-
-    @property
-    def constant_needs(self) -> frozenset[str]:
-        return frozenset({"values"})
+    def needs(self) -> Needs:
+        return Needs(inputs=frozenset({"rotary"}), constants=self)
 
     def tensors(self, layer_idx: int) -> Iterator[Tensor]:
         yield from self._networks.get(layer_idx, {}).values()
 
-    def constant(self, tokens: Tokens) -> Tensor:
+    def constants(self, tokens: Candidates) -> Tensor:
         network, rotary = self._network(tokens.layer_idx, tokens.keys), tokens.rotary
         assert rotary is not None and tokens.values is not None, "both are among the needs"
         places = tokens.positions - tokens.padding
@@ -86,9 +79,9 @@ class PiKVQuest(Scheduler):
         ]
         return torch.cat(utilities, dim=2)[..., None]
 
-    def scores(self, tokens: Tokens) -> Tensor:
-        assert tokens.constant is not None, "the cache keeps what `constants` counts"
-        utilities = tokens.constant[..., 0]
+    def scores(self, tokens: Candidates) -> Tensor:
+        assert tokens.constants is not None, "they are among the needs"
+        utilities = tokens.constants[..., 0]
         lowest = torch.finfo(utilities.dtype).min
         return utilities.masked_fill(tokens.number() < 0, lowest).softmax(-1)
 

@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Scheduler
 from .snapkv import SnapKV
 from .wrapper import Wrapper
 
@@ -27,15 +27,11 @@ class PyramidKV(Wrapper):
         super().__post_init__()
         if not isinstance(self.beta, int | float) or not self.beta > 1:
             raise ValueError(f"`beta` is {self.beta!r}; it must be a number greater than 1.")
-        if self.scorer.exceeds_budget:
+        if self.scorer.traits.exceeds_budget:
             raise ValueError(
                 f"`scorer` is {self.scorer!r}, which has budgets of its own for each layer; it must "
                 "be one that leaves them to PyramidKV, such as SnapKV()."
             )
-
-    @property
-    def is_ragged(self) -> bool:
-        return self.scorer.is_ragged
 
     def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
         if layers == 1:
@@ -44,5 +40,5 @@ class PyramidKV(Wrapper):
         last = max(2 * budget - first, 0)
         return round(first + (last - first) * layer / (layers - 1))
 
-    def keep(self, tokens: Tokens, budget: int) -> Tensor:
+    def keep(self, tokens: Candidates, budget: int) -> Tensor:
         return self.scorer.keep(tokens, budget)

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Scheduler
 
 # The finaliser of MurmurHash3 for 64 bits, as signed numbers.
 MULTIPLIERS = (-49064778989728563, -4265267296055464877)
@@ -11,7 +11,7 @@ MULTIPLIERS = (-49064778989728563, -4265267296055464877)
 
 @dataclass(frozen=True)
 class Random(Scheduler):
-    """Tokens stay at random: the control that every policy must beat.
+    """Candidates stay at random: the control that every policy must beat.
 
     A score is a hash of `seed`, layer, KV head and position, so that a token has the same one
     whenever it is asked for, in every row.
@@ -23,7 +23,7 @@ class Random(Scheduler):
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ValueError(f"`seed` is {self.seed!r}; it must be a whole number, 0 or more.")
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         heads = torch.arange(tokens.positions.shape[1], device=tokens.positions.device)
         stream = (self.seed * 1009 + tokens.layer_idx) * 4099 + heads[:, None]
         mixed = (stream << 32) + tokens.positions.long()

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_mass import attention_mass
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class SnapKV(Scheduler):
             raise ValueError(f"`kernel_size` is {size!r}; it must be an odd positive number.")
 
     @property
-    def observed_queries(self) -> int:
-        return self.window_size
+    def needs(self) -> Needs:
+        return Needs(queries=self.window_size)
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         mass = attention_mass(tokens).mean(dim=2)
         return F.avg_pool1d(mass, self.kernel_size, stride=1, padding=self.kernel_size // 2)

@@ -3,14 +3,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler
 
 
 @dataclass(frozen=True)
 class StreamingLLM(Scheduler):
     """Attention sinks and a recent window (Xiao et al., arXiv 2309.17453, section 3.2).
 
-    Keeps the first `sinks` tokens of each row and the last `window` tokens. Tokens leave in pages:
+    Keeps the first `sinks` tokens of each row and the last `window` tokens. Candidates leave in pages:
     between two evictions up to `page_size - 1` more are held.
 
     As published, positions are those in the cache: with `rerotate` the sinks move up to the recent
@@ -36,17 +36,13 @@ class StreamingLLM(Scheduler):
             raise TypeError(f"`rerotate` is {self.rerotate!r}; it must be True or False.")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"rerotate"} if self.rerotate else ())
-
-    @property
-    def least(self) -> int:
-        return self.sinks
+    def needs(self) -> Needs:
+        return Needs(inputs=frozenset({"rerotate"} if self.rerotate else ()), sinks=self.sinks)
 
     def budget(self, seen: int) -> int:
         return self.sinks + self.window
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         recency = tokens.positions.to(torch.float64)
         is_sink = torch.arange(recency.shape[-1], device=recency.device) < self.sinks
         return recency.masked_fill(is_sink, torch.inf)

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .attention_mass import attention_mass
-from .base import Scheduler, Tokens
+from .base import Candidates, Needs, Scheduler, Traits
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,13 @@ class Tova(Scheduler):
     """
 
     @property
-    def observed_queries(self) -> int:
-        return 1
+    def needs(self) -> Needs:
+        return Needs(queries=1)
 
     @property
-    def is_per_head(self) -> bool:
-        return False
+    def traits(self) -> Traits:
+        return Traits(is_per_head=False)
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: Candidates) -> Tensor:
         mean = attention_mass(tokens).mean(dim=(1, 2))
         return mean[:, None].expand(-1, tokens.keys.shape[1], -1)

@@ -1,0 +1,52 @@
+"""Models and tokenizers by name, for commands."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+if TYPE_CHECKING:
+
+    class GenerativeModel(PreTrainedModel):
+        """What `AutoModelForCausalLM` returns; `PreTrainedModel` alone has no `generate`."""
+
+        generate: Callable[..., Any]
+
+else:
+    GenerativeModel: TypeAlias = PreTrainedModel
+
+
+def load(
+    name: str, dtype: str = "auto", device_map: str | None = None
+) -> tuple[GenerativeModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, set to greedy decoding; on the GPU if there is one."""
+    if device_map is None and torch.cuda.is_available():
+        device_map = "auto"
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map).eval()
+    config = model.generation_config
+    config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
+    if config.pad_token_id is None:
+        end = config.eos_token_id
+        config.pad_token_id = end[0] if isinstance(end, list) else end
+    # transformers' annotation lets a backend that is not installed be None.
+    return model, tokenizer  # ty: ignore[invalid-explicit-return]
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    special_tokens: bool = True,
+) -> dict[str, Tensor]:
+    """The inputs of `generate`."""
+    encoded = tokenizer(text, add_special_tokens=special_tokens, return_tensors="pt")
+    ids = encoded.input_ids.to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
