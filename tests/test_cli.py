@@ -405,8 +405,15 @@ def test_an_unknown_command_is_a_usage_error():
 def test_public_names_are_those_that_are_exported():
     assert {name for name in pikv_hf.__all__ if getattr(pikv_hf, name) is None} == set()
     assert set(pikv_hf.__all__) <= set(dir(pikv_hf))
-    with pytest.raises(AttributeError, match="has no attribute 'PiKV'"):
-        _ = pikv_hf.PiKV
+    for name in ("Unknown", "unknown"):
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'"):
+            getattr(pikv_hf, name)
+
+
+def test_classes_of_methods_are_imported_by_name():
+    registries = (pikv_hf.COMPRESSORS, pikv_hf.SCHEDULERS, pikv_hf.ROUTERS, pikv_hf.PLACEMENTS)
+    for method in (method for registry in registries for method in registry.values()):
+        assert getattr(pikv_hf, method.__name__) is method
 
 
 @pytest.mark.parametrize("name", ["bf16", "bfloat16", "torch.bfloat16", "BF16"])

@@ -116,6 +116,20 @@ def test_no_module_is_in_a_circle(module: str):
     assert module not in reached(module)
 
 
+STATEFUL = {"cache", "layer", "state", "table", "pages", "tail", "observed", "slab", "pool", "step"}
+
+
+@each_file([file for file in FILES if file.name != "other_layers.py"])  # of transformers' layers
+def test_only_its_own_class_writes_an_attribute_of_a_state(file: Path):
+    for node in ast.walk(tree_of(file)):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in (part for whole in targets for part in getattr(whole, "elts", [whole])):
+            if isinstance(target, ast.Attribute):
+                *owners, _ = ast.unparse(target).split(".")
+                is_own = owners == ["self"]
+                assert is_own or not STATEFUL & set(owners), f"line {node.lineno}"
+
+
 @each_file([file for file in FILES if file.is_relative_to(KERNELS)])
 def test_kernels_import_only_torch_triton_and_themselves(file: Path):
     tops = {module.split(".")[0] for module in imports(file)}

@@ -35,13 +35,28 @@ _HOMES = {
 }
 
 
+# Folders of methods, whose classes are public, too: `from pikv_hf import KeyDiff`.
+_METHODS = ("schedulers", "compressors", "routers", "placements")
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `pikv --help` needs no torch."""
-    if name not in _HOMES:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    elif name[:1].isupper():
+        value = _method(name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def _method(name: str) -> Any:
+    for folder in _METHODS:
+        module = importlib.import_module(f".{folder}", __name__)
+        if name in module.__all__:
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

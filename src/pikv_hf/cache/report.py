@@ -115,14 +115,15 @@ class Report:
         optional = (("error", self.probe), ("remark", has_remark))
         if self.note is not None:
             title += f"\n{self.note}"
-        table = Table(*HEADINGS, *(name for name, shown in optional if shown), title=title)
+        settings = [f"{k}={v}" for k, v in self.settings.items() if v != "None"]
+        caption = ", ".join([*settings, f"a fork copies {_mib(self.fork_nbytes)}"])
+        headings = (*HEADINGS, *(name for name, shown in optional if shown))
+        table = Table(*headings, title=title, caption=caption)
         for rows in _runs(self.layers):
             error = _rms([row.error for row in rows if row.error is not None])
             cells = "-" if error is None else f"{error:.2g}", rows[0].why or ""
             shown = (cell for cell, (_, shown) in zip(cells, optional, strict=True) if shown)
             table.add_row(*_cells(rows), *shown)
-        shown = [f"{k}={v}" for k, v in self.settings.items() if v != "None"]
-        table.caption = ", ".join([*shown, f"a fork copies {_mib(self.fork_nbytes)}"])
         return table
 
     def __str__(self) -> str:
