@@ -31,8 +31,8 @@ DOC = ROOT / "docs" / "compatibility.md"
 # What shows that a version works: every model family, every mode of `generate`, every scheduler,
 # wrong use, and what the README shows.
 TESTS = (
-    *("test_versions.py", "test_architectures.py", "test_generate_modes.py", "test_bad_input.py"),
-    *("test_schedulers.py", "test_readme.py"),
+    *("model/test_versions.py", "test_architectures.py", "cache/test_generate_modes.py"),
+    *("cache/test_bad_input.py", "schedulers/test_schedulers.py", "test_readme.py"),
 )
 PYTEST = (
     sys.executable,

@@ -1,6 +1,6 @@
 """Names of transformers that change from version to version, and its internals that we use.
 
-`tests/test_transformers_names.py` lists each internal with the reason for it.
+`tests/model/test_transformers_names.py` lists each internal with the reason for it.
 """
 
 import copy

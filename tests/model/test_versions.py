@@ -20,7 +20,7 @@ from pikv_hf import PiKVCache, requirements
 from pikv_hf.model import versions
 from pikv_hf.model.versions import CACHE, CACHE_NAMES, cache_in, forward_inputs, with_cache
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss")
 NAMES = CACHE_NAMES[CACHE_NAMES.index(CACHE) :]  # that the installed transformers accepts
 OLD_NAME = "ignore:`past_key_values` is deprecated:FutureWarning"

@@ -99,7 +99,7 @@ def test_methods_give_the_tokens_of_the_cpu(names) -> None:
 
 def run_on_fakegpu(script: str, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name(script), *arguments],
+        [sys.executable, Path(__file__).parents[1].joinpath(script), *arguments],
         env=os.environ | {"PYTHONHASHSEED": "0"},
         capture_output=True,
         text=True,

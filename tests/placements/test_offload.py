@@ -350,7 +350,7 @@ def test_on_the_command_line() -> None:
 )
 def test_far_pages_come_to_a_device(way, cases) -> None:
     """On a logical accelerator, in a process that may register one."""
-    script = Path(__file__).with_name("offload_on_fakegpu.py")
+    script = Path(__file__).parents[1].joinpath("offload_on_fakegpu.py")
     done = subprocess.run(
         [sys.executable, script, way, *cases],
         env=os.environ | {"PYTHONHASHSEED": "0"},

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "pikv_hf"
 MODEL = SRC / "model"
 FILES = sorted([*SRC.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
