@@ -99,6 +99,43 @@ def paged(cache: PiKVCache) -> list[PagedLayer]:
     return layers
 
 
+def slabs_of(layer: PagedLayer) -> list[Any]:
+    """The stores of the pages of a layer."""
+    return layer.state.pages.slabs
+
+
+def held_by(layer: PagedLayer, row: int) -> Tensor | None:
+    """Sealed tokens of each KV head of a batch row; None = none at all."""
+    return layer.state.pages.held(row)
+
+
+def spans_of(layer: PagedLayer, rows: list[int]) -> list[Any]:
+    """The sealed tokens of batch rows that read the same pages, decoded, the oldest first."""
+    return layer.state.pages.spans(rows)
+
+
+def rows_of(layer: PagedLayer) -> int:
+    return layer.state.tail.batch
+
+
+def tail_length(layer: PagedLayer) -> int:
+    return layer.state.tail.length
+
+
+def tail_states(layer: PagedLayer) -> tuple[Tensor, Tensor]:
+    """Keys and values of the newest tokens, which are not sealed."""
+    return layer.state.tail.view()
+
+
+def tail_labels(layer: PagedLayer) -> Any:
+    return layer.state.tail.labels
+
+
+def queries_of(layer: PagedLayer) -> Tensor | None:
+    """The newest queries that the layer keeps for its methods."""
+    return layer.state.observed.queries
+
+
 def sealed(layer: PagedLayer, row: int) -> list[int]:
     """Positions of the sealed tokens of a batch row, the same in all heads."""
     found: list[int] = []

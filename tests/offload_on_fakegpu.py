@@ -11,7 +11,7 @@ import sys
 import fakegpu  # first: before any model is built
 import torch
 from accelerate import dispatch_model
-from helpers import PADDED, SMALL, Scattered, paged
+from helpers import PADDED, SMALL, Scattered, paged, slabs_of
 from torch.utils._pytree import tree_leaves
 from zoo import build, prompt
 
@@ -139,7 +139,7 @@ def check(name: str, method: str, streams: Streams | None) -> None:
         cache = PiKVCache(model, placement=Offload(limit), **options)
         assert torch.equal(generate(model, inputs, cache, beams), reference)
         layers = paged(cache)
-        slabs = [slab for layer in layers for slab in layer.state.pages.slabs]
+        slabs = [slab for layer in layers for slab in slabs_of(layer)]
         assert {slab.tier.name for slab in slabs} == {"device", "ram"}
         for slab in slabs:
             place = "cpu" if slab.tier.name == "ram" else "fakegpu"

@@ -8,7 +8,7 @@ import sys
 import fakegpu  # first: before any model is built
 import torch
 from accelerate import dispatch_model
-from helpers import PADDED, SMALL, assert_sealed_in_prefill_and_decode, dynamic, paged
+from helpers import PADDED, SMALL, assert_sealed_in_prefill_and_decode, dynamic, paged, slabs_of
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
@@ -53,8 +53,8 @@ def check(name: str, method: str) -> None:
         assert torch.equal(tokens(model, inputs, cache, num_beams=beams), reference)
         for layer in paged(cache):
             place = torch.device(places[f"model.layers.{layer.state.layer_idx}"])
-            assert layer.state.pages.slabs
-            held = [t for slab in layer.state.pages.slabs for t in slab.fields.values()]
+            assert slabs_of(layer)
+            held = [t for slab in slabs_of(layer) for t in slab.fields.values()]
             assert all(
                 t.device == place for t in [layer.state.tail.keys, layer.state.tail.values, *held]
             )

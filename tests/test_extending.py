@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, dynamic, generate, paged, tiny
+from helpers import SMALL, dynamic, generate, paged, slabs_of, spans_of, tiny
 from zoo import prompt
 
 from pikv_hf import PiKVCache
@@ -32,7 +32,7 @@ def test_it_generates(number) -> None:
     cache, full = made(number, model), dynamic(model)
     tokens = generate(model, inputs, full).tokens
     assert generate(model, inputs, cache).tokens.shape == tokens.shape
-    assert all(layer.state.pages.slabs for layer in paged(cache))
+    assert all(slabs_of(layer) for layer in paged(cache))
 
 
 def test_the_scheduler_keeps_large_values() -> None:
@@ -42,7 +42,7 @@ def test_the_scheduler_keeps_large_values() -> None:
     for held in (cache, full):
         generate(model, inputs, held, max_new_tokens=1)
     for layer, whole in zip(paged(cache), full.layers, strict=True):
-        kept = layer.state.pages.spans([0])[0]["positions"].expand(1, 2, -1)[0]
+        kept = spans_of(layer, [0])[0]["positions"].expand(1, 2, -1)[0]
         norms = whole.values[0].norm(dim=-1)
         for head in range(2):
             others = set(range(48)) - set(kept[head].tolist())
@@ -56,9 +56,7 @@ def test_the_compressor_holds_a_quarter() -> None:
     logits = generate(model, inputs, cache).logits
     exact = generate(model, inputs, dynamic(model)).logits
     assert torch.allclose(logits[0], exact[0], atol=1e-4), "the prompt is read uncompressed"
-    fields = [
-        t for layer in paged(cache) for s in layer.state.pages.slabs for t in s.fields.values()
-    ]
+    fields = [t for layer in paged(cache) for s in slabs_of(layer) for t in s.fields.values()]
     assert {t.dtype for t in fields} == {torch.float8_e4m3fn}
 
 

@@ -12,7 +12,11 @@ from helpers import (
     generate,
     page_contents,
     paged,
+    rows_of,
     sealed,
+    slabs_of,
+    tail_labels,
+    tail_length,
     tiny,
 )
 from zoo import build, prompt
@@ -40,11 +44,9 @@ def kept(cache, mask):
     """Who is held, [layer, B, seen] bool, and that all heads hold the same."""
     out = []
     for layer in paged(cache):
-        seen = torch.zeros(layer.state.tail.batch, layer.state.num_seen, dtype=torch.int64)
-        seen[:, layer.state.num_seen - layer.state.tail.length :] += mask[
-            :, -layer.state.tail.length :
-        ]
-        for row in range(layer.state.tail.batch):
+        seen = torch.zeros(rows_of(layer), layer.state.num_seen, dtype=torch.int64)
+        seen[:, layer.state.num_seen - tail_length(layer) :] += mask[:, -tail_length(layer) :]
+        for row in range(rows_of(layer)):
             at = torch.tensor(sealed(layer, row), dtype=torch.int64)
             seen[row].index_add_(0, at, torch.ones_like(at))
         assert seen.max() <= 1, "a token is held twice"
@@ -224,13 +226,13 @@ def test_labels(name, mode) -> None:
             assert layer.state.layer_idx not in witness.calls
             continue
         experts, weights = witness.choice(
-            layer.state.layer_idx, batch, layer.state.tail.labels["experts"].shape[-1]
+            layer.state.layer_idx, batch, tail_labels(layer)["experts"].shape[-1]
         )
         experts, weights = experts[:, columns], weights[:, columns]
-        sealed_end = layer.state.num_seen - layer.state.tail.length
-        assert torch.equal(layer.state.tail.labels["experts"][:, 0].long(), experts[:, sealed_end:])
-        assert_close(layer.state.tail.labels["weights"][:, 0], weights[:, sealed_end:])
-        assert layer.state.pages.slabs
+        sealed_end = layer.state.num_seen - tail_length(layer)
+        assert torch.equal(tail_labels(layer)["experts"][:, 0].long(), experts[:, sealed_end:])
+        assert_close(tail_labels(layer)["weights"][:, 0], weights[:, sealed_end:])
+        assert slabs_of(layer)
         for row, tokens in page_contents(layer):
             at = tokens["positions"][0].long()
             assert mask[row, at].all(), "padding was sealed"
@@ -261,10 +263,8 @@ def test_no_labels_without_a_router() -> None:
     model = build("mixtral")
     cache = PiKVCache(model, **SMALL)
     generate(model, prompt(model, PADDED), cache)
-    assert all(layer.state.tail.labels is None for layer in paged(cache))
-    assert all(
-        "experts" not in slab.meta for layer in paged(cache) for slab in layer.state.pages.slabs
-    )
+    assert all(tail_labels(layer) is None for layer in paged(cache))
+    assert all("experts" not in slab.meta for layer in paged(cache) for slab in slabs_of(layer))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "jamba"])
@@ -331,5 +331,5 @@ def test_a_budget_that_the_window_fills(lengths, sinks) -> None:
     cache = PiKVCache(model, scheduler=scheduler, budget=0.01, page_size=4, window=8)
     generate(model, prompt(model, lengths), cache)
     for layer in paged(cache):
-        kept = [slab.length for slab in layer.state.pages.slabs]
+        kept = [slab.length for slab in slabs_of(layer)]
         assert set(kept) <= {sinks} and bool(kept) == bool(sinks)

@@ -20,7 +20,10 @@ from helpers import (
     generate,
     padded_prompt,
     paged,
+    rows_of,
     sealed,
+    slabs_of,
+    spans_of,
     tiny,
 )
 from torch import Tensor, nn
@@ -74,7 +77,7 @@ def read(request, name):
     for cache in caches:
         for start, end in ((0, 27), (27, 28), (28, 29)):
             forward(model, ids[:, start:end], mask[:, :end], cache)
-        assert all(layer.state.pages.slabs for layer in paged(cache))
+        assert all(slabs_of(layer) for layer in paged(cache))
     return model, ids, mask, caches
 
 
@@ -123,7 +126,7 @@ def test_a_failed_pass_is_taken_back(read) -> None:
 
 def sealed_of(layer) -> list[list[list[int]]]:
     """Positions of the sealed tokens, by row and KV head."""
-    spans = (layer.state.pages.spans([row]) for row in range(layer.state.tail.batch))
+    spans = (spans_of(layer, [row]) for row in range(rows_of(layer)))
     return [[span["positions"].flatten().tolist() for span in row] for row in spans]
 
 

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from helpers import SMALL, assert_same, chunks, forward, generate, paged, tiny
+from helpers import (
+    SMALL,
+    assert_same,
+    chunks,
+    forward,
+    generate,
+    paged,
+    rows_of,
+    slabs_of,
+    spans_of,
+    tail_states,
+    tiny,
+)
 from pikv_kernels import (
     Quantized,
     partial_attention,
@@ -114,8 +126,8 @@ def read(model, lengths, options, *, crop: int = 0):
 
 
 def positions(cache) -> list[torch.Tensor]:
-    rows = range(paged(cache)[0].state.tail.batch)
-    return [s["positions"] for x in paged(cache) for r in rows for s in x.state.pages.spans([r])]
+    rows = range(rows_of(paged(cache)[0]))
+    return [s["positions"] for x in paged(cache) for r in rows for s in spans_of(x, [r])]
 
 
 def assert_same_kept(cache, other) -> None:
@@ -134,11 +146,11 @@ def test_counted_equals_asked_again(name, compressor, scheduler) -> None:
     for layer in paged(cache):
         counted, queries = layer.state.observed.counted, layer.state.observed.pending
         assert queries.shape[3] == 5, "some tokens were generated since the last were sealed"
-        (span,) = layer.state.pages.spans([0, 1])
+        (span,) = spans_of(layer, [0, 1])
         opened = tail_record(layer)
         newest = torch.arange(59 - opened.shape[2], 59).expand(*opened.shape[:3])
         every = span.then(
-            TokenTable({"keys": layer.state.tail.view()[0], "record": opened, "positions": newest})
+            TokenTable({"keys": tail_states(layer)[0], "record": opened, "positions": newest})
         )
         expected = recorded(scheduler.needs.statistics, every, queries, 59, layer.state.scale)
         assert (expected != every["record"]).any()
@@ -201,10 +213,10 @@ def test_forks_count_apart() -> None:
     for start, end in chunks(45, 40):
         forward(model, ids[:, start:end], mask[:, :end], cache)
     fork = cache.fork(1)
-    before = [[s["record"].clone() for s in x.state.pages.spans([0])] for x in paged(fork)]
+    before = [[s["record"].clone() for s in spans_of(x, [0])] for x in paged(fork)]
     for at in range(45, 60):
         forward(model, ids[:, at : at + 1], mask[:, : at + 1], cache)
-    after = [[s["record"] for s in x.state.pages.spans([0])] for x in paged(fork)]
+    after = [[s["record"] for s in spans_of(x, [0])] for x in paged(fork)]
     assert all(
         torch.equal(a, b)
         for mine, other in zip(before, after, strict=True)
@@ -226,7 +238,7 @@ def test_gradients_go_through_attention_and_not_into_records(scheduler, compress
     assert gradient.isfinite().all()
     for layer in paged(cache):
         kept = [layer.state.observed.counted, layer.state.observed.record]
-        kept += [slab.meta.tensors.get("record") for slab in layer.state.pages.slabs]
+        kept += [slab.meta.tensors.get("record") for slab in slabs_of(layer)]
         assert not any(tensor.requires_grad for tensor in kept if tensor is not None)
 
 

@@ -17,6 +17,8 @@ from helpers import (
     generate,
     paged,
     sealed,
+    slabs_of,
+    tail_length,
     tiny,
 )
 from transformers import DynamicCache
@@ -40,7 +42,7 @@ def pair(name):
     caches = PiKVCache(model, **SMALL), dynamic(model)
     for cache in caches:
         feed(model, ids[:, :27], mask, cache)
-    assert all(len(layer.state.pages.slabs) > 1 for layer in paged(caches[0]))
+    assert all(len(slabs_of(layer)) > 1 for layer in paged(caches[0]))
     return model, ids, mask, caches
 
 
@@ -80,7 +82,7 @@ def test_reorder_cache(pair, index) -> None:
 
 
 def stored_pages(cache):
-    slabs = [slab for layer in paged(cache) for slab in layer.state.pages.slabs]
+    slabs = [slab for layer in paged(cache) for slab in slabs_of(layer)]
     return {slab.fields["keys"].data_ptr() for slab in slabs}
 
 
@@ -174,7 +176,7 @@ def test_recording(pair, times) -> None:
         end += 9 - rejected
         assert caches[0].get_seq_length() == end
         for layer in paged(caches[0]):
-            assert layer.state.tail.length < 8, "the verified tokens were not sealed"
+            assert tail_length(layer) < 8, "the verified tokens were not sealed"
     mask = torch.cat([mask[:, :27], torch.ones(3, end - 27).long()], dim=1)
     assert_continue_alike(model, text[:, :end], mask, caches, end)
 
@@ -202,7 +204,7 @@ def test_properties(pair) -> None:
     for idx, layer in enumerate(cache.layers):
         if isinstance(layer, PagedLayer):
             assert cache.get_seq_length(idx) == cache.get_query_offset(idx) == 27
-            tail = layer.state.tail.length
+            tail = tail_length(layer)
             assert cache.get_mask_sizes(3, idx) == (tail + 3, 27 - tail)
             assert not cache.is_recording_past(idx)
         elif not reference.is_linear[idx]:

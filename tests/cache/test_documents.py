@@ -12,6 +12,8 @@ from helpers import (
     forward,
     generate,
     paged,
+    slabs_of,
+    tail_length,
     tiny,
 )
 from test_schedulers import kept
@@ -50,7 +52,7 @@ def test_pieces_end_as_one(name, method, compressor) -> None:
         if way == "holding":
             with cache.holding():
                 read()
-                assert paged(cache)[0].state.tail.length == 48
+                assert tail_length(paged(cache)[0]) == 48
         else:
             read()
         logits = [forward(model, ids[:, at : at + 1], mask[:, : at + 1], cache) for at in (48, 49)]
@@ -70,7 +72,7 @@ def test_generate_in_pieces(name) -> None:
         for extra in ({}, *({"prefill_chunk_size": piece} for piece in pieces)):
             cache = PiKVCache(model, scheduler="snapkv", hold_prompt=True, **OPTIONS)
             outs.append(generate(model, inputs, cache, max_new_tokens=8, **options, **extra))
-            assert paged(cache)[0].state.pages.slabs and paged(cache)[0].state.prompt_end == 30
+            assert slabs_of(paged(cache)[0]) and paged(cache)[0].state.prompt_end == 30
         for out in outs[1:]:
             assert_same(out, outs[0])
 
@@ -162,9 +164,7 @@ def test_forks_share_sealed_pages() -> None:
     forward(model, inputs["input_ids"], inputs["attention_mask"], document)
     held = {t.data_ptr() for layer in paged(document) for t in layer.state.pages.tensors()}
     fork = document.fork(4)
-    slabs = [
-        t for layer in paged(fork) for slab in layer.state.pages.slabs for t in slab.fields.values()
-    ]
+    slabs = [t for layer in paged(fork) for slab in slabs_of(layer) for t in slab.fields.values()]
     assert slabs and all(t.data_ptr() in held for t in slabs)
     out = model.generate(
         torch.cat([inputs["input_ids"], torch.tensor([[5, 6]])], dim=1).repeat(4, 1),

@@ -18,6 +18,7 @@ from helpers import (
     dynamic,
     generate,
     paged,
+    slabs_of,
     tiny,
 )
 from transformers import DynamicCache, StaticCache, StoppingCriteria
@@ -54,7 +55,7 @@ def test_mode(name, lengths, mode) -> None:
     assert_same(generate(model, inputs, cache, **options), expected)
     if expected.tokens.shape[1] == max(lengths) + 14:
         assert_sealed_in_prefill_and_decode(cache, max(lengths))
-    assert paged(cache)[0].state.pages.slabs
+    assert slabs_of(paged(cache)[0])
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,7 @@ def test_bf16(name, attn) -> None:
     ours = (logits["pikv"] - logits["exact"]).abs().median()
     assert 0 < ours <= 1.2 * default, (ours, default)
     assert paged(cache)[0].state.tail.keys.dtype == torch.bfloat16
-    assert paged(cache)[0].state.pages.slabs[0].fields["keys"].dtype == torch.bfloat16
+    assert slabs_of(paged(cache)[0])[0].fields["keys"].dtype == torch.bfloat16
 
 
 @families

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import ONE_ROW, PADDED, SMALL, forward, paged, tiny
+from helpers import ONE_ROW, PADDED, SMALL, forward, held_by, paged, tail_length, tail_states, tiny
 from test_compressors import calibrated
 from zoo import build, prompt
 
@@ -37,7 +37,7 @@ def test_a_long_layer_takes_what_its_compressor_says(name, dtype) -> None:
     encoded = layer.state.pages.codec.bytes_per_token(
         64, 64, dtype.itemsize, layer.state.pages.page_size
     )
-    open_tokens = layer.state.tail.length / 6000
+    open_tokens = tail_length(layer) / 6000
     fixed = sum(t.nbytes for t in layer.state.pages.codec.tensors()) / 6000
     each = 2 * ((1 - open_tokens) * encoded + open_tokens * 128 * dtype.itemsize) + fixed
     assert row.bytes_per_token == pytest.approx(each, rel=0.1)  # positions, room for new pages
@@ -56,8 +56,8 @@ def test_numbers_are_those_of_the_storages(lengths, model_name, scheduler) -> No
     in_bf16 = sum(row.nbytes for row in report.layers if row.layer not in numbers_of(cache))
     for layer in paged(cache):
         row = report.layers[layer.state.layer_idx]
-        held = len(lengths) * layer.state.tail.length
-        held += sum(layer.state.pages.held(r).double().mean().item() for r in range(len(lengths)))
+        held = len(lengths) * tail_length(layer)
+        held += sum(held_by(layer, r).double().mean().item() for r in range(len(lengths)))
         assert row.bytes_per_token * held == pytest.approx(row.nbytes)
         full = 2 * numbers_of(cache)[layer.state.layer_idx] * len(lengths) * max(lengths)
         assert row.bf16_ratio == pytest.approx(full / row.nbytes)
@@ -70,7 +70,7 @@ def test_numbers_are_those_of_the_storages(lengths, model_name, scheduler) -> No
 
 def numbers_of(cache: PiKVCache) -> dict[int, int]:
     """Numbers that a token has in each paged layer."""
-    states = {layer.state.layer_idx: layer.state.tail.view() for layer in paged(cache)}
+    states = {layer.state.layer_idx: tail_states(layer) for layer in paged(cache)}
     return {idx: k.shape[1] * (k.shape[3] + v.shape[3]) for idx, (k, v) in states.items()}
 
 

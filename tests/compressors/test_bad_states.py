@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ONE_ROW, SMALL, Scattered, dynamic, generate, paged, tiny
+from helpers import ONE_ROW, SMALL, Scattered, dynamic, generate, paged, slabs_of, tiny
 from test_bad_input import assert_untouched
 from test_compressors import calibrated
 from zoo import build, prompt
@@ -137,4 +137,4 @@ def test_autocast_mixes_the_dtypes_of_keys_and_values(name) -> None:
             logits.append(model(ids[:, -1:], **with_cache(cache)).logits.float())
     assert (logits[1] - logits[0]).norm() < 0.03 * logits[0].norm()
     assert {layer.state.tail.values.dtype for layer in paged(caches[1])} == {torch.float32}
-    assert all(layer.state.pages.slabs for layer in paged(caches[1]))
+    assert all(slabs_of(layer) for layer in paged(caches[1]))

@@ -18,6 +18,7 @@ from helpers import (
     forward,
     generate,
     paged,
+    slabs_of,
     tiny,
 )
 from pikv_kernels import (
@@ -406,7 +407,7 @@ BOUNDS = {"int8": 1.04, "int4": 0.54, "int2": 0.30, "fp8": 1.04, "identity": 2.0
 
 def sealed_bytes(cache: PiKVCache) -> tuple[int, int]:
     """Bytes of the encoded pages of the first layer, and how many tokens they hold."""
-    slabs = paged(cache)[0].state.pages.slabs
+    slabs = slabs_of(paged(cache)[0])
     tensors = [tensor for slab in slabs for tensor in slab.fields.values()]
     assert all(slab.length == slab.capacity for slab in slabs)
     return sum(t.untyped_storage().nbytes() for t in tensors), sum(slab.length for slab in slabs)
@@ -624,10 +625,10 @@ def test_pages_are_encoded_once(name) -> None:
     cache = PiKVCache(model, compressor=name, **SMALL)
     with torch.no_grad():
         model(ids[:, :24], **with_cache(cache))
-        codes = paged(cache)[1].state.pages.slabs[0].fields["key_codes"][:, :, :5].clone()
+        codes = slabs_of(paged(cache)[1])[0].fields["key_codes"][:, :, :5].clone()
         for token in ids[:, 24:].split(1, dim=1):
             model(token, **with_cache(cache))
-    assert torch.equal(paged(cache)[1].state.pages.slabs[0].fields["key_codes"][:, :, :5], codes)
+    assert torch.equal(slabs_of(paged(cache)[1])[0].fields["key_codes"][:, :, :5], codes)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int2"])
@@ -643,7 +644,7 @@ def test_what_a_scheduler_keeps_is_not_changed_again(name) -> None:
             layer.update(keys[:, :, at : at + 4], values[:, :, at : at + 4])
             assert take_layer() is layer
             layer.finish(None)
-        spans = [slab.span([0], with_values=True) for slab in layer.state.pages.slabs]
+        spans = [slab.span([0], with_values=True) for slab in slabs_of(layer)]
         held.append(torch.cat([span["values"] for span in spans], dim=2)[:, :, :6])
     assert distance(held[1], held[0]) < 1e-5
     assert distance(held[1], values[:, :, :6]) > 1e-3

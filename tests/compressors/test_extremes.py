@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import SMALL, paged, tiny
+from helpers import SMALL, paged, spans_of, tiny
 from pikv_kernels import partial_attention_reference
 from test_combinations import UNCALIBRATED
 from test_compressors import (
@@ -69,7 +69,7 @@ def test_a_number_far_from_the_others(name, dtype, size) -> None:
         part[0, 1, 5, 3] = size
     layer.update(*pair)
     layer.finish(None)
-    (span,) = layer.state.pages.spans([0])
+    (span,) = spans_of(layer, [0])
     for part, original in zip(("keys", "values"), pair, strict=True):
         near, exact = span[part].double(), original[:, :, : len(span)].double()
         assert near.isfinite().all()

@@ -6,7 +6,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import FAMILIES, ONE_ROW, PADDED, SMALL, assert_same, dynamic, generate, paged, tiny
+from helpers import (
+    FAMILIES,
+    ONE_ROW,
+    PADDED,
+    SMALL,
+    assert_same,
+    dynamic,
+    generate,
+    paged,
+    slabs_of,
+    tiny,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -51,7 +62,7 @@ def test_a_full_budget_loses_nothing(name, lengths, mode) -> None:
     expected = generate(model, inputs, dynamic(model), **MODES[mode])
     cache = PiKVCache(model, compressor=PiKV(share=1.0), **SMALL)
     assert_same(generate(model, inputs, cache, **MODES[mode]), expected)
-    pools = [slab for layer in paged(cache) for slab in layer.state.pages.slabs]
+    pools = [slab for layer in paged(cache) for slab in slabs_of(layer)]
     assert pools and all(isinstance(pool, RaggedPages) for pool in pools)
     assert {pool.codec for pool in pools} == {Identity()}
 
@@ -271,7 +282,7 @@ def test_bytes_in_a_cache(share) -> None:
     with torch.no_grad():
         for part in (ids[:, :256], *ids[:, 256:].split(1, dim=1)):
             model(part, **with_cache(cache))
-    pools = paged(cache)[0].state.pages.slabs
+    pools = slabs_of(paged(cache)[0])
     tokens = sum(int(pool.held().sum()) for pool in pools)
     fields = [t[: pool.page_count] for pool in pools for t in pool.fields.values()]
     nbytes = sum(t.numel() * t.element_size() for t in fields)

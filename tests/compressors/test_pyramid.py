@@ -6,7 +6,7 @@ from io import BytesIO
 
 import pytest
 import torch
-from helpers import PADDED, SMALL, assert_same, dynamic, generate, paged, tiny
+from helpers import PADDED, SMALL, assert_same, dynamic, generate, paged, slabs_of, tiny
 from torch import Tensor
 from zoo import build, prompt
 
@@ -105,7 +105,7 @@ def test_bytes_are_the_sum_over_tiers(dtype) -> None:
     cache = PiKVCache(model, compressor=Pyramid(tiers=tiers), window=64)
     with torch.no_grad():
         model(prompt(model, (512 + 64,))["input_ids"], **with_cache(cache))
-    pools = paged(cache)[0].state.pages.slabs
+    pools = slabs_of(paged(cache)[0])
     assert {pool.codec for pool in pools} == set(tiers)
     total = 0
     for tier, pages in zip(tiers, (4, 8, 4), strict=True):
@@ -158,7 +158,7 @@ def test_a_copy_goes_on_as_the_original(name, how) -> None:
             torch.save(cache, file)
             file.seek(0)
             twin = torch.load(file, weights_only=False).attach(model)
-        pools = [slab for layer in paged(twin) for slab in layer.state.pages.slabs]
+        pools = [slab for layer in paged(twin) for slab in slabs_of(layer)]
         assert pools and all(isinstance(pool, RaggedPages) for pool in pools)
         expected = generate(model, longer, cache)
         assert_same(generate(model, longer, twin), expected)

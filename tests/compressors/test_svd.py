@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import forward, paged, tiny
+from helpers import forward, paged, slabs_of, tiny
 from pikv_kernels import lowrank_attention, lowrank_attention_reference
 from torch import Tensor
 from zoo import prompt
@@ -122,7 +122,7 @@ def test_what_a_scheduler_moves_to_other_pages() -> None:
                 layer.update(keys[:, :, at : at + 8], values[:, :, at : at + 8])
                 assert take_layer() is layer
                 layer.finish(None)
-            spans = [slab.span([0], with_values=True) for slab in layer.state.pages.slabs]
+            spans = [slab.span([0], with_values=True) for slab in slabs_of(layer)]
             places = torch.cat([span["positions"][0, 0] for span in spans]).long()
             near = torch.cat([span["values"] for span in spans], dim=2)
             exact = values.index_select(2, places)

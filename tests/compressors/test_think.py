@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from helpers import FAMILIES, ONE_ROW, PADDED, SMALL, assert_same, dynamic, generate, paged, tiny
+from helpers import (
+    FAMILIES,
+    ONE_ROW,
+    PADDED,
+    SMALL,
+    assert_same,
+    dynamic,
+    generate,
+    paged,
+    spans_of,
+    tiny,
+)
 from torch import Tensor
 from transformers import PreTrainedConfig
 from zoo import prompt
@@ -112,7 +123,7 @@ def test_a_model_attends_to_what_is_left() -> None:
         full = dynamic(model)
         model(**inputs, **with_cache(full))
         for layer, exact in zip(paged(cache), full.layers, strict=True):
-            (span,) = layer.state.pages.spans([0])
+            (span,) = spans_of(layer, [0])
             original = exact.keys[:, :, : len(span)]
             kept = span["keys"] != 0
             assert (kept.sum(-1) == original.shape[-1] // 2).all()

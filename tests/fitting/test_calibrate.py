@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, assert_close, dynamic, forward, generate, paged, tiny
+from helpers import SMALL, assert_close, dynamic, forward, generate, paged, slabs_of, tiny
 from safetensors.torch import load_file, save_file
 from test_combinations import assert_reads_what_was_kept, one_layer
 from torch import Tensor
@@ -591,7 +591,7 @@ def test_with_a_scheduler(kind, router, tmp_path) -> None:
             forward(model, ids[:, :60], torch.ones(1, 60), cache)
             layer = paged(cache)[0]
             first = torch.cat(
-                [s.span([0], with_values=False)["keys"] for s in layer.state.pages.slabs], dim=2
+                [s.span([0], with_values=False)["keys"] for s in slabs_of(layer)], dim=2
             )
             held.append(first[:, :, :4])
     assert_close(held[1], held[0])

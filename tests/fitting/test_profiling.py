@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import paged, tiny
+from helpers import held_by, paged, tiny
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -117,7 +117,7 @@ def test_a_local_head_and_a_global_one(local, tmp_path) -> None:
     cache = PiKVCache(model, scheduler=duo, page_size=1, window=1)
     with torch.no_grad():
         model(ids, **with_cache(cache))
-    held = paged(cache)[0].state.pages.held(0).tolist()
+    held = held_by(paged(cache)[0], 0).tolist()
     assert held[local] == 31 and held[1 - local] == 299
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import SMALL, dynamic, forward, paged, tiny
+from helpers import SMALL, dynamic, forward, paged, slabs_of, spans_of, tail_length, tiny
 from test_combinations import OTHERS, SINGLE, UNCALIBRATED
 from torch import Tensor
 from zoo import build, prompt
@@ -45,7 +45,7 @@ def attended(scheduler: str, compressor: str) -> tuple[PagedLayer, list[Tensor]]
         )
         layer.update(key, value)
         mask = torch.ones(end - start, end, dtype=torch.bool).tril(start)[None, None]
-        mask = mask[..., -layer.state.tail.length :]
+        mask = mask[..., -tail_length(layer) :]
         outputs.append(pikv_attention(module, query, key, value, mask, scaling=0.25)[0])
         if layer.state.awaits:
             layer.label(*chosen(2, end - start, draw))
@@ -54,7 +54,7 @@ def attended(scheduler: str, compressor: str) -> tuple[PagedLayer, list[Tensor]]
 
 
 def held(layer: PagedLayer) -> list[Tensor]:
-    spans = (span for row in range(2) for span in layer.state.pages.spans([row]))
+    spans = (span for row in range(2) for span in spans_of(layer, [row]))
     return [span[name] for span in spans for name in ("positions", "keys", "values")]
 
 
@@ -82,7 +82,7 @@ def test_logits_are_those_of_a_full_cache(name, methods) -> None:
             parts = [forward(model, ids[:, a:b], mask[:, :b], each) for a, b in PARTS]
         logits.append(torch.stack([part[:, -1].float() for part in parts]))
     assert (logits[1] - logits[0]).norm() < 0.05 * logits[0].norm()
-    assert all(layer.state.pages.slabs for layer in paged(cache))
+    assert all(slabs_of(layer) for layer in paged(cache))
 
 
 def test_rotation_of_keys_is_measured_without_it() -> None:

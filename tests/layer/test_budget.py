@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import chunks, forward, generate, paged, tiny
+from helpers import chunks, forward, generate, held_by, paged, tail_length, tiny
 from test_schedulers import kept
 from zoo import prompt
 
@@ -75,9 +75,9 @@ def test_a_share_is_never_exceeded(name, method, budget, options) -> None:
         for layer in paged(cache):
             for row, seen in enumerate(mask[:, :end].sum(-1).tolist()):
                 allowed = amounts.tokens(seen, end - first, int)
-                pages = layer.state.pages.held(row)
+                pages = held_by(layer, row)
                 assert pages is not None, "it is long enough for a choice"
-                held = pages.double().mean() + min(seen, layer.state.tail.length)
+                held = pages.double().mean() + min(seen, tail_length(layer))
                 assert allowed / 2 <= held <= allowed + cache.settings.page_size, (row, end)
 
 
@@ -88,7 +88,7 @@ def test_defaults_leave_a_choice() -> None:
         cache = PiKVCache(model, scheduler="knorm", budget=budget)
         inputs = prompt(model, (length,))
         forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
-        assert held(cache) - paged(cache)[0].state.tail.length == least
+        assert held(cache) - tail_length(paged(cache)[0]) == least
 
 
 def test_interval() -> None:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import ONE_ROW, PADDED, forward, paged, tiny
+from helpers import ONE_ROW, PADDED, forward, paged, queries_of, tiny
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import build, prompt
@@ -59,12 +59,10 @@ def test_queries_are_those_of_the_newest_tokens(lengths, step) -> None:
         for layer, queries in zip(paged(cache), everything, strict=True):
             expected = queries[:, :, :, max(end - SEEN, 0) : end]
             expected = expected * mask[:, None, None, max(end - SEEN, 0) : end, None]
-            assert torch.allclose(layer.state.observed.queries, expected, atol=1e-5)
+            assert torch.allclose(queries_of(layer), expected, atol=1e-5)
         given = [queries for queries in spy.given if queries.shape[0] == len(lengths)]
         for queries, layer in zip(given, paged(cache), strict=False):
-            assert torch.equal(
-                queries, layer.state.observed.queries.flatten(2, 3) * layer.state.scale
-            )
+            assert torch.equal(queries, queries_of(layer).flatten(2, 3) * layer.state.scale)
     assert cache.nbytes > PiKVCache(model).nbytes
 
 
@@ -73,11 +71,11 @@ def test_rows_and_crops_are_followed() -> None:
     inputs = prompt(model, (12, 12))
     cache = PiKVCache(model, compressor=Spy(), page_size=PAGE, window=WINDOW)
     forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
-    before = [layer.state.observed.queries for layer in paged(cache)]
+    before = [queries_of(layer) for layer in paged(cache)]
     cache.reorder_cache(torch.tensor([1, 1]))
     cache.crop(-2)
     for layer, queries in zip(paged(cache), before, strict=True):
-        assert torch.equal(layer.state.observed.queries, queries[[1, 1], :, :, : SEEN - 2])
+        assert torch.equal(queries_of(layer), queries[[1, 1], :, :, : SEEN - 2])
 
 
 def test_latent_queries_score_the_latents() -> None:
@@ -96,5 +94,5 @@ def test_latent_queries_score_the_latents() -> None:
         newest = queries[:, :, 0, -SEEN:]
         expected = newest @ keys.transpose(-1, -2)
         both = torch.cat([latents, rotary], dim=-1)
-        absorbed = layer.state.observed.queries[:, 0] @ both.transpose(-1, -2)
+        absorbed = queries_of(layer)[:, 0] @ both.transpose(-1, -2)
         assert torch.allclose(absorbed, expected, atol=1e-4)

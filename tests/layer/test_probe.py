@@ -4,7 +4,18 @@ import functools
 
 import pytest
 import torch
-from helpers import ONE_ROW, PADDED, SMALL, Scattered, forward, paged, sealed, tiny
+from helpers import (
+    ONE_ROW,
+    PADDED,
+    SMALL,
+    Scattered,
+    forward,
+    paged,
+    queries_of,
+    sealed,
+    spans_of,
+    tiny,
+)
 from test_compressors import calibrated
 from test_observed import asked
 from torch import Tensor
@@ -45,7 +56,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tens
 
 def decoded(layer, row: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [H, T, D] in the pages of a row, and their positions [T]."""
-    spans = layer.state.pages.spans([row])
+    spans = spans_of(layer, [row])
     keys, values = (torch.cat([s[n] for s in spans], 2)[0] for n in ("keys", "values"))
     return keys, values, torch.cat([s["positions"] for s in spans], 2)[0, 0].long()
 
@@ -138,9 +149,9 @@ def test_of_a_prompt(name, model_name, lengths) -> None:
     for layer, exact_layer, row_of in zip(paged(cache), paged(full), report.layers, strict=True):
         sums = torch.zeros(2, dtype=torch.float64)
         for row, length in enumerate(lengths):
-            query = layer.state.observed.queries[row, :, :, -QUERIES:].flatten(1, 2)
+            query = queries_of(layer)[row, :, :, -QUERIES:].flatten(1, 2)
             query = query[:, (query[0] != 0).any(-1)]
-            assert query.shape[1] == min(QUERIES, length) * layer.state.observed.queries.shape[2]
+            assert query.shape[1] == min(QUERIES, length) * queries_of(layer).shape[2]
             keys, values, positions = decoded(layer, row)
             exact_keys, exact_values, same = decoded(exact_layer, row)
             assert torch.equal(positions, same) and len(positions) >= 2
@@ -163,8 +174,8 @@ def test_the_queries_asked_are_those_of_the_model() -> None:
     cache = PiKVCache(model, compressor="int4", probe=True, **SMALL)
     forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
     for layer, queries in zip(paged(cache), asked("mixtral", inputs), strict=True):
-        assert layer.state.observed.queries.shape[3] == QUERIES
-        assert torch.allclose(layer.state.observed.queries, queries[:, :, :, -QUERIES:], atol=1e-5)
+        assert queries_of(layer).shape[3] == QUERIES
+        assert torch.allclose(queries_of(layer), queries[:, :, :, -QUERIES:], atol=1e-5)
         assert layer.state.scale == model.config.head_dim**-0.5
 
 
@@ -197,7 +208,7 @@ def test_without_it_nothing_is_measured_or_shown(monkeypatch) -> None:
         forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
         assert bool(measured) == probe
         assert ("error" in str(cache.report())) == probe
-        assert all((layer.state.observed.queries is not None) == probe for layer in paged(cache))
+        assert all((queries_of(layer) is not None) == probe for layer in paged(cache))
 
 
 def test_report_before_and_after() -> None:

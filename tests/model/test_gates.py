@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL
+from helpers import SMALL, tail_labels
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from zoo import build, discover, prompt
@@ -95,7 +95,7 @@ def test_labels_are_the_recorded_choice(name) -> None:
         layer = cache.layers[idx]
         assert layer.state.facts.has_gate == (idx in expected)
         if layer.state.facts.has_gate:
-            labels = layer.state.tail.labels["experts"].long().flatten(0, 2).sort(-1).values
+            labels = tail_labels(layer)["experts"].long().flatten(0, 2).sort(-1).values
             assert torch.equal(labels, expected[idx]), f"layer {idx}"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ONE_ROW, PADDED, SMALL, assert_same, dynamic, generate, paged
+from helpers import ONE_ROW, PADDED, SMALL, assert_same, dynamic, generate, paged, tail_labels
 from quantized import (
     LINEARS,
     FP8Experts,
@@ -70,7 +70,7 @@ def test_labels(part) -> None:
     assert_same(generate(model, inputs, ours, **FEW), generate(plain, inputs, theirs, **FEW))
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         if hasattr(mine, "tail"):
-            labels, wanted = mine.state.tail.labels, other.state.tail.labels
+            labels, wanted = tail_labels(mine), tail_labels(other)
             assert torch.equal(labels["experts"], wanted["experts"])
             torch.testing.assert_close(labels["weights"], wanted["weights"])
 
@@ -91,7 +91,7 @@ def test_the_choice_of_a_router_is_not_that_of_its_logits(name) -> None:
     theirs, ours = (PiKVCache(m, router="all", page_size=4, window=64) for m in (plain, model))
     generate(plain, inputs, theirs, **FEW), generate(model, inputs, ours, **FEW)
     labels = [
-        [layer.state.tail.labels for layer in paged(cache) if layer.state.facts.has_gate]
+        [tail_labels(layer) for layer in paged(cache) if layer.state.facts.has_gate]
         for cache in (ours, theirs)
     ]
     assert labels[0]

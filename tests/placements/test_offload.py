@@ -23,6 +23,9 @@ from helpers import (
     forward,
     generate,
     paged,
+    slabs_of,
+    spans_of,
+    tail_length,
     tiny,
 )
 from hypothesis import HealthCheck, settings
@@ -129,7 +132,7 @@ def test_limits_hold_whenever_pages_were_sealed(method, tmp_path, monkeypatch) -
         append(table, *args, **kwargs)
         held = Counter()
         for layer in paged(cache):
-            for slab in layer.state.pages.slabs:
+            for slab in slabs_of(layer):
                 held[slab.tier.name] += sum(t.nbytes for t in slab.fields.values())
         for name in held:
             most[name] = max(most[name], held[name])
@@ -251,7 +254,7 @@ def test_the_next_layers_files_are_read_ahead(tmp_path, monkeypatch) -> None:
     expected = [
         t.data_ptr()
         for layer in [*layers[1:], layers[0]]
-        for slab in layer.state.pages.slabs
+        for slab in slabs_of(layer)
         for t in slab.fields.values()
     ]
     assert announced == expected
@@ -294,14 +297,14 @@ def test_files_grow_with_the_logarithm_of_the_tokens(compressor, tmp_path) -> No
             layer.update(*torch.randn(2, 1, 2, 4, 16))
             layer.finish(None)
         counts.append(number_of_maps(tmp_path))
-    fields = max(len(slab.fields) for slab in layer.state.pages.slabs)
+    fields = max(len(slab.fields) for slab in slabs_of(layer))
     kinds = 2 if isinstance(compressor, Scattered) else 1
     # log(4) / log(1.5) = 3.4 times as many pages with half as many more.
     assert counts[0] > 0 and counts[2] - counts[1] <= 4 * fields * kinds
-    used = sum(slab.page_count for slab in layer.state.pages.slabs) * 4
-    assert used == 2 * (layer.state.num_seen - layer.state.tail.length)
-    held = sum(span["keys"].shape[2] for span in layer.state.pages.spans([0]))
-    assert held == layer.state.num_seen - layer.state.tail.length
+    used = sum(slab.page_count for slab in slabs_of(layer)) * 4
+    assert used == 2 * (layer.state.num_seen - tail_length(layer))
+    held = sum(span["keys"].shape[2] for span in spans_of(layer, [0]))
+    assert held == layer.state.num_seen - tail_length(layer)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BUDGETED, dynamic, forward, paged, tiny
+from helpers import BUDGETED, dynamic, forward, paged, spans_of, tail_length, tiny
 from test_schedulers import kept
 from transformers import PreTrainedModel
 from zoo import prompt
@@ -53,7 +53,7 @@ def assert_reads_what_was_kept(
         sets = [kept(cache, row)[0] for row in range(2)]
         differ |= len({len(head) for row in sets for head in row}) > 1
         copy_pages(paged(cache)[0], full.layers[0])
-        opened = range(end - 1 - paged(cache)[0].state.tail.length, end)
+        opened = range(end - 1 - tail_length(paged(cache)[0]), end)
         dropped += len(opened) + len(sets[0][0]) < end
         visible = torch.tensor(
             [[[at in head or at in opened for at in range(end)] for head in row] for row in sets]
@@ -76,7 +76,7 @@ def assert_reads_what_was_kept(
 def copy_pages(layer, full) -> None:
     """Write the decoded tokens of the pages over those of a full cache."""
     for row in range(2):
-        for span in layer.state.pages.spans([row]):
+        for span in spans_of(layer, [row]):
             valid = span.all_valid()["valid"].expand(span["keys"].shape[:3])
             at = span["positions"].expand(valid.shape)[valid].long()
             head = torch.arange(valid.shape[1])[:, None].expand(valid.shape[1:])[valid[0]]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import forward, generate, paged, tiny
+from helpers import forward, generate, held_by, paged, queries_of, spans_of, tail_states, tiny
 from test_schedulers import OPEN, in_cached_space, kept, read_alone, softmax_of_newest
 from zoo import prompt
 
@@ -71,8 +71,8 @@ def test_kept_of_a_prompt(name, lengths, method) -> None:
 
 def keys_of(layer, row: int) -> dict[int, torch.Tensor]:
     """Position -> key [H, D] of every token that a row holds, when all heads hold the same."""
-    spans = [(span["positions"][0, 0], span["keys"][0]) for span in layer.state.pages.spans([row])]
-    opened = layer.state.tail.view()[0][row].clone()  # the next step moves them
+    spans = [(span["positions"][0, 0], span["keys"][0]) for span in spans_of(layer, [row])]
+    opened = tail_states(layer)[0][row].clone()  # the next step moves them
     spans.append(
         (torch.arange(layer.state.num_seen - opened.shape[1], layer.state.num_seen), opened)
     )
@@ -96,8 +96,8 @@ def test_kept_while_generating(name, method) -> None:
         for row in (0, 1):
             masses = []
             for layer, held in zip(paged(cache), before[row], strict=True):
-                held[end - 1] = layer.state.tail.view()[0][row][:, -1]
-                queries = layer.state.observed.queries[row][:, :, -newest:].double()
+                held[end - 1] = tail_states(layer)[0][row][:, -1]
+                queries = queries_of(layer)[row][:, :, -newest:].double()
                 keys = torch.stack(list(held.values()), dim=1).double()
                 scores = queries @ keys[:, None].transpose(-1, -2) * layer.state.scale
                 at = torch.tensor(list(held))
@@ -145,7 +145,7 @@ def test_budgets_and_refusals() -> None:
     inputs = prompt(model, (60, 51))
     cache = PiKVCache(model, scheduler=FastV(layer=3), **OPTIONS)
     generate(model, inputs, cache, max_new_tokens=20)
-    held = [[int(layer.state.pages.held(row)[0]) for layer in paged(cache)] for row in (0, 1)]
+    held = [[int(held_by(layer, row)[0]) for layer in paged(cache)] for row in (0, 1)]
     assert held == [[79 - OPEN] * 3 + [BUDGET - OPEN], [70 - OPEN] * 3 + [BUDGET - OPEN]]
     for scheduler in (FastV(layer=4), ChunkKV(FastV(layer=9))):
         with pytest.raises(ValueError, match="only 4 layers of the model are paged"):

@@ -14,7 +14,9 @@ from helpers import (
     dynamic,
     forward,
     generate,
+    held_by,
     paged,
+    tail_length,
     tiny,
 )
 from test_schedulers import kept
@@ -87,7 +89,7 @@ def test_pages_and_interval(model, heads) -> None:
         for start, end in chunks(90, 40):
             forward(model, ids[:, start:end], mask[:, :end], cache)
             layer = paged(cache)[0]
-            retrieval, streaming = (layer.state.tail.length + layer.state.pages.held(0)).tolist()
+            retrieval, streaming = (tail_length(layer) + held_by(layer, 0)).tolist()
             assert retrieval == end
             most.append(streaming)
         assert max(most) == SINKS + RECENT + size - 1

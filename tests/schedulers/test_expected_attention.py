@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import forward, paged, tiny
+from helpers import forward, paged, queries_of, tail_states, tiny
 from test_observed import asked
 from test_schedulers import assert_same_best, best, in_cached_space, kept
 from torch import Tensor
@@ -109,7 +109,7 @@ def test_scores(missing) -> None:
     cache = PiKVCache(model, scheduler=scheduler, budget=1000)
     forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
     layer = paged(cache)[1]
-    (keys, values), queries = layer.state.tail.view(), layer.state.observed.queries
+    (keys, values), queries = tail_states(layer), queries_of(layer)
     places = LENGTHS[0] - OPEN
     valid = torch.ones(1, 2, places, dtype=torch.bool)
     valid[:, 1, :missing] = False

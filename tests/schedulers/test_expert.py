@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import SMALL, forward, paged, tiny
+from helpers import SMALL, forward, paged, tail_labels, tiny
 from test_methods import Witness
 from test_schedulers import OPEN, kept
 from zoo import build, prompt
@@ -138,7 +138,7 @@ def test_kept_set(name, lengths, term) -> None:
     witness = Witness(model)
     cache = PiKVCache(model, scheduler=only(term), budget=BUDGET, page_size=1, window=OPEN)
     forward(model, inputs["input_ids"], inputs["attention_mask"], cache)
-    top_k = paged(cache)[0].state.tail.labels["experts"].shape[-1]
+    top_k = tail_labels(paged(cache)[0])["experts"].shape[-1]
     for row, length in enumerate(lengths):
         pad = 50 - length
         for layer, heads in zip(paged(cache), kept(cache, row), strict=True):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import forward, paged, tiny
+from helpers import forward, paged, queries_of, spans_of, tiny
 from test_schedulers import OPEN, in_cached_space, kept, read_alone
 from zoo import prompt
 
@@ -95,13 +95,13 @@ def test_records_do_not_depend_on_pages(chunk) -> None:
         )
         total = torch.zeros(2, layer.state.tail.keys.shape[1])
         for row in range(2):
-            for span in layer.state.pages.spans([row]):
+            for span in spans_of(layer, [row]):
                 total[row] += span["record"][0, ..., 0].sum(-1)
         total += layer.state.observed.record[..., 0].sum(-1)
         pending = (
             0 if layer.state.observed.pending is None else layer.state.observed.pending.shape[3]
         )
-        groups = layer.state.observed.queries is None and model.config.num_attention_heads // 2
+        groups = queries_of(layer) is None and model.config.num_attention_heads // 2
         # Each query spreads an attention of 1.
         expected = torch.tensor([60.0 - pending, 52.0 - pending])[:, None] * groups
         assert torch.allclose(total, expected.expand_as(total), rtol=1e-5)

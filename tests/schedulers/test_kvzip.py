@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers import assert_close, dynamic, forward, generate, paged, tiny
+from helpers import (
+    assert_close,
+    dynamic,
+    forward,
+    generate,
+    held_by,
+    paged,
+    spans_of,
+    tail_length,
+    tiny,
+)
 from test_observed import asked
 from test_schedulers import in_cached_space, kept
 from torch import Tensor
@@ -136,7 +146,7 @@ def test_nothing_is_left_of_the_repetition(name) -> None:
     for at in range(45, 50):
         step = ids[:, at : at + 1], mask[:, : at + 1]
         assert_close(forward(model, *step, cache), forward(model, *step, full))
-    assert all(layer.state.pages.held(0)[0] == 50 - OPEN for layer in paged(cache))
+    assert all(held_by(layer, 0)[0] == 50 - OPEN for layer in paged(cache))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_next"])
@@ -172,7 +182,7 @@ def test_a_second_text(name) -> None:
     again = reconstruction(name, ids[0].tolist(), CHUNKED, first)
     before = reconstruction(name, ids[0, :28].tolist(), CHUNKED)
     for layer, older, newer in zip(paged(cache), before, again, strict=True):
-        sealed = [span["record"][0, :, :, 0] for span in layer.state.pages.spans([0])]
+        sealed = [span["record"][0, :, :, 0] for span in spans_of(layer, [0])]
         marks = torch.cat([*sealed, layer.state.observed.record[0, :, :, 0]], dim=1).double()
         expected = torch.cat([older[:, :first], newer], dim=1)
         assert torch.allclose(marks, expected, rtol=1e-4, atol=1e-6)
@@ -212,7 +222,7 @@ def test_an_interrupted_repetition_can_be_taken_up() -> None:
         forward(model, ids, mask, cache)
     hook.remove()
     assert {layer.state.num_seen for layer in paged(cache)} == {45} and cache.log.length == 45
-    assert {layer.state.tail.length for layer in paged(cache)} == {45}
+    assert {tail_length(layer) for layer in paged(cache)} == {45}
     cache.compress()
     assert kept(cache, 0) == kept(expected, 0)
 

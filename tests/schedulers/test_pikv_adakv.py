@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import forward, paged, tiny
+from helpers import forward, held_by, paged, slabs_of, tiny
 from test_schedulers import softmax_of_newest
 from zoo import prompt
 
@@ -92,11 +92,11 @@ def test_each_row_of_a_cache_has_its_own() -> None:
         mine = ids[1 - row : 2 - row, -length:]
         alone = read(mine, torch.ones_like(mine), length - 15)
         for layer, single in zip(paged(both), paged(alone), strict=True):
-            assert layer.state.pages.held(row).tolist() == single.state.pages.held(0).tolist()
+            assert held_by(layer, row).tolist() == held_by(single, 0).tolist()
             assert torch.allclose(
                 layer.state.observed.control[row], single.state.observed.control[0], atol=1e-5
             )
-            counts.append(int(layer.state.pages.held(row)[0]))
+            counts.append(int(held_by(layer, row)[0]))
     assert max(counts) <= 26 and min(counts) < 20
 
 
@@ -107,7 +107,7 @@ def test_heads_of_one_length_need_no_pool() -> None:
     for scheduler, kind in ((PiKVAdaKV(Knorm()), UniformPages), (AdaKV(Knorm()), RaggedPages)):
         cache = PiKVCache(model, scheduler=scheduler, budget=40, page_size=4, window=6, interval=8)
         model.generate(**inputs, **with_cache(cache), max_new_tokens=20, do_sample=False)
-        assert {type(slab) for layer in paged(cache) for slab in layer.state.pages.slabs} == {kind}
+        assert {type(slab) for layer in paged(cache) for slab in slabs_of(layer)} == {kind}
 
 
 def test_bad_arguments() -> None:

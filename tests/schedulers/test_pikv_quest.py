@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, PADDED, SMALL, dynamic, forward, generate, paged, tiny
+from helpers import (
+    FAMILIES,
+    PADDED,
+    SMALL,
+    dynamic,
+    forward,
+    generate,
+    held_by,
+    paged,
+    slabs_of,
+    tiny,
+)
 from safetensors.torch import load_file
 from test_calibrate import needle_text, pieces_of, pikv
 from test_schedulers import assert_same_best, kept
@@ -142,7 +153,7 @@ def test_generate(name, wrap, tmp_path) -> None:
         cache = PiKVCache(model, scheduler=scheduler, budget=16, compressor="int8", **SMALL)
         generate(model, inputs, cache, **options)
         for layer in paged(cache):
-            assert 0 < float(layer.state.pages.held(0).double().mean()) <= 16 - SMALL["window"]
+            assert 0 < float(held_by(layer, 0).double().mean()) <= 16 - SMALL["window"]
 
 
 def test_networks_count_as_bytes_once_for_all_copies(tmp_path) -> None:
@@ -155,7 +166,7 @@ def test_networks_count_as_bytes_once_for_all_copies(tmp_path) -> None:
         caches.append(PiKVCache(model, scheduler=method, budget=24, **SMALL))
         forward(model, inputs["input_ids"], inputs["attention_mask"], caches[-1])
         held.append(caches[-1].nbytes)
-    slabs = [slab for layer in paged(caches[0]) for slab in layer.state.pages.slabs]
+    slabs = [slab for layer in paged(caches[0]) for slab in slabs_of(layer)]
     size += sum(slab.meta["constant"].nbytes for slab in slabs)
     frequencies = [state.rotary.frequencies for state in caches[0].states]
     size += sum({t.data_ptr(): t.nbytes for t in frequencies}.values())

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TOLERANCE, forward, paged
+from helpers import TOLERANCE, forward, paged, spans_of, tail_length
 from test_schedulers import kept
 from torch import Tensor
 from transformers import DynamicCache
@@ -111,7 +111,7 @@ def differences(model, scheduler, lengths=LENGTHS, **options) -> float:
         oracle.step(first, DynamicCache(config=model.config), 0)
         oracles.append(oracle)
     for end in range(length + 1, length + NEW + 1):
-        opened = paged(cache)[0].state.tail.length
+        opened = tail_length(paged(cache)[0])
         held = []
         for row, own in enumerate(lengths):
             pad = length - own
@@ -193,8 +193,8 @@ def test_long_stream(name, dtype) -> None:
     forward(model, ids, torch.ones(1, 700), whole)
     states, rotary = paged(whole)[0].states(), cache.states[0].rotary
     original = states[0] if layer.state.latent_rank is None else torch.cat(states, -1)
-    span = layer.state.pages.spans([0])[0]
-    gap = 700 - layer.state.tail.length - span["keys"].shape[2]
+    span = spans_of(layer, [0])[0]
+    gap = 700 - tail_length(layer) - span["keys"].shape[2]
     assert gap > 600
     positions = torch.arange(4)
     expected = rotary.rotate(original[:, :, :4].float(), positions, positions + gap)

@@ -3,7 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BUDGETED, SMALL, dynamic, forward, generate, paged, tiny
+from helpers import (
+    BUDGETED,
+    SMALL,
+    dynamic,
+    forward,
+    generate,
+    held_by,
+    paged,
+    rows_of,
+    spans_of,
+    tail_length,
+    tiny,
+)
 from test_observed import asked
 from torch import Tensor
 from zoo import prompt
@@ -81,7 +93,7 @@ def kept(cache: PiKVCache, row: int) -> list[list[set[int]]]:
     """Positions of the sealed tokens of a batch row: [layer][head]."""
     out = []
     for layer in paged(cache):
-        spans = layer.state.pages.spans([row])
+        spans = spans_of(layer, [row])
         heads = layer.state.tail.keys.shape[1]
         out.append([set() for _ in range(heads)])
         for span in spans:
@@ -233,8 +245,8 @@ def test_generate(name, method) -> None:
         cache = PiKVCache(model, scheduler=method, budget=24, compressor="int8", **small)
         generate(model, inputs, cache, **options)
         layers = paged(cache)
-        for row in range(layers[0].state.tail.batch):
-            held = [float(layer.state.pages.held(row).double().mean()) for layer in layers[whole:]]
+        for row in range(rows_of(layers[0])):
+            held = [float(held_by(layer, row).double().mean()) for layer in layers[whole:]]
             assert 0 < sum(held) <= (24 - SMALL["window"]) * len(held)
 
 
@@ -248,7 +260,7 @@ def test_drafted_tokens(name, method) -> None:
     for options in ({}, {"prompt_lookup_num_tokens": 3}):
         cache = PiKVCache(model, scheduler=method, budget=24, page_size=20, window=4)
         results.append(generate(model, inputs, cache, **options).tokens)
-        held = [float(layer.state.pages.held(0).double().mean()) for layer in paged(cache)]
+        held = [float(held_by(layer, 0).double().mean()) for layer in paged(cache)]
         assert 0 < sum(held) < 60 * len(held)
-        assert all(layer.state.tail.length < 20 for layer in paged(cache))
+        assert all(tail_length(layer) < 20 for layer in paged(cache))
     assert torch.equal(*results)

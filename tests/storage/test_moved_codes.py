@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import forward, paged, tiny
+from helpers import forward, held_by, paged, tiny
 from zoo import prompt
 
 from pikv_hf import PiKVCache
@@ -65,4 +65,4 @@ def test_what_mixes_tokens_is_encoded_again(compressor) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for start, end in [(0, 40), *((at, at + 1) for at in range(40, 60))]:
         assert forward(model, ids[:, start:end], mask[:, :end], cache).isfinite().all()
-    assert paged(cache)[0].state.pages.held(0).tolist() == [26] * 2
+    assert held_by(paged(cache)[0], 0).tolist() == [26] * 2

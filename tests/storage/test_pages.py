@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from helpers import Scattered, assert_close, page_contents, sealed, tiny
+from helpers import (
+    Scattered,
+    assert_close,
+    page_contents,
+    sealed,
+    spans_of,
+    tail_labels,
+    tail_length,
+    tiny,
+)
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -161,7 +170,7 @@ class CacheOperations(RuleBasedStateMachine):
         length, offset = layer.get_mask_sizes(3)
         more = torch.cat([self.ids, self.ids[:, :1]], dim=1)
         assert self.cache.log.starts(more) and not self.cache.log.starts(more + 1)
-        assert length + offset == self.seen + 3 and length == layer.state.tail.length + 3
+        assert length + offset == self.seen + 3 and length == tail_length(layer) + 3
         visible = self.mask[:, None, :, None]
         for ours, theirs in zip(
             layer.states(), (self.oracle.keys, self.oracle.values), strict=True
@@ -173,7 +182,7 @@ class CacheOperations(RuleBasedStateMachine):
         """Every visible token once, padding in no page; a full tail is sealed."""
         if not hasattr(self, "cache") or self.seen == 0:
             return
-        start = self.seen - self.layer.state.tail.length
+        start = self.seen - tail_length(self.layer)
         for row in range(self.batch):
             expected = self.mask[row, :start].nonzero().flatten().tolist()
             assert sorted(sealed(self.layer, row)) == expected
@@ -182,8 +191,8 @@ class CacheOperations(RuleBasedStateMachine):
     def same_labels(self) -> None:
         if not hasattr(self, "cache") or self.seen == 0 or self.cache.settings.router is None:
             return
-        start = self.seen - self.layer.state.tail.length
-        tail = self.layer.state.tail.labels["experts"][:, 0].long()
+        start = self.seen - tail_length(self.layer)
+        tail = tail_labels(self.layer)["experts"][:, 0].long()
         assert torch.equal(tail.expand(self.batch, -1, -1), self.experts[:, start:])
         for row, tokens in page_contents(self.layer):
             at = tokens["positions"][0].long()
@@ -307,7 +316,7 @@ def test_eviction_from_a_long_prompt_copies_only_what_stays(is_long, monkeypatch
         layer.finish(None)
     norms = states[0][:, :, : tokens + 4].norm(dim=-1)
     expected = norms.topk(tokens, largest=False).indices.sort().values
-    (span,) = layer.state.pages.spans([0])
+    (span,) = spans_of(layer, [0])
     assert torch.equal(span["positions"].long(), expected)
     for name, all_of in zip(("keys", "values"), states, strict=True):
         assert torch.equal(span[name], all_of.gather(2, expected[..., None].expand(-1, -1, -1, 8)))

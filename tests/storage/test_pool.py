@@ -13,6 +13,7 @@ from helpers import (
     dynamic,
     generate,
     paged,
+    slabs_of,
     tiny,
 )
 from pikv_kernels import merge_segments, merge_segments_reference, partial_attention
@@ -44,7 +45,7 @@ def test_equal_to_a_dynamic_cache(name, lengths, mode) -> None:
     expected = generate(model, inputs, dynamic(model), **MODES[mode])
     cache = mixed(model)
     assert_same(generate(model, inputs, cache, **MODES[mode]), expected)
-    pools = [slab for layer in paged(cache) for slab in layer.state.pages.slabs]
+    pools = [slab for layer in paged(cache) for slab in slabs_of(layer)]
     assert all(isinstance(pool, RaggedPages) for pool in pools)
     assert len({tuple(row) for pool in pools for row in pool.held().tolist()}) > 1
     if mode == "greedy":
