@@ -81,9 +81,8 @@ def ours(model: PreTrainedModel, case: Case, row: Row, theirs: Tensor) -> Tensor
     if row.repeats:
         options |= {"sinks": 4, "hold_prompt": True}
     with torch.no_grad(), PiKVCache(model, scheduler=scheduler, budget=budget, **options) as cache:
-        cache.settings.window = (
-            row.window
-        )  # a cache keeps one token open at least; a press need not
+        # A cache keeps one token in its tail at least; a press need not.
+        object.__setattr__(cache.settings, "window", row.window)
         model(case.prompt(), **with_cache(cache))
         if row.repeats:
             cache.compress()

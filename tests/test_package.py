@@ -53,7 +53,7 @@ def test_wheel_holds_the_sources_the_bundled_model_and_nothing_else(dist: Path):
         "pikv_hf",
         "pikv_kernels",
     }
-    for file in ("pikv_hf/py.typed", "pikv_kernels/py.typed", "pikv_hf/cache.py"):
+    for file in ("pikv_hf/py.typed", "pikv_kernels/py.typed", "pikv_hf/cache/pikv_cache.py"):
         assert file in names
     assert "pikv_hf/assets/needle_moe/model.safetensors" in names
 

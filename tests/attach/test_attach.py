@@ -137,14 +137,14 @@ def test_the_last_cache_goes_while_another_comes(monkeypatch) -> None:
     before = fingerprint(model)
     inputs = prompt(model, PADDED)
     expected = generate(model, inputs, dynamic(model))
-    old, fill = PiKVCache(model, **SMALL), PiKVCache._fill
+    old, fill = PiKVCache(model, **SMALL), PiKVCache.fill
 
     def interrupted(*args):
         old.detach()
         return fill(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PiKVCache, "_fill", interrupted)
+        patch.setattr(PiKVCache, "fill", interrupted)
         first = PiKVCache(model, **SMALL)
     second = PiKVCache(model, **SMALL)
     second.detach()

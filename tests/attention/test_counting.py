@@ -147,7 +147,7 @@ def test_counted_equals_asked_again(name, compressor, scheduler) -> None:
         counted, queries = layer.state.observed.counted, layer.state.observed.pending
         assert queries.shape[3] == 5, "some tokens were generated since the last were sealed"
         (span,) = spans_of(layer, [0, 1])
-        opened = tail_record(layer)
+        opened = tail_record(layer.state)
         newest = torch.arange(59 - opened.shape[2], 59).expand(*opened.shape[:3])
         every = span.then(
             TokenTable({"keys": tail_states(layer)[0], "record": opened, "positions": newest})

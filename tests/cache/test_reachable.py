@@ -43,9 +43,8 @@ def check_all_states(model, options) -> None:
     """After a prompt, generated tokens, a piece, a fork, other rows, taken back and held tokens."""
     inputs = prompt(model, (60, 47))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    cache = PiKVCache(model, page_size=4, window=8, **options)
-    if cache.settings.scheduler is not None and cache.settings.scheduler.repetition is not None:
-        cache.settings.holds_prompts = True
+    hold = options.get("scheduler") == "kvzip"
+    cache = PiKVCache(model, page_size=4, window=8, hold_prompt=hold, **options)
 
     def check(state: str, other: PiKVCache = cache) -> None:
         assert reachable(other) == other.nbytes, state

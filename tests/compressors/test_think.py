@@ -172,7 +172,7 @@ def test_latents_of_a_model() -> None:
         lossless = PiKVCache(model, **SMALL)
         model(**inputs, **with_cache(lossless))
         for layer, exact in zip(paged(cache), paged(lossless), strict=True):
-            ((span,), (original,)) = (each.pages.spans([0]) for each in (layer, exact))
+            ((span,), (original,)) = (each.state.pages.spans([0]) for each in (layer, exact))
             assert torch.equal(span["keys"][..., :rank], original["keys"][..., :rank])
             rotary, original = (each["keys"][..., rank:] for each in (span, original))
             kept = rotary != 0

@@ -95,7 +95,7 @@ def test_captured_queries_are_those_of_the_model() -> None:
         weights = model(piece, output_attentions=True).attentions
     for idx, layer in observer.captured.layers.items():
         query, keys, _ = layer.fitted[0]
-        mine = (query @ keys.mT * layer.state.scale).softmax(-1)
+        mine = (query @ keys.mT * layer.scale).softmax(-1)
         theirs = weights[idx][0, :, -QUERIES:, : TINY.length]
         theirs = theirs.reshape(mine.shape) / theirs.sum(-1).reshape(*mine.shape[:2], 1)
         assert_close(mine, theirs)
@@ -264,7 +264,7 @@ def output_error(observer: Observer, compressor: LowRank) -> float:
                 torch.cat([page.flatten(2, 3), exact[:, :, sealed:]], dim=2)
                 for page, exact in zip(bound.decode(bound.encode(*pages)), states, strict=True)
             ]
-            exact, changed = (exact_output(query, *kv, layer.state.scale) for kv in (states, near))
+            exact, changed = (exact_output(query, *kv, layer.scale) for kv in (states, near))
             change += (changed - exact).square().sum().item()
             size += exact.square().sum().item()
     return (change / size) ** 0.5

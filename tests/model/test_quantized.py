@@ -47,7 +47,7 @@ def test_schedulers_see_what_the_module_applies(kind, name) -> None:
     ours, theirs = (PiKVCache(m, **methods) for m in (model, plain))
     assert_same(generate(model, inputs, ours, **FEW), generate(plain, inputs, theirs, **FEW))
     for mine, other in zip(paged(ours), paged(theirs), strict=False):
-        assert mine.held_tokens() == other.held_tokens() < 40
+        assert mine.state.held_tokens() == other.state.held_tokens() < 40
 
 
 @kinds

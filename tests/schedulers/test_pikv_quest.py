@@ -245,9 +245,7 @@ def kept_mass(observer: Observer, scheduler: Scheduler) -> float:
         for window in (*layer.fitted, *layer.held_out):
             length = window.keys.shape[1]
             old = length - length // 8
-            attention = (
-                (window.query @ window.keys.mT * layer.state.scale).softmax(-1).mean(1)[:, :old]
-            )
+            attention = (window.query @ window.keys.mT * layer.scale).softmax(-1).mean(1)[:, :old]
             keys, values = (states[None] for states in window[1:])
             tokens = Candidates(
                 positions=torch.arange(old).expand(1, len(attention), -1),
@@ -257,7 +255,7 @@ def kept_mass(observer: Observer, scheduler: Scheduler) -> float:
                 open_values=values[:, :, old:],
                 seen=length,
                 layer_idx=idx,
-                scale=layer.state.scale,
+                scale=layer.scale,
                 rotary=rotary,
             )
             if scheduler.needs.constants:
@@ -304,7 +302,7 @@ def divergences(layer, network, rotary) -> float:
     found = []
     for query, keys, values in (*layer.fitted, *layer.held_out):
         old = keys.shape[1] - keys.shape[1] // 8
-        p = (query @ keys.mT * layer.state.scale).double().softmax(-1).mean(1)[:, :old]
+        p = (query @ keys.mT * layer.scale).double().softmax(-1).mean(1)[:, :old]
         p = p / p.sum(-1, keepdim=True)
         free = torch.cat([rotary.unrotate(keys, torch.arange(keys.shape[1])), values], -1)[:, :old]
         units = torch.einsum("htd,hdm->htm", free, network["hidden"]) + network["bias"][:, None]

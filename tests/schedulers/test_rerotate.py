@@ -159,7 +159,7 @@ def test_other_tokens_in_every_head(name) -> None:
 def test_gaps_of_heads_of_different_lengths() -> None:
     """Where heads keep different numbers of tokens, -1 stands for none: of these nothing is known."""
     rotary = Rotary(torch.tensor([1.0, 0.3]))
-    layer = SimpleNamespace(layer_idx=0, shared=SimpleNamespace(rotaries={0: rotary}))
+    layer = SimpleNamespace(turning=rotary)
     free = torch.randn(1, 2, 7, 4, generator=torch.Generator().manual_seed(0))
     zero, places = torch.zeros(1), torch.arange(7)
     keys = rotary.rotate(free, zero, places)

@@ -222,6 +222,8 @@ class AttachedCache(PagedCache):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A loaded cache holds its tokens and waits for `attach`."""
         vars(self).update(state)
+        for paged in self.elsewhere.paged:
+            paged.join(self.elsewhere)
 
     def __reduce__(self) -> tuple[Any, ...]:
         plain = self.plain_class or type(self)

@@ -1,6 +1,7 @@
 """The state of one paged layer."""
 
 import functools
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ class LayerState:
     def __init__(self, facts: LayerFacts, config: PreTrainedConfig, parts: CacheParts) -> None:
         self.facts = facts
         self.settings, self.step, self.reading = parts.settings, parts.step, parts.reading
-        self.padding, self.neighbours = parts.padding, parts.neighbours
+        self.padding = parts.padding
+        self.join(parts.neighbours)
         settings = parts.settings
         self.module: Any = None
         self.rotary: Rotary | None = None
@@ -156,6 +158,17 @@ class LayerState:
         """Whether the tail is kept short."""
         is_paged = self.unpaged_reason is None
         return is_paged and not self.is_drafting and not self.reading.is_held
+
+    @property
+    def neighbours(self) -> Neighbours:
+        """The other layers of the cache."""
+        neighbours = None if self._neighbours is None else self._neighbours()
+        assert neighbours is not None, "a layer is used within its cache"
+        return neighbours
+
+    def join(self, neighbours: Neighbours) -> None:
+        """Stand in a cache with these layers, which is not kept alive by it."""
+        self._neighbours: weakref.ref[Neighbours] | None = weakref.ref(neighbours)
 
     # ---- tokens ---------------------------------------------------------------------------------
 
@@ -301,5 +314,5 @@ class LayerState:
         return (*held, *(() if self.rotary is None else (self.rotary.frequencies,)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the model, which is copied or saved by itself."""
-        return vars(self) | {"module": None}
+        """Without the model, which is copied or saved by itself; the cache of a copy joins it again."""
+        return vars(self) | {"module": None, "_neighbours": None}
