@@ -45,7 +45,7 @@ def attend_counting(
 ) -> tuple[Tensor, Tensor]:
     """Attend from one token to all slabs and the tail, and update the token statistics.
 
-    `query` [B, H, G, D]; `slabs`: all of the layer; `mask`: added to the scores of the tail. Returns
+    `query` [B, H, G, D]; `slabs`: all of the layer; `mask`: added to the tail's scores. Returns
     `[B, H, G, Dv]` and the log-sum-exp.
     """
     statistics, observed = state.settings.needs.statistics, state.observed
