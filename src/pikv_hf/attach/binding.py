@@ -45,10 +45,7 @@ def unwrap(model: Any) -> PreTrainedModel:
 
 
 def binding_of(model: PreTrainedModel) -> "Binding":
-    """Return the binding of `model`, made if it has none.
-
-    The caller holds `LOCK` from here until its cache has called `acquire`.
-    """
+    """Return the binding of `model`, made if needed; hold `LOCK` until the cache acquires it."""
     return _BINDINGS.get(model) or Binding(model)
 
 
@@ -86,7 +83,6 @@ class Binding:
         self.users += 1
 
     def release(self) -> None:
-        """Count a cache out; restore the model after the last."""
         with LOCK:
             self.users -= 1
             if self.users == 0:

@@ -32,8 +32,7 @@ class AttachableCache(ABC):
     def check_inputs(self, model: Any, inputs: dict[str, Any], length: int) -> None:
         """Raise if the inputs of a forward pass do not continue the text in the cache.
 
-        `inputs`: arguments of the decoder of `model` by name; `length`: their number of tokens.
-        Changes nothing.
+        `inputs`: decoder arguments by name; `length`: their number of tokens. Changes nothing.
         """
 
     @abstractmethod

@@ -44,8 +44,7 @@ class CheckedGenerate:
 def checked_prefill(model: PreTrainedModel) -> Callable[..., Any]:
     """Return the prefill of `generate` for `model`, which tells the cache the prompt's length.
 
-    `CheckedGenerate` alone is not enough: `model.generate(cache=PiKVCache(model))` looks `generate`
-    up before the cache attaches.
+    `model.generate(cache=PiKVCache(model))` looks up `generate` before `CheckedGenerate` is set.
     """
     found, own = weakref.ref(model), vars(model).get(PREFILL)
 

@@ -175,10 +175,9 @@ def _attend_slab(
         # Batch rows that share a stored row (beams, forks) attend together: it is read once.
         grouped = query.index_select(0, slab.index("asked", query.device))
         grouped = grouped.unflatten(0, (slab.rows, -1)).transpose(1, 2)
-        groups = grouped.shape[2:4]
-        for partial in slab.attend(grouped.flatten(2, 3), scale):
-            ungrouped = (t.unflatten(2, groups).transpose(1, 2).flatten(0, 1) for t in partial)
-            results = (t.index_select(0, slab.index("places", t.device)) for t in ungrouped)
+        for both in slab.attend(grouped.flatten(2, 3), scale):
+            each = (t.unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)
+            results = (t.index_select(0, slab.index("places", t.device)) for t in each)
             yield _spread(*results, slab, batch)
 
 

@@ -45,8 +45,8 @@ def attend_counting(
 ) -> tuple[Tensor, Tensor]:
     """Attend from one token to all slabs and the tail, and update the token statistics.
 
-    `query` [B, H, G, D]; `slabs`: all of the layer; `mask`: added to the tail's scores. Returns
-    `[B, H, G, Dv]` and the log-sum-exp.
+    `query` [B, H, G, D]; `mask` is added to the tail's scores.
+    Returns `[B, H, G, Dv]` and the log-sum-exp.
     """
     statistics, observed = state.settings.needs.statistics, state.observed
     assert statistics is not None, "records are of a scheduler"

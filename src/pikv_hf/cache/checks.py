@@ -128,7 +128,7 @@ def _check_training(model: PreTrainedModel, embeds: Any) -> None:
 
 
 def _check_continued(cache: PagedCache, kwargs: dict[str, Any], length: int, seen: int) -> None:
-    """Refuse a mask that hides other columns than before, or a gap after the `seen` tokens.
+    """Refuse a mask that changes for cached columns, or positions that do not follow `seen`.
 
     Waits for the device once if a mask or positions are given.
     """
@@ -158,7 +158,7 @@ def _start(positions: Any, mask: Any, seen: int, prompt_end: int) -> tuple[Any, 
     """Return the first new position, the expected one without padding, and where they differ.
 
     One value for each row; three times None if that is not known. Rows whose prompt ends in padding
-    never differ: `generate` counts on from the prompt's last position, which they do not have.
+    never differ: `generate` counts on from a last position, which they do not have.
     """
     if not (isinstance(positions, Tensor) and positions.dim() == 2):
         return None, None, None

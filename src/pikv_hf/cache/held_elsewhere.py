@@ -11,9 +11,9 @@ from .token_log import log_bytes, num_kept_ids
 
 
 class HeldElsewhere(Neighbours):
-    """All layers of a cache: the states of the paged ones, and the others.
+    """All layers of a cache: states of paged layers, and other layers.
 
-    The others are layers of transformers, and lists of states of a model's own cache class.
+    Other layers are layers of transformers, and lists of states of a model's own cache class.
     """
 
     def __init__(self) -> None:

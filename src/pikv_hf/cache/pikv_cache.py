@@ -62,7 +62,7 @@ class PiKVCache(AttachedCache):
         page_size: tokens of a page.
         window: newest tokens that are not sealed (so neither compressed nor evicted); None = 128,
             or 512 if nothing is compressed or evicted, and at most half of a budget given in tokens
-            or as a share. Under a share, the window is smaller while the share is few tokens.
+            or as a share. A given window shrinks, too, while a share comes to no more tokens.
         probe: measure for `report()`, whenever pages are sealed, the error that this causes in the
             output of attention. It costs as much as sealing twice, and attention of 16 queries.
 

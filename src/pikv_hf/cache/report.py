@@ -25,8 +25,8 @@ class LayerReport:
     a row (mean of the KV heads), tail tokens included. `bf16_ratio`: bytes that all tokens seen
     would take in bfloat16, divided by `nbytes`. `tiers`: bytes of the encoded pages on the layer's
     device ("device"), in CPU memory ("ram") and in files ("disk"); `nbytes` excludes files only.
-    `error`: relative error of attention output over sealed tokens; None without `probe=True`. The
-    three ratios are None without tokens and for layers of transformers.
+    `error`: relative error of attention output over sealed tokens; None without `probe=True`. All
+    three ratios are None for layers of transformers and without tokens.
     """
 
     layer: int
