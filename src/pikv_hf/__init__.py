@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import requirements  # first: it refuses versions that are too old
+from . import requirements  # imported first: it refuses versions that are too old
 
 if TYPE_CHECKING:
     from .cache.pikv_cache import PiKVCache
@@ -35,12 +35,12 @@ _HOMES = {
 }
 
 
-# Folders of methods, whose classes are public, too: `from pikv_hf import KeyDiff`.
+# Folders whose classes are public, too: `from pikv_hf import KeyDiff`.
 _METHODS = ("schedulers", "compressors", "routers", "placements")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `pikv --help` needs no torch."""
+    """Import a public name at its first use, so that `pikv --help` needs no torch."""
     if name in _HOMES:
         value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     elif name[:1].isupper():

@@ -1,13 +1,13 @@
-"""The versions that pikv_hf works with: importing this file refuses older ones, in one sentence.
+"""Versions that pikv_hf works with. Importing this file raises ImportError for older versions.
 
-The package imports it first. It reads with the oldest Pythons and imports the standard library only.
+The package imports it first. It parses on the oldest Pythons and imports only the standard library.
 """
 
 import re
 import sys
 from importlib.metadata import version
 
-VERSION = "0.1.0"  # of pikv_hf
+VERSION = "0.1.0"  # the version of pikv_hf
 
 # Minor versions of transformers that the whole test suite has passed on; pyproject.toml caps at the
 # last one.
@@ -18,13 +18,13 @@ OLDEST_PYTHON = (3, 10)
 
 def minor(text):
     # type: (str) -> tuple[int, ...]
-    """`"5.24.0.dev0"` as (5, 24)."""
+    """Return (5, 24) for `"5.24.0.dev0"`."""
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 def dotted(numbers):
     # type: (tuple[int, ...]) -> str
-    """(5, 24) as `"5.24"`."""
+    """Return `"5.24"` for (5, 24)."""
     return ".".join(map(str, numbers))
 
 

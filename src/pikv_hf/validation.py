@@ -1,4 +1,4 @@
-"""From what a user passes for a method to the method."""
+"""Checks of arguments: names of methods, sizes in bytes and counts."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 def resolve(
     argument: str, value: Any, registry: dict[str, type[Method]], base: type[Method]
 ) -> Method | None:
-    """The method that `value` (a name, an instance, a class or None) stands for."""
+    """Return the method that `value` (a name, an instance, a class or None) stands for."""
     if value is None or isinstance(value, base):
         return value
     if isinstance(value, type) and issubclass(value, base):
@@ -28,7 +28,7 @@ def resolve(
 
 
 def parse_bytes(text: str) -> int | None:
-    """Bytes that `text` names ('2GiB', '500 MB'), None if it names none."""
+    """Parse a size such as '2GiB' or '500 MB' to bytes; None if `text` is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
     if match is None:
         return None
@@ -38,7 +38,7 @@ def parse_bytes(text: str) -> int | None:
 
 
 def check_count(argument: str, value: Any) -> int:
-    """`value` as it is, if it is a positive whole number."""
+    """Return `value`, or raise ValueError unless it is a positive whole number."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{argument}` is {value!r}; it must be a positive whole number.")
     return value

@@ -5,7 +5,7 @@ import torch
 from helpers import tiny
 
 from pikv_hf import PiKVCache
-from pikv_hf.cache.token_log import MOST, TokenLog
+from pikv_hf.cache.token_log import MAX_IDS, TokenLog
 
 
 @pytest.mark.parametrize("most", [None, 50])
@@ -47,6 +47,6 @@ def test_only_caches_that_drop_tokens_forget() -> None:
     model = tiny("mixtral")
     assert PiKVCache(model).log.most is None
     cache = PiKVCache(model, scheduler="streaming_llm")
-    assert cache.log.most == MOST
+    assert cache.log.most == MAX_IDS
     cache.reset()
-    assert cache.log.most == MOST
+    assert cache.log.most == MAX_IDS

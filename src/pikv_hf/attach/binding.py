@@ -1,4 +1,4 @@
-"""Binding caches to a model: shadow configs, gate hooks, checks; and taking it all back."""
+"""Binding of caches to a model: shadow configs, gate hooks and checks, and their removal."""
 
 import functools
 import threading
@@ -27,12 +27,12 @@ from .forward import RUNNING
 from .generate import CheckedGenerate, as_attachable, attachable_cache, checked_prefill
 
 _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
-# Held from looking a binding up to counting a cache in, and while one is counted out.
+# Held from the look-up of a binding until a cache has acquired it, and during a release.
 LOCK = threading.RLock()
 
 
 def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper or a `torch.compile`d module."""
+    """Return the transformers model inside a PEFT wrapper or a `torch.compile`d module."""
     inner = getattr(model, "_orig_mod", model)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
@@ -45,13 +45,12 @@ def unwrap(model: Any) -> PreTrainedModel:
 
 
 def binding_of(model: PreTrainedModel) -> "Binding":
-    """The binding of `model`, made if it has none; a cache that uses it calls `acquire`, under the
-    same hold of `LOCK`."""
+    """Return the binding of `model`, made if needed; hold `LOCK` until the cache acquires it."""
     return _BINDINGS.get(model) or Binding(model)
 
 
 class Binding:
-    """Everything that is changed on one model while caches are attached to it."""
+    """The changes made to one model while caches are attached to it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = weakref.ref(model)
@@ -62,16 +61,16 @@ class Binding:
         self.gate_of = gates_of_layers(decoder, self.attention)
         self.users = 0
         self._has_gate_hooks = False
-        # By the id of the changed module, which keeps them alive.
+        # By the id of the changed module, which keeps its `Changes` alive.
         self._changes: weakref.WeakValueDictionary[int, Changes] = weakref.WeakValueDictionary()
 
     @functools.cached_property
     def rotaries(self) -> dict[int, Rotary]:
-        """How the keys of each paged layer turn with their position; raises ValueError."""
+        """Rotation of the keys of each paged layer; reading it may raise ValueError."""
         return rotaries(self.decoder(), self.attention)
 
     def acquire(self, *, labels: bool) -> None:
-        """Count a cache in; the first one attaches, the first that needs labels hooks the gates."""
+        """Count a cache in; attach for the first, hook gates for the first that needs labels."""
         try:
             if self.users == 0:
                 self._attach()
@@ -110,17 +109,16 @@ class Binding:
         _BINDINGS[model] = self
         for modules in self.attention.values():
             for module in modules:
-                self._of(module).put("config", _shadow(module))
-        changes = self._of(decoder)
+                self._changes_of(module).put("config", _shadow(module))
+        changes = self._changes_of(decoder)
         changes.add(decoder.register_forward_pre_hook(self._before, with_kwargs=True))
         changes.add(decoder.register_forward_hook(self._after))
         changes.add(decoder.register_forward_hook(self._leave, always_call=True))
         if hasattr(model, "generate"):
-            self._of(model).put("generate", CheckedGenerate(model))
-            self._of(model).put(PREFILL, checked_prefill(model))
+            self._changes_of(model).put("generate", CheckedGenerate(model))
+            self._changes_of(model).put(PREFILL, checked_prefill(model))
 
-    def _of(self, module: nn.Module) -> Changes:
-        """The changes of a module."""
+    def _changes_of(self, module: nn.Module) -> Changes:
         return self._changes.get(id(module)) or self._changes.setdefault(
             id(module), Changes(module)
         )
@@ -130,10 +128,10 @@ class Binding:
         for idx, gate in self.gate_of.items():
             for source in (gate, block_of(gate, decoder)):
                 hook = source.hook(functools.partial(_label, idx))
-                self._of(source.module).add(hook)
+                self._changes_of(source.module).add(hook)
         self._has_gate_hooks = True
 
-    # A compiler passes these three hooks where no cache of ours is used.
+    # torch.compile traces these three hooks if no PiKVCache is used.
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         RUNNING.binding = self
@@ -147,14 +145,14 @@ class Binding:
             _end()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After a forward pass, a failed one too."""
+        """Clear `RUNNING` after a forward pass, also after a failed one."""
         RUNNING.cache = RUNNING.ids = RUNNING.binding = None
 
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if module is not self.decoder():
-            return  # a shallow copy, which shares its hooks
-        RUNNING.cache = None  # of a forward that failed half-way
+            return  # `module` is a shallow copy of the decoder, which shares its hooks
+        RUNNING.cache = None  # left by a forward pass that failed
         hand_over(None)
         inputs = forward_inputs(module, args, kwargs)
         cache = attachable_cache(inputs)
@@ -177,21 +175,21 @@ def _end() -> None:
 
 
 def _length(inputs: dict[str, Any]) -> int:
-    """How many tokens a forward pass is given."""
+    """Return the number of tokens in the inputs of a forward pass."""
     embeds = inputs.get("inputs_embeds")
     ids = embeds if embeds is not None else inputs.get("input_ids")
     return 0 if ids is None else ids.shape[1]
 
 
 def _label(idx: int, choose: Callable[[], Choice]) -> None:
-    """A gate, or its block, has spoken: hand its choice to the layer, if it still waits for one."""
+    """Hand the choice of a gate, or of its block, to the layer, if the layer still awaits one."""
     cache = RUNNING.cache
     if cache is not None and cache.awaits_experts(idx):
         cache.label(idx, *choose())
 
 
 def _shadow(module: Any) -> PreTrainedConfig:
-    """A config for one attention module that names our function."""
+    """Return a config for one attention module that names `pikv_attention`."""
     original = module.config
     check_masks(original)
     shadow: Any = with_attention_implementation(original, NAME)
@@ -200,7 +198,7 @@ def _shadow(module: Any) -> PreTrainedConfig:
 
 
 def _innermost(model: PreTrainedModel, parts: list[nn.Module]) -> PreTrainedModel:
-    """The smallest PreTrainedModel inside `model` that contains all `parts`."""
+    """Return the smallest PreTrainedModel inside `model` that contains all `parts`."""
     best, needed = model, {id(part) for part in parts}
     for candidate in model.modules():
         if isinstance(candidate, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""Changes to a module that can be undone, and that copies and pickles of it are made without."""
+"""Changes to a module that can be undone, and that its copies and pickles do not contain."""
 
 import weakref
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-_REDUCE = "__reduce_ex__"  # what copy.deepcopy and pickle ask an object for its state by
+_REDUCE = "__reduce_ex__"  # the method by which copy.deepcopy and pickle read an object
 _ABSENT = object()
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether there are changes of `module` that have not been undone."""
+    """Return whether there are changes of `module` that have not been undone."""
     return isinstance(vars(module).get(_REDUCE), Changes)
 
 
 class Changes:
     """Attributes and hooks that attaching has put on `module`, until `undo`.
 
-    While there are any, this object is the module's `__reduce_ex__`: a copy, or a pickle, has the
-    attributes that were there before, and none of the hooks.
+    Until then this object is the module's `__reduce_ex__`: a copy or pickle of the module has its
+    original attributes and none of the hooks.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -36,11 +36,11 @@ class Changes:
         self._values[name] = state[name] = value
 
     def add(self, hook: RemovableHandle) -> None:
-        """Count `hook`, which was registered on the module, among the changes."""
+        """Add `hook`, which was registered on the module, to the changes."""
         self._hooks.append(hook)
 
     def undo(self) -> None:
-        """Take everything back, except attributes that somebody else has set since."""
+        """Undo all changes, except attributes that somebody else has set since."""
         for hook in self._hooks:
             hook.remove()
         module = self._module()
@@ -48,7 +48,7 @@ class Changes:
             self._restore(vars(module))
 
     def __call__(self, protocol: Any) -> tuple[Any, ...]:
-        """What `__reduce_ex__` of the unchanged module returns."""
+        """Return what `__reduce_ex__` of the unchanged module would return."""
         module: Any = self._module()
         make, arguments, state, *rest = type(module).__reduce_ex__(module, protocol)
         state = dict(state)
@@ -60,7 +60,7 @@ class Changes:
         return make, arguments, state, *rest
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Give the attributes in `state` that are still ours the values they had before."""
+        """Restore in `state` the attributes that nobody else has set since."""
         for name, value in self._values.items():
             if state.get(name) is not value:
                 continue

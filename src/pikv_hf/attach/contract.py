@@ -1,4 +1,4 @@
-"""What attaching asks of a cache."""
+"""The interface through which a `Binding` talks to a cache."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class AttachableCache(ABC):
-    """A cache that a `Binding` tells of the forward passes of its model.
+    """A cache that a `Binding` notifies of the forward passes of its model.
 
-    Once for each forward pass that is given the cache come `check_inputs`, `begin_forward`, `label`
-    for each layer whose gate is heard, and `end_forward`. After a forward pass that raised, only the
-    next `check_inputs` follows.
+    Each forward pass with the cache calls `check_inputs`, `begin_forward`, `label` for each layer
+    whose gate is heard, and `end_forward`. After a forward pass that raised, the next call is the
+    `check_inputs` of the next pass.
     """
 
     #: The binding to the model; None while detached.
@@ -26,35 +26,35 @@ class AttachableCache(ABC):
     def generating(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AbstractContextManager[None]:
-        """Within the block `generate`, or its reading of the prompt, runs with these arguments."""
+        """Return a context in which `generate`, or its prefill, runs with these arguments."""
 
     @abstractmethod
     def check_inputs(self, model: Any, inputs: dict[str, Any], length: int) -> None:
-        """Raise if the inputs of a forward pass do not continue what the cache holds.
+        """Raise if the inputs of a forward pass do not continue the text in the cache.
 
-        `inputs` by name, of the decoder of `model`; `length`: their tokens. Changes nothing.
+        `inputs`: decoder arguments by name; `length`: their number of tokens. Changes nothing.
         """
 
     @abstractmethod
     def begin_forward(self, inputs: dict[str, Any], length: int) -> None:
-        """A forward pass over `length` new tokens starts."""
+        """Begin a forward pass over `length` new tokens."""
 
     @abstractmethod
     def awaits_experts(self, layer_idx: int) -> bool:
-        """Whether the newest tokens of a layer still lack their labels."""
+        """Return whether the newest tokens of a layer still lack their experts."""
 
     @abstractmethod
     def label(self, layer_idx: int, experts: Tensor, weights: Tensor) -> None:
-        """The gate of `layer_idx` chose `experts` [B * q, k] with `weights` for the newest tokens."""
+        """Label the newest tokens of a layer with its gate's `experts` [B * q, k] and `weights`."""
 
     @abstractmethod
     def end_forward(self, ids: Tensor | None) -> None:
-        """The forward pass of the token `ids` is over.
+        """End the forward pass over the token `ids`.
 
         Raises:
-            RuntimeError: a layer never saw its attention or its gate.
+            RuntimeError: the attention or the gate of a layer was not heard.
         """
 
     @abstractmethod
     def skip_forward(self) -> None:
-        """A forward pass of `generate` goes without this cache, which was passed to it."""
+        """Note that a forward pass of `generate` did not use this cache, which it was given."""

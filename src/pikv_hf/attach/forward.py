@@ -1,4 +1,4 @@
-"""The forward pass that runs in a thread: hooks leave here what concerns it."""
+"""The forward pass that runs in each thread, as hooks of the model have noted it."""
 
 import threading
 
@@ -9,10 +9,10 @@ from .contract import AttachableCache
 
 
 class _Running(threading.local):
-    """One in each thread; a compiler guards on its attributes.
+    """The running forward pass of a thread; torch.compile guards on its attributes.
 
-    `binding`: of the model that runs; `cache` and token `ids` of its forward pass; `generating`: the
-    cache that the running `generate` was given.
+    `binding`: binding of the running model; `cache`, `ids`: cache and token ids of the forward
+    pass; `generating`: the cache that the running `generate` was given.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class _Running(threading.local):
 
     @property
     def is_in_use(self) -> bool:
-        """Whether anything here is of a cache: of `generate`, or left by a pass that failed."""
+        """True if a cache is used, by `generate` or a pass, or was left by a pass that failed."""
         return not (self.cache is None and SLOT.layer is None and self.generating is None)
 
 

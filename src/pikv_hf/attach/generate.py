@@ -13,9 +13,9 @@ from .forward import RUNNING
 
 
 class CheckedGenerate:
-    """`model.generate`, which first refuses what would silently ignore or misread the cache.
+    """`model.generate` that first refuses calls which would silently ignore or misread the cache.
 
-    A `generate` that somebody put on this very model is called then, not the one of its class.
+    Then calls the `generate` that somebody has set on the model object, or else its class's method.
     """
 
     def __init__(self, model: Any) -> None:
@@ -42,9 +42,9 @@ class CheckedGenerate:
 
 
 def checked_prefill(model: PreTrainedModel) -> Callable[..., Any]:
-    """The step of `generate` that reads the prompt, for `model`; it says how long the prompt is.
+    """Return the prefill of `generate` for `model`, which tells the cache the prompt's length.
 
-    `model.generate(cache=PiKVCache(model))` looks `generate` up before the cache attaches.
+    `model.generate(cache=PiKVCache(model))` looks up `generate` before `CheckedGenerate` is set.
     """
     found, own = weakref.ref(model), vars(model).get(PREFILL)
 
@@ -61,10 +61,10 @@ def checked_prefill(model: PreTrainedModel) -> Callable[..., Any]:
 
 
 def attachable_cache(inputs: dict[str, Any]) -> AttachableCache | None:
-    """The cache of ours among the arguments `inputs` of a model or of `generate`.
+    """Return the attachable cache in `inputs`, the arguments of a model or of `generate`.
 
     Raises:
-        ValueError: it is in an argument that the model does not read.
+        ValueError: such a cache is in an argument that the model does not read.
     """
     cache = given_cache(inputs)
     for name, value in inputs.items():
@@ -74,7 +74,7 @@ def attachable_cache(inputs: dict[str, Any]) -> AttachableCache | None:
 
 
 def as_attachable(cache: Any) -> AttachableCache | None:
-    """`cache`, or the part of it that a decoder writes to, if it is one that attaches."""
+    """Return `cache`, or the part of it that a decoder writes to, if it is attachable."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     return cache if isinstance(cache, AttachableCache) else None

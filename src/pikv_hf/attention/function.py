@@ -1,7 +1,7 @@
 """The attention function that attached modules call, and attention over a paged layer.
 
-Shapes: B rows, H KV heads, G query heads per KV head, q new tokens, n tail tokens (the new ones
-included), D key dim, Dv value dim.
+Shapes: B batch rows, Hq query heads, H KV heads, G query heads per KV head, q new tokens, n tail
+tokens (new ones included), D key dim, Dv value dim.
 """
 
 import sys
@@ -36,10 +36,10 @@ def pikv_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function of transformers: `query` [B, Hq, q, D] to `[B, q, Hq, Dv]` and None.
+    """Compute attention for transformers: `query` [B, Hq, q, D] to `[B, q, Hq, Dv]` and None.
 
-    Whatever does not come from a paged layer, and the first tokens of one, which have nothing
-    behind them, go to the model's own implementation. A compiler passes this function with it.
+    Layers that are not paged, and the first tokens of a paged layer, which have no pages before
+    them, use the model's own attention function. torch.compile traces calls without a paged layer.
     """
     if SLOT.layer is None:
         return _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -56,7 +56,7 @@ def _paged(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of the layer whose `update` ran last."""
+    """Compute the attention of the layer whose `update` ran last, and let the layer finish."""
     layer: PagedLayer = take_layer()
     state = layer.state
     if state.unpaged_reason is not None:
@@ -79,12 +79,12 @@ def _paged(
 
 
 def _refuse_gradients(out: Tensor) -> None:
-    """Raise in a backward pass through `out`, in which the gradient of what is cached would be missing."""
+    """Make a backward pass through `out` raise: it would miss the gradients of cached tokens."""
     if out.requires_grad:
-        out.register_hook(_raise_of_gradients)
+        out.register_hook(_raise_on_backward)
 
 
-def _raise_of_gradients(gradient: Tensor) -> None:
+def _raise_on_backward(gradient: Tensor) -> None:
     raise RuntimeError(
         "a gradient is asked for that goes through the keys and values of earlier forward passes, but "
         "a PiKVCache holds them without one: train with the whole text in one forward pass."
@@ -94,7 +94,7 @@ def _raise_of_gradients(gradient: Tensor) -> None:
 def _observe(
     layer: PagedLayer, module: nn.Module, query: Tensor, mask: Tensor | None, scale: float
 ) -> None:
-    """Let the layer keep the newest queries, in the space of what it caches."""
+    """Hand the newest queries to the layer, in the space and dtype of its cached keys."""
     state = layer.state
     newest = query[:, :, -state.observed.limit :]
     if state.latent_rank is not None:
@@ -110,10 +110,10 @@ def attend(
     scale: float,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """Attention of the newest tokens over all pages and the tail: `[B, q, Hq, Dv]`.
+    """Compute attention of the newest tokens over all pages and the tail: `[B, q, Hq, Dv]`.
 
-    `query` [B, Hq, q, D]; `mask` as the model made it, its last columns being the tail's;
-    `sink` [Hq], logits of a key without a value.
+    `query` [B, Hq, q, D]; `mask` as the model made it, whose last columns are the tail tokens;
+    `sink` [Hq]: logits of a key without a value.
     """
     dtype, latent = query.dtype, None
     if state.latent_rank is not None:
@@ -122,16 +122,16 @@ def attend(
     out = _attend(state, query.to(state.tail.keys.dtype), mask, scale, sink).to(dtype)
     if latent is not None:
         out = latent.expand(out)
-    return out.transpose(1, 2).contiguous()  # as models expect that reshape it in place
+    return out.transpose(1, 2).contiguous()  # models may call `view` on it
 
 
 @without_autocast
 def _attend(
     state: LayerState, query: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None
 ) -> Tensor:
-    """`attend` of `query` [B, Hq, q, D] as it meets what is cached: `[B, Hq, q, Dv]`."""
+    """Compute `attend` in the space of the cached keys: `query` [B, Hq, q, D] to [B, Hq, q, Dv]."""
     batch, heads, length, _ = query.shape
-    # The queries of one KV head stand side by side, so that a key is read once for all of them.
+    # Grouped by KV head: each key is then read once for all query heads of its group.
     packed = query.reshape(batch, state.tail.keys.shape[1], -1, query.shape[3])
     state.neighbours.read_ahead(state.facts.paged_index + 1)
     slabs = counted_slabs(state, length)
@@ -150,7 +150,7 @@ def _attend(
 def _attend_all(
     state: LayerState, query: Tensor, length: int, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The result of `query` [B, H, G * q, D] over the tail and all that the router lets it read."""
+    """Attend from `query` [B, H, G * q, D] to the tail and the pages that the router selects."""
     out, lse = _attend_tail(state, query, length, mask, scale)
     for slab in state.pages.slabs:
         for more_out, more_lse in _attend_slab(state, slab, query, scale):
@@ -161,28 +161,28 @@ def _attend_all(
 def _attend_slab(
     state: LayerState, slab: UniformPages | RaggedPages, query: Tensor, scale: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Partial results [B, H, R, Dv] over pages, which all queries see, since they lie in the past."""
+    """Yield partial results [B, H, R, Dv] over pages, which lie in the past of all queries."""
     batch = query.shape[0]
-    # Pools are read whole: a router that selects pages is refused where there are any.
+    # Ragged pages are read whole: a router that selects pages is refused with them.
     selected = _selected_pages(state, slab, query) if isinstance(slab, UniformPages) else None
     if selected is not None and isinstance(slab, UniformPages):
-        mine = query.index_select(0, slab.index("readers", query.device))
+        reader_queries = query.index_select(0, slab.index("readers", query.device))
         for fields, tokens in slab.selected_blocks(selected):
-            yield _spread(*slab.codec.attend(mine, fields, tokens, scale), slab, batch)
+            yield _spread(*slab.codec.attend(reader_queries, fields, tokens, scale), slab, batch)
     elif slab.is_read_by_all(batch) and slab.is_in_order():
         yield from slab.attend(query, scale)
     else:
-        # Rows that share a stored row (beams, forks) ask together: it is read once, in place.
-        asked = query.index_select(0, slab.index("asked", query.device))
-        asked = asked.unflatten(0, (slab.rows, -1)).transpose(1, 2)
-        for both in slab.attend(asked.flatten(2, 3), scale):
-            each = (t.unflatten(2, asked.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)
-            mine = (t.index_select(0, slab.index("places", t.device)) for t in each)
-            yield _spread(*mine, slab, batch)
+        # Batch rows that share a stored row (beams, forks) attend together: it is read once.
+        grouped = query.index_select(0, slab.index("asked", query.device))
+        grouped = grouped.unflatten(0, (slab.rows, -1)).transpose(1, 2)
+        for both in slab.attend(grouped.flatten(2, 3), scale):
+            each = (t.unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)
+            results = (t.index_select(0, slab.index("places", t.device)) for t in each)
+            yield _spread(*results, slab, batch)
 
 
 def _selected_pages(state: LayerState, slab: UniformPages, query: Tensor) -> Tensor | None:
-    """Which pages of a slab the router lets `query` [B, H, R, D] read; None = all."""
+    """Return the pages of a slab that the router lets `query` [B, H, R, D] read; None = all."""
     router = state.settings.router
     if router is None or slab.length % slab.page_size:
         return None
@@ -197,12 +197,12 @@ def _selected_pages(state: LayerState, slab: UniformPages, query: Tensor) -> Ten
 def _attend_tail(
     state: LayerState, query: Tensor, length: int, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The partial result of `query` [B, H, G * q, D] over the tail, causal among the new tokens."""
+    """Attend from `query` [B, H, G * q, D] to the tail, causally among the new tokens."""
     keys, values = state.tail.view()
     if length == 1:
         additive = None if mask is None else _tail_mask(state, query, mask, length)
         return _partial(query, keys, values, additive, scale)
-    # One attention head per query head, all of a group on the same keys: a mask of q x n serves.
+    # With one attention head per query head, on expanded keys, a mask of q x n is enough.
     heads = query.shape[1]
     additive = _tail_mask(state, query, mask, length)
     assert additive is not None, "several new tokens are causal among themselves"
@@ -215,7 +215,7 @@ def _attend_tail(
 
 
 def _tail_mask(state: LayerState, query: Tensor, mask: Tensor | None, length: int) -> Tensor | None:
-    """The mask of the tail's columns, computed once for all layers of a forward pass."""
+    """Return the mask of the tail's columns, computed once for all layers of a forward pass."""
     tokens = state.tail.length
     key = (mask, length, tokens, query.dtype, query.device)
     return state.step.remember("mask", key, lambda: _additive(mask, length, tokens, query))
@@ -224,19 +224,19 @@ def _tail_mask(state: LayerState, query: Tensor, mask: Tensor | None, length: in
 def _partial(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`partial_attention`, where keys without values are latents: their own values."""
+    """Call `partial_attention`; keys without values are latents, which serve as values, too."""
     if values.shape[-1] == 0:
         values = keys
     return partial_attention(query, keys, values, mask, scale)
 
 
 def _one_per_query_head(states: Tensor, groups: int) -> Tensor:
-    """[B, H, n, D] as [B * H, G, n, D], the G heads on the same memory."""
+    """Expand [B, H, n, D] to [B * H, G, n, D] without a copy."""
     return states.flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
 
 
 def _spread(out: Tensor, lse: Tensor, slab: PageStore, batch: int) -> tuple[Tensor, Tensor]:
-    """Results of the slab's readers as results of all batch rows: the others saw no key."""
+    """Extend results of the slab's readers to all batch rows; other rows saw no key."""
     if slab.is_read_by_all(batch):
         return out, lse
     readers = slab.index("readers", out.device)
@@ -246,11 +246,11 @@ def _spread(out: Tensor, lse: Tensor, slab: PageStore, batch: int) -> tuple[Tens
 
 
 def _additive(mask: Tensor | None, length: int, tokens: int, query: Tensor) -> Tensor | None:
-    """The model's mask for the tail's columns as [B or 1, 1, q, n] to add; None = all visible.
+    """Return the additive mask [B or 1, 1, q, n] of the tail's columns; None = all visible.
 
-    Masked is the dtype's minimum, not -inf: a row that sees nothing gets weight 0, not NaN.
+    Masked is the dtype's minimum, not -inf: a query that sees nothing gets weight 0, not NaN.
     """
-    least = torch.finfo(query.dtype).min
+    lowest = torch.finfo(query.dtype).min
     if mask is None or mask.dim() == 2:
         if length == 1 and mask is None:
             return None
@@ -262,13 +262,13 @@ def _additive(mask: Tensor | None, length: int, tokens: int, query: Tensor) -> T
     else:
         visible = mask[..., -tokens:]
         if visible.is_floating_point():
-            return visible.to(query.dtype).clamp_min(least)
+            return visible.to(query.dtype).clamp_min(lowest)
     zeros = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
-    return zeros.masked_fill_(~visible, least)
+    return zeros.masked_fill_(~visible, lowest)
 
 
 def _original(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """What the module would have called without us, with these arguments."""
+    """Call the attention function that `module` would call without a cache attached."""
     shadow = module.config
     config = getattr(shadow, "_pikv_original", shadow)
     name = attention_implementation(config)

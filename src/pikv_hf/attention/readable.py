@@ -1,4 +1,4 @@
-"""Why the keys of a layer cannot be read by our attention."""
+"""Reasons that keep a layer on the attention function of its model."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ from torch import Tensor
 
 from ..layer.state import LayerState
 
-# Tensors that a model may pass besides the mask without changing what is attended to.
+# Tensors that a model may pass besides the mask without changing the result of attention.
 HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}
-# Logits of a key without a value, by the names that models give them.
+# Names that models give to the logits of a key without a value.
 SINKS = ("s_aux", "sinks")
 
 
 def unpaged_reason(
     state: LayerState, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> str | None:
-    """Why this layer's keys cannot be read by us, or None; judged on its first tokens.
+    """Return why pikv attention cannot serve this layer, or None; called with its first tokens.
 
-    We read what `update` was given. A model that changes it on the way to attention, or adds
-    something else to the scores, keeps its own attention and gets all keys from `update`.
+    Pikv attention reads the keys given to `update`. A model that changes them before attention, or
+    adds something to the scores, keeps its own attention and gets all keys from `update`.
     """
     known = {*HARMLESS, *SINKS}
     foreign = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in known]

@@ -1,6 +1,6 @@
-"""Records to which a decode step adds, as attention has the weights of its token at hand.
+"""Token statistics that a decode step updates, as attention has its weights at hand.
 
-Shapes: B rows, H KV heads, G query heads of each, T tokens held, D key dim, c numbers of a record.
+Shapes: B rows, H KV heads, G query heads of each, T tokens held, D key dim, c numbers of a token.
 """
 
 import functools
@@ -20,9 +20,9 @@ Slabs = list[UniformPages]
 
 
 def counted_slabs(state: LayerState, length: int) -> Slabs | None:
-    """The slabs of a layer of which attention of `length` new tokens can add to the records.
+    """Return all slabs if attention of `length` new tokens can update their token statistics.
 
-    None if it cannot: then the queries are kept, and asked again when tokens are sealed.
+    None if it cannot: the queries are then kept, and applied when tokens are sealed.
     """
     observed, slabs = state.observed, state.pages.slabs
     if not observed.width or length > 1 or state.settings.router is not None:
@@ -30,39 +30,40 @@ def counted_slabs(state: LayerState, length: int) -> Slabs | None:
     if not state.pages.codec.gives_weights:
         return None
     if observed.counted is None and observed.has_pending:
-        return None  # some would be left out
+        return None  # the statistics would miss the pending queries
     batch = state.tail.batch
-    mine = [
+    readable = [
         slab
         for slab in slabs
         if isinstance(slab, UniformPages) and slab.is_read_by_all(batch) and slab.is_in_order()
     ]
-    return mine if slabs and len(mine) == len(slabs) else None
+    return readable if slabs and len(readable) == len(slabs) else None
 
 
 def attend_counting(
     state: LayerState, slabs: Slabs, query: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `query` [B, H, G, D] of one token over `slabs`, which are all, and the tail.
+    """Attend from one token to all slabs and the tail, and update the token statistics.
 
-    `mask` is what is added to the scores of the tail. Returns `[B, H, G, Dv]` and the log-sum-exp.
+    `query` [B, H, G, D]; `mask` is added to the tail's scores.
+    Returns `[B, H, G, Dv]` and the log-sum-exp.
     """
     statistics, observed = state.settings.needs.statistics, state.observed
     assert statistics is not None, "records are of a scheduler"
     compressor = state.pages.codec
-    asked = compressor.into_pages(query, slabs[0].fields)
+    page_query = compressor.into_pages(query, slabs[0].fields)
     blocks = (block for slab in slabs for block in slab.blocks())
-    results = [compressor.attend_weighted(asked, *block, scale) for block in blocks]
+    results = [compressor.attend_weighted(page_query, *block, scale) for block in blocks]
     out, lse = functools.reduce(_merged, ((out, lse) for out, lse, _ in results))
     results.append(weighted_states(query, *state.tail.view(), mask, scale))
     out, lse = merge_partial(*results[-1][:2], compressor.out_of_pages(out), lse)
-    # Records are statistics: nothing of them reaches a gradient.
+    # Detached, because no gradient flows through token statistics.
     shares = [
         weights.detach() * (part - lse).detach().exp()[..., None] for _, part, weights in results
     ]
     weights = torch.cat(shares, dim=-1).float()[:, :, :, None]
-    asked_at = torch.arange(state.num_seen - 1, state.num_seen, device=query.device)
-    observed.count(statistics.updated(_records(state, slabs), weights, asked_at))
+    position = torch.arange(state.num_seen - 1, state.num_seen, device=query.device)
+    observed.count(statistics.updated(_records(state, slabs), weights, position))
     return out, lse
 
 
@@ -71,7 +72,7 @@ def _merged(one: Partial, other: Partial) -> Partial:
 
 
 def _records(state: LayerState, slabs: Slabs) -> Tensor:
-    """Those of all tokens [B, H, T, c], the newest one included, as the token before has left them."""
+    """Return the statistics of all tokens [B, H, T, c] before the newest token has updated them."""
     held = state.observed.counted
     if held is not None:
         return F.pad(held, (0, 0, 0, 1))

@@ -1,4 +1,4 @@
-"""From a user's arguments to the settings of a cache; what is wrong with them is said here."""
+"""Checks of the arguments of `PiKVCache`, and the settings made from them."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ LOSSLESS_WINDOW = 512
 
 
 def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
-    """`given` as a budget, if `scheduler` can keep to it; None = the scheduler's own."""
+    """Return `given` as a budget that `scheduler` can keep to; None = the scheduler's own."""
     if given is None:
         if scheduler is not None and scheduler.budget(0) is None:
             raise ValueError(f"`scheduler` is {scheduler}, which needs a `budget`: {ACCEPTED}.")
@@ -38,10 +38,10 @@ def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
 
 
 def default_window(window: int | None, count: int | None, saves_memory: bool, least: int) -> int:
-    """The newest tokens that stay open; they must fit into a budget of `count` tokens, beside the
-    `least` that are sinks.
+    """Return the number of newest tokens that are not sealed.
 
-    Where pages save no memory, a longer tail is read in one piece and sealed less often.
+    They must fit into a budget of `count` tokens beside `least` sinks. If pages save no memory, the
+    default is larger: a longer tail is read in one piece and sealed less often.
     """
     if window is None:
         default = DEFAULT_WINDOW if saves_memory else LOSSLESS_WINDOW
@@ -69,7 +69,7 @@ def make_settings(
     window: int | None,
     probe: bool,
 ) -> Settings:
-    """The arguments of `PiKVCache`, checked and with names resolved."""
+    """Return the arguments of `PiKVCache` as settings, checked and with names resolved."""
     scheduler = resolve("scheduler", scheduler, SCHEDULERS, Scheduler)
     compressor = resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity()
     router = resolve("router", router, ROUTERS, Router)
@@ -113,7 +113,7 @@ def make_settings(
 
 
 def _check_together(scheduler: Scheduler | None, compressor: Compressor, router: Any) -> None:
-    """Refuse methods that cannot serve one cache."""
+    """Refuse methods that cannot be combined in one cache."""
     if scheduler is not None and not (compressor.is_per_token or compressor.is_idempotent):
         raise ValueError(
             f"`compressor` is {compressor}, whose pages cannot be encoded again when {scheduler} "

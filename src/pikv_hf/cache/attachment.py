@@ -29,7 +29,7 @@ from .suitability import check_fit, unlabelled, warn_if_idle, warn_of_another_ca
 
 
 def _checked(name: str) -> Callable[..., Any]:
-    """The method `name` of transformers' Cache, for the model that the cache is attached to."""
+    """Wrap the method `name` of transformers' Cache to refuse models that are not attached."""
 
     def method(self: "AttachedCache", *args: Any, **kwargs: Any) -> Any:
         self._check_use()
@@ -41,7 +41,7 @@ def _checked(name: str) -> Callable[..., Any]:
 
 
 class AttachedCache(PagedCache):
-    """What makes a cache a part of its model: attaching, being written to, being copied.
+    """A cache that attaches to its model, is written to by it, and can be copied.
 
     A subclass calls `make_parts` and then `attach`, or `fill` for a cache without a model.
     """
@@ -59,10 +59,9 @@ class AttachedCache(PagedCache):
     # ---- attaching ------------------------------------------------------------------------------
 
     def attach(self, model: Any) -> Self:
-        """Attach to `model`: a cache that was detached, loaded, or not yet attached. Returns self.
+        """Attach a detached, loaded or new cache to `model`. Returns self.
 
-        A cache that holds tokens must be attached to the model, or a copy of the model, that made
-        them.
+        A cache that holds tokens must be attached to the model that made them, or to its copy.
         """
         if self.binding is not None:
             raise RuntimeError("this PiKVCache is attached already: call `cache.detach()` first.")
@@ -82,7 +81,7 @@ class AttachedCache(PagedCache):
         return self
 
     def detach(self) -> None:
-        """Let go of the model, which is as it was before once its last cache has done so."""
+        """Detach from the model, which is restored once its last cache is detached."""
         if self._finalizer is not None:
             self._finalizer()
         self.binding, self._finalizer = None, None
@@ -96,7 +95,7 @@ class AttachedCache(PagedCache):
         self.detach()
 
     def fill(self, config: Any, binding: Binding | None = None) -> None:
-        """Make the layers: transformers' own, with every plain full-attention layer paged."""
+        """Make the layers: transformers' own, but a paged one for every plain full attention."""
         self.config = config
         layers: list[Any] = DynamicCache(config=config).layers
         attention = {} if binding is None else binding.attention
@@ -122,7 +121,7 @@ class AttachedCache(PagedCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append the new states of one layer; returns what its attention function expects."""
+        """Append the new states of one layer; return the keys and values for its attention."""
         self._check_use()
         layer = self.layer_at(layer_idx)
         if isinstance(layer, PagedLayer):
@@ -133,20 +132,20 @@ class AttachedCache(PagedCache):
         return states
 
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
-        """Whether a layer holds a state, which models before 5.23 then write to in place."""
+        """Return whether a layer holds a state; before 5.23 models then write to it in place."""
         if layer_idx is not None:
             self._check_use()
             self.step.note_written()
         return super().has_previous_state(layer_idx, *args, **kwargs)
 
-    get_conv_state = _checked("get_conv_state")  # whose result a model may write to
+    get_conv_state = _checked("get_conv_state")  # a model may write to its result
     get_recurrent_state = _checked("get_recurrent_state")
     update_conv_state = _checked("update_conv_state")
     update_recurrent_state = _checked("update_recurrent_state")
     update_indexer = _checked("update_indexer")
 
     def _check_use(self) -> None:
-        """Refuse, before anything is written, a model that this cache is not attached to."""
+        """Refuse, before anything is written, a model that the cache is not attached to."""
         if not self.elsewhere.paged:
             return
         if self.binding is None:
@@ -163,7 +162,7 @@ class AttachedCache(PagedCache):
                 "this model with `PiKVCache(model)`."
             )
 
-    # ---- what a binding tells -------------------------------------------------------------------
+    # ---- calls from the binding -----------------------------------------------------------------
 
     def check_generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         check_generate(self, model, args, kwargs)
@@ -202,16 +201,16 @@ class AttachedCache(PagedCache):
             warn_if_idle(self)
 
     def skip_forward(self) -> None:
-        """A forward pass of `generate` goes without this cache, which was passed to it.
+        """Note that a forward pass of `generate` did not use this cache, which it was given.
 
-        Guidance runs one of another prompt after each of ours; two are a cache that is given up.
+        Guidance runs one such pass after each of ours; two in a row mean the cache is given up.
         """
         self._num_skipped += 1
         if self._num_skipped == 2:
             self.note = warn_of_another_cache(self)
 
     def compress(self) -> None:
-        """Seal, and evict what is over the budget, now: the end of a document, or of `holding()`."""
+        """Seal and evict down to the budget now, as at the end of a document or of `holding()`."""
         compress(self)
 
     # ---- copies ---------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ class AttachedCache(PagedCache):
         return dict(vars(self), binding=None, _finalizer=None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A loaded cache holds its tokens and waits for `attach`."""
+        """Restore a cache with its tokens; it is unattached until `attach`."""
         vars(self).update(state)
         for paged in self.elsewhere.paged:
             paged.join(self.elsewhere)

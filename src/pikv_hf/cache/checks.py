@@ -1,4 +1,4 @@
-"""What transformers would silently get wrong with a cache that is passed in: refused here.
+"""Refusals of inputs with which transformers would silently misread a cache.
 
 `generate` slices its inputs by the length of the cache and trusts that they fit it.
 """
@@ -47,7 +47,7 @@ def check_generate(
 
 
 def given_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The token ids among the arguments of `generate`."""
+    """Return the token ids among the arguments of `generate`."""
     return args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
 
 
@@ -71,7 +71,7 @@ def _check_continuation(cache: PagedCache, ids: Tensor, mask: Tensor | None, see
 
 
 def check_forward(cache: PagedCache, model: PreTrainedModel | None, kwargs: dict[str, Any]) -> None:
-    """Refuse a forward pass of the decoder whose inputs do not continue what the cache holds."""
+    """Refuse a forward pass of the decoder whose inputs do not continue the text in the cache."""
     check_owner(cache, model)
     check_whole(cache)
     if kwargs.get("use_cache") is False:
@@ -95,7 +95,7 @@ def check_forward(cache: PagedCache, model: PreTrainedModel | None, kwargs: dict
             "`cache.batch_repeat_interleave(n)` before generating n sequences or beams from each "
             "row of a filled cache, or `cache.reset()` for another batch."
         )
-    # Behind its prompt, `generate` itself makes masks, which only grow, and positions.
+    # After the prompt `generate` makes masks, which only grow, and positions itself.
     prompt = cache.reading.prompt_length
     if seen and inputs is not None and (prompt is None or seen < prompt):
         _check_width(kwargs.get("attention_mask"), seen, inputs.shape[1])
@@ -103,7 +103,7 @@ def check_forward(cache: PagedCache, model: PreTrainedModel | None, kwargs: dict
 
 
 def _check_width(mask: Any, seen: int, length: int) -> None:
-    """A shorter mask would hide the new tokens, with which transformers fills it up."""
+    """Refuse a mask that is too short: transformers would pad it and so hide the new tokens."""
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] < seen + length:
         raise ValueError(
             f"`attention_mask` has {mask.shape[1]} columns for {length} new tokens and a cache of "
@@ -112,9 +112,9 @@ def _check_width(mask: Any, seen: int, length: int) -> None:
 
 
 def _check_training(model: PreTrainedModel, embeds: Any) -> None:
-    """Refuse to train through the cache, which holds keys and values without their gradients.
+    """Refuse to train through the cache, which holds keys and values without gradients.
 
-    In eval mode a pass with gradients may well be inference: there the backward pass is refused.
+    In eval mode a pass with gradients may be inference: then only a backward pass is refused.
     """
     if not torch.is_grad_enabled():
         return
@@ -128,9 +128,9 @@ def _check_training(model: PreTrainedModel, embeds: Any) -> None:
 
 
 def _check_continued(cache: PagedCache, kwargs: dict[str, Any], length: int, seen: int) -> None:
-    """The mask hides what it did; the first new token stands behind the `seen` ones.
+    """Refuse a mask that changes for cached columns, or positions that do not follow `seen`.
 
-    A device is waited for once, where the mask or the positions are given.
+    Waits for the device once if a mask or positions are given.
     """
     mask, padding = kwargs.get("attention_mask"), cache.padding
     own = full_attention_mask(mask)
@@ -142,8 +142,8 @@ def _check_continued(cache: PagedCache, kwargs: dict[str, Any], length: int, see
         )
     changed = padding.changed(mask, seen + length)
     first, expected, wrong = _start(kwargs.get("position_ids"), mask, seen, cache.prompt_end)
-    found = [found.any() for found in (changed, wrong) if found is not None]
-    if not found or not torch.stack([one.to(found[-1].device) for one in found]).any():
+    faults = [fault.any() for fault in (changed, wrong) if fault is not None]
+    if not faults or not torch.stack([fault.to(faults[-1].device) for fault in faults]).any():
         return
     if changed is not None and changed.any():
         padding.refuse(changed, seen)
@@ -155,10 +155,10 @@ def _check_continued(cache: PagedCache, kwargs: dict[str, Any], length: int, see
 
 
 def _start(positions: Any, mask: Any, seen: int, prompt_end: int) -> tuple[Any, Any, Tensor | None]:
-    """The position of the first new token, where it must be, padding not counted, and where it is not.
+    """Return the first new position, the expected one without padding, and where they differ.
 
-    In each row; three times None if that is not known. `generate` counts on from the last position of
-    a prompt: in rows that are padded on the right, or are nothing but padding, that is none.
+    One value for each row; three times None if that is not known. Rows whose prompt ends in padding
+    never differ: `generate` counts on from a last position, which they do not have.
     """
     if not (isinstance(positions, Tensor) and positions.dim() == 2):
         return None, None, None
@@ -173,14 +173,14 @@ def _start(positions: Any, mask: Any, seen: int, prompt_end: int) -> tuple[Any, 
 
 
 def check_whole(cache: PagedCache) -> None:
-    """Refuse a cache of which a forward pass, or sealing, has failed half-way."""
+    """Refuse a cache whose last forward pass or sealing has failed half-way."""
     change = cache.step.change
     if change is not None and change.is_half_done:
         raise RuntimeError(half_done(change, can_be_cropped=not change.has_sealed))
 
 
 def half_done(failed: Change, *, can_be_cropped: bool) -> str:
-    """Sentences: what has failed, and what can be done about it."""
+    """Return a sentence on what has failed and what can be done about it."""
     if not failed.length:
         return (
             "sealing has failed, so that some layers of this PiKVCache hold pages of tokens and others "

@@ -1,4 +1,4 @@
-"""Taking the newest tokens back: from all layers of a cache, or from none."""
+"""Removal of the newest tokens: from all layers of a cache, or from none."""
 
 import copy
 from typing import Any
@@ -12,25 +12,25 @@ from .paged_cache import PagedCache
 
 
 def crop(cache: PagedCache, tokens_to_remove: int) -> None:
-    """Remove the newest `-tokens_to_remove` tokens, also those of a forward pass that has failed.
+    """Remove the newest `-tokens_to_remove` tokens, also tokens of a failed forward pass.
 
     Raises:
-        ValueError, RuntimeError: a layer cannot; nothing is removed.
+        ValueError, RuntimeError: a layer cannot remove them; no layer has changed.
     """
     failed = cache.step.change
     amounts: list[int | None] | None
     if failed is not None and failed.is_half_done:
-        amounts = _without(cache, failed, tokens_to_remove)
+        amounts = _amounts(cache, failed, tokens_to_remove)
         if amounts is None:
             return cache.reset()
     else:
         amounts = [tokens_to_remove] * len(cache.layers)
-        if cache.native_class is not None:  # refuses in its own words
+        if cache.native_class is not None:  # raises its own error
             cache.native_class.crop(cache, tokens_to_remove)
     parts = [(x, n) for x, n in zip(cache.layers, amounts, strict=True) if n is not None]
-    # What a paged layer says is about the argument.
+    # Paged layers first: their errors name the argument.
     for layer, amount in sorted(parts, key=lambda part: not isinstance(part[0], PagedLayer)):
-        _try(layer, amount)
+        _check_layer(layer, amount)
     for layer, amount in parts:
         layer.crop(amount)
         if not isinstance(layer, PagedLayer):
@@ -39,13 +39,13 @@ def crop(cache: PagedCache, tokens_to_remove: int) -> None:
     cache.log.crop(length)
     cache.padding.crop(length)
     with cache.step.sealing(length):
-        for layer in cache.layers:  # once all layers hold what they will
+        for layer in cache.layers:  # once all layers are cropped
             if isinstance(layer, PagedLayer):
                 layer.seal_verified()
     cache.step.forget()
 
 
-def _try(layer: Any, amount: int) -> None:
+def _check_layer(layer: Any, amount: int) -> None:
     """Raise what `layer.crop(amount)` would raise, while no layer has been cropped yet."""
     if isinstance(layer, PagedLayer):
         return check_crop(layer.state, amount)
@@ -56,14 +56,14 @@ def _try(layer: Any, amount: int) -> None:
     twin.crop(amount)
 
 
-def _without(cache: PagedCache, failed: Change, tokens_to_remove: int) -> list[int | None] | None:
-    """How many tokens each layer is cropped by if those of a `failed` pass are among them.
+def _amounts(cache: PagedCache, failed: Change, tokens_to_remove: int) -> list[int | None] | None:
+    """Return by how many tokens to crop each layer, when the last pass has failed half-way.
 
-    None for a layer that has none of them; None for all if nothing is left.
+    The amount is None for a layer that has nothing to remove. Returns None if no token is left.
 
     Raises:
-        ValueError: fewer tokens than the pass had.
-        RuntimeError: it has changed what cannot be changed back.
+        ValueError: fewer tokens than the pass had are to be removed.
+        RuntimeError: the pass has made a change that cannot be undone.
     """
     if tokens_to_remove > -failed.length:
         raise ValueError(
@@ -77,11 +77,11 @@ def _without(cache: PagedCache, failed: Change, tokens_to_remove: int) -> list[i
     can_be = cache.native_class is None and all(map(can_be_undone, others))
     if left < 0 or failed.has_sealed or not can_be:
         raise RuntimeError(half_done(failed, can_be_cropped=False))
-    return [min(left - _length(layer, failed), 0) or None for layer in cache.layers]
+    return [min(left - _usable_length(layer, failed), 0) or None for layer in cache.layers]
 
 
-def _length(layer: Any, failed: Change) -> int:
-    """Tokens that a layer holds, once those are dropped that no attention has read."""
+def _usable_length(layer: Any, failed: Change) -> int:
+    """Drop the tokens of a layer that no attention has read, and return how many it then holds."""
     if not isinstance(layer, PagedLayer):
         return 0 if holds_nothing(layer) else layer.get_seq_length()
     if layer.is_initialized:

@@ -1,4 +1,4 @@
-"""From the text of `--cache` to a cache: what a user types is what `PiKVCache` takes."""
+"""Parser of the text of `--cache`, whose names and values are arguments of `PiKVCache`."""
 
 import ast
 import difflib
@@ -29,7 +29,7 @@ WORDS = {"true": True, "false": False, "none": None}
 
 @dataclass(frozen=True)
 class CacheOption:
-    """A cache as a user names it; `arguments` of PiKVCache, or None for transformers' own cache."""
+    """A cache as a user types it: arguments of PiKVCache, or None for transformers' own cache."""
 
     text: str
     arguments: dict[str, Any] | None
@@ -42,32 +42,32 @@ class CacheOption:
 
     @property
     def label(self) -> str:
-        """The name in few words, for tables and pictures."""
+        """Short name, for tables and pictures."""
         if self.arguments is None:
             return "DynamicCache"
         words = [value if name in METHODS else f"{name}={value}" for name, value in self._parts()]
         return ", ".join(words) or "PiKVCache, lossless"
 
     def make(self, model: PreTrainedModel) -> PiKVCache | None:
-        """A new cache attached to `model`; None leaves the choice to `generate`."""
+        """Return a new cache attached to `model`; None leaves the choice to `generate`."""
         return None if self.arguments is None else PiKVCache(model, **self.arguments)
 
     def probed(self) -> "CacheOption":
-        """The same cache, which measures its error; transformers' own has none."""
+        """Return this option with a probe of the cache's error; transformers' cache has none."""
         if self.arguments is None:
             return self
         return replace(self, arguments=self.arguments | {"probe": True})
 
     def _parts(self) -> list[tuple[str, str]]:
-        """Names and values as they were typed."""
+        """Return names and values as they were typed."""
         return [(str(pair.arg), ast.unparse(pair.value)) for pair in _call(self.text).keywords]
 
 
 def parse_cache(text: str) -> CacheOption:
-    """`compressor=int8,budget=0.25`, `scheduler=streaming_llm(sinks=8)`, `lossless` or `dynamic`.
+    """Parse a text such as `scheduler=streaming_llm(sinks=8),budget=0.25`, `lossless` or `dynamic`.
 
     Raises:
-        ValueError: one sentence on what is wrong with `text`; nothing is loaded to find out.
+        ValueError: one sentence on what is wrong with `text`. No model is loaded to find out.
     """
     text = text.strip()
     if text == DYNAMIC:
@@ -82,12 +82,12 @@ def parse_cache(text: str) -> CacheOption:
         )
     check_budget(arguments.get("budget"), scheduler)
     if scheduler is not None and scheduler.needs.repetition is not None:
-        arguments.setdefault("hold_prompt", True)  # else it refuses every prompt
+        arguments.setdefault("hold_prompt", True)  # a scheduler that repeats refuses other prompts
     return CacheOption(body, arguments)
 
 
 def _call(text: str) -> ast.Call:
-    """`text` as the arguments of a call; methods without a name get theirs."""
+    """Parse `text` as keyword arguments of a call; a method without a name gets its argument's."""
     try:
         call = ast.parse(f"f({_as_python(text)})", mode="eval").body
     except SyntaxError:
@@ -104,7 +104,7 @@ def _call(text: str) -> ast.Call:
 
 
 def _as_python(text: str) -> str:
-    """`text` with 25% as 0.25 and 2GiB in quotes."""
+    """Rewrite 25% in `text` as 0.25, and put 2GiB in quotes."""
     parts = re.split(r"('[^']*'|\"[^\"]*\")", text)
     for number, part in enumerate(parts):
         if number % 2 == 0:  # outside of quotes
@@ -116,20 +116,20 @@ def _as_python(text: str) -> str:
 
 
 def _kind_of(node: ast.expr) -> str:
-    """What a method alone is an argument for: `keydiff` and `KeyDiff()` for `scheduler`."""
+    """Return the argument that a method is for: `scheduler` for `keydiff` and `KeyDiff()`."""
     name = node.func if isinstance(node, ast.Call) else node
     text = ast.unparse(name)
     for kind, (registry, _) in METHODS.items():
         if _known(text, registry) in registry:
             return kind
-    every = [name for registry, _ in METHODS.values() for name in registry]
+    names = [name for registry, _ in METHODS.values() for name in registry]
     raise ValueError(
-        f"{text!r} is no method, nor name=value.{_hint(text, [*every, DYNAMIC, LOSSLESS])}"
+        f"{text!r} is no method, nor name=value.{_hint(text, [*names, DYNAMIC, LOSSLESS])}"
     )
 
 
 def _known(name: str, registry: dict[str, type]) -> str:
-    """`name`, or the name of the method whose class is called so."""
+    """Return `name`, or the registered name of the method whose class is called `name`."""
     return next((key for key, method in registry.items() if method.__name__ == name), name)
 
 
@@ -153,7 +153,7 @@ def _value(name: str, node: ast.expr) -> Any:
 
 
 def _method(name: str, node: ast.expr, registry: dict[str, type], base: type) -> Any:
-    """A name, or a name called with literals and other methods of the same kind."""
+    """Evaluate a name, or a name called with literals and other methods of its kind."""
     if isinstance(node, ast.Name):
         return WORDS.get(node.id.lower(), _known(node.id, registry))
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):

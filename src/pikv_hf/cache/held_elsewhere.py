@@ -1,4 +1,4 @@
-"""What a cache holds beside its paged layers: the part of a budget in bytes that is not theirs."""
+"""Layers of a cache as its paged layers see them, and the bytes that are not for paged layers."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from .token_log import log_bytes, num_kept_ids
 
 
 class HeldElsewhere(Neighbours):
-    """The layers of a cache: those that are paged, by their states, and all others.
+    """All layers of a cache: states of paged layers, and other layers.
 
-    Others are layers of transformers, and lists of states of a model's own cache class.
+    Other layers are layers of transformers, and lists of states of a model's own cache class.
     """
 
     def __init__(self) -> None:
@@ -25,12 +25,12 @@ class HeldElsewhere(Neighbours):
         self.paged.append(state)
 
     def set_others(self, others: list[Any]) -> None:
-        """Replace what is not paged, as when it is made anew."""
+        """Replace the layers that are not paged, as when they are made anew."""
         self.others = others
 
     @property
     def unpaged(self) -> list[LayerState]:
-        """States of layers that turned out not to be ours to read, once they hold tokens."""
+        """States of layers that hold tokens and turned out to need the model's own attention."""
         return [s for s in self.paged if s.unpaged_reason is not None and s.is_written]
 
     @property
@@ -48,7 +48,7 @@ class HeldElsewhere(Neighbours):
             state.pages.read_ahead()
 
     def nbytes(self, state: LayerState) -> int:
-        if state.is_first:  # other layers are written to between this one and the next
+        if state.is_first:  # other layers grow between this paged layer and the next
             return self._counted(state)
         key = (state.num_seen, state.tail.batch)
         return state.step.remember("elsewhere", key, lambda: self._counted(state))
@@ -61,13 +61,13 @@ class HeldElsewhere(Neighbours):
             room = tail.keys.shape[2]
             held = storage_bytes(tail.tensors())
             total += held if end <= room else held * roomy(end, end, tail.token_bytes) // room
-        sizes = [_grown(other, end) for other in self.others]
+        sizes = [_bytes_at(other, end) for other in self.others]
         total += sum(sizes)
-        if state.is_first:  # what is not yet written to will be like the others of its kind
-            both = list(zip(self.others, sizes, strict=True))
-            known = {_kind(other): nbytes for other, nbytes in both if nbytes}
-            empty = (other for other, nbytes in both if not nbytes)
-            total += sum(known.get(_kind(o)) or _guessed(o, state, end) for o in empty)
+        if state.is_first:  # layers not yet written to will be as large as others of their kind
+            sized = list(zip(self.others, sizes, strict=True))
+            known = {_kind(other): nbytes for other, nbytes in sized if nbytes}
+            empty = (other for other, nbytes in sized if not nbytes)
+            total += sum(known.get(_kind(o)) or _guessed_bytes(o, state, end) for o in empty)
         return total
 
 
@@ -75,9 +75,9 @@ def _kind(other: Any) -> tuple[type, Any]:
     return type(other), getattr(other, "sliding_window", None)
 
 
-def _grown(other: Any, end: int) -> int:
-    """Bytes of a layer, or of a list of states, at `end` tokens; 0 if it was not written to."""
-    if not isinstance(other, DynamicLayer):  # its states do not grow
+def _bytes_at(other: Any, end: int) -> int:
+    """Return the bytes of a layer, or list of states, at `end` tokens; 0 if not written to."""
+    if not isinstance(other, DynamicLayer):  # states do not grow
         return storage_bytes(tensors_in(other if isinstance(other, list) else vars(other)))
     if not other.is_initialized or not other.keys.numel():
         return 0
@@ -90,8 +90,8 @@ def _grown(other: Any, end: int) -> int:
     return held * max(end, tokens) // tokens
 
 
-def _guessed(other: Any, state: LayerState, end: int) -> int:
-    """Bytes of a layer of which none has been written to: with the heads of the paged layer `state`.
+def _guessed_bytes(other: Any, state: LayerState, end: int) -> int:
+    """Estimate the bytes of an unwritten layer, with the heads and dims of the paged layer `state`.
 
     States are taken to be as large as its tail.
     """

@@ -1,4 +1,4 @@
-"""Transformers' own cache classes and layers, where PiKVCache stands beside them."""
+"""Operations on the cache layers of transformers that a PiKVCache holds beside paged layers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from ..storage.memory import own, tensors_in
 
 
 def reads_full_mask(layer: Any) -> bool:
-    """Whether a layer that is not paged shares the mask of the paged ones."""
+    """Return whether a layer is not paged, but reads the mask of paged layers."""
     return (
         isinstance(layer, CacheLayerMixin)
         and not isinstance(layer, PagedLayer)
@@ -17,9 +17,9 @@ def reads_full_mask(layer: Any) -> bool:
 
 
 def release_prompt(layer: Any) -> None:
-    """A sliding layer keeps its window as a view of the whole prompt: keep the window alone.
+    """Copy the window of a sliding layer that is a view of the whole prompt, to free the prompt.
 
-    Not of one token, which every decode step leaves behind the view.
+    A view of one token more, as every decode step leaves it, is not worth a copy.
     """
     if not getattr(layer, "is_sliding", False) or getattr(layer, "record_past", False):
         return
@@ -31,7 +31,7 @@ def release_prompt(layer: Any) -> None:
 
 
 def release_cropped(layer: Any) -> None:
-    """A layer of bounded size keeps it as a view of more after a `crop`: keep what is left alone."""
+    """Copy states of bounded size that are views after a `crop`, to free the larger tensors."""
     if getattr(layer, "is_sliding", False) and layer.is_initialized:
         layer.keys, layer.values = own(layer.keys), own(layer.values)
     states = getattr(layer, "conv_states", {})
@@ -39,12 +39,12 @@ def release_cropped(layer: Any) -> None:
 
 
 def holds_nothing(layer: Any) -> bool:
-    """Whether it is of a block without a state, or was not written to."""
+    """Return whether a layer has no tensors: its block has no state, or it was not written to."""
     return not any(True for _ in tensors_in(vars(layer)))
 
 
 def can_be_undone(layer: Any) -> bool:
-    """Whether a layer that is not paged can forget what a failed forward pass may have written."""
+    """Return whether a layer that is not paged can undo what a failed forward pass has written."""
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         return holds_nothing(layer)
     return layer.keys.shape[-2] == layer.values.shape[-2] == layer.get_seq_length()

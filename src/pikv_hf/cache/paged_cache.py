@@ -1,4 +1,4 @@
-"""The data of a cache: its parts, its layers, and what they say together."""
+"""The data of a cache: its parts and its layers."""
 
 from typing import Any
 
@@ -16,42 +16,42 @@ from .token_log import TokenLog, num_kept_ids
 
 
 class PagedCache(Cache, AttachableCache):
-    """A cache with paged layers among those of transformers, and what they have in common.
+    """A cache with paged layers beside layers of transformers, and the parts that they share.
 
     Attributes:
-        settings: its methods and numbers.
-        step: what is being done to it, or has failed.
-        reading: what of the text is prompt.
+        settings: the methods and numbers of the cache.
+        step: the step that runs, or has failed.
+        reading: which part of the text is the prompt.
         padding: columns that were hidden when they left the tail.
-        elsewhere: the layers, as each of the paged ones sees the others.
-        log: the token ids that it has seen.
+        elsewhere: all layers, as each paged layer sees the others.
+        log: the token ids that the cache has seen.
         config: the config of its model.
-        note: why it is not used any more.
+        note: why the model no longer uses the cache; None if it does.
     """
 
     config: Any
-    layers: list[Any]  # ours and every kind of transformers'
+    layers: list[Any]  # PagedLayer, and any layer class of transformers
     note: str | None = None
-    # Set where the model insists on a cache class of its own (MiniMax), which is then mixed in.
+    # The cache class that the model insists on (MiniMax), mixed in as a second base; else None.
     native_class: type[DynamicCache] | None = None
 
     def make_parts(self, settings: Settings) -> None:
-        """Start with no layers and no tokens."""
+        """Make the parts of a cache without layers and tokens."""
         self.settings, self.step, self.reading = settings, Step(), Reading()
         self.padding, self.elsewhere = Padding(), HeldElsewhere()
         self.log = TokenLog(num_kept_ids(settings))
 
     def paged_layer(self, facts: LayerFacts) -> PagedLayer:
-        """A new layer of this cache."""
+        """Return a new paged layer of this cache."""
         parts = (self.settings, self.step, self.reading, self.padding, self.elsewhere)
         state = LayerState(facts, self.config, CacheParts(*parts))
         self.elsewhere.add(state)
         return PagedLayer(state)
 
     def start(self, layers: list[Any]) -> None:
-        """Initialise the base classes, with these layers.
+        """Initialise the base classes with `layers`.
 
-        A model's own cache class expects layers to appear as they are first written.
+        With a model's own cache class, layers are added only when they are first written to.
         """
         self._unwritten: list[Any] = []
         # Before 5.23 a block of nemotron_h without attention has a layer for states, always empty.
@@ -69,13 +69,13 @@ class PagedCache(Cache, AttachableCache):
         self.elsewhere.set_others(others)
 
     def layer_at(self, layer_idx: int) -> Any:
-        """The layer that is written to next, made to appear if the model's own class wants that."""
+        """Return the layer that is written to next; add it first if `start` has not."""
         while len(self.layers) <= layer_idx and self._unwritten:
             self.layers.append(self._unwritten.pop(0))
         return self.layers[layer_idx]
 
     def stand_in(self, layers: list[Any], log: TokenLog) -> None:
-        """Use other layers, and another log, for a repetition that is taken back."""
+        """Replace the layers and the log while the model repeats the text."""
         self.layers, self.log = layers, log
 
     @property
@@ -85,12 +85,12 @@ class PagedCache(Cache, AttachableCache):
 
     @property
     def layers_to_be(self) -> list[Any]:
-        """All layers, those that a model's own cache class has not yet got included."""
+        """All layers, including layers that are added when they are first written to."""
         return self.layers + self._unwritten
 
     @property
     def paged_layers(self) -> list[PagedLayer]:
-        """The layers of ours, those that turned out not to be ours to read included."""
+        """All `PagedLayer` objects, including layers that turned out to be unpaged."""
         return [layer for layer in self.layers_to_be if isinstance(layer, PagedLayer)]
 
     @property
@@ -105,7 +105,7 @@ class PagedCache(Cache, AttachableCache):
 
     @property
     def unpaged(self) -> dict[int, str]:
-        """Why layers are not paged: from the start, or since their first tokens."""
+        """Reasons, by layer, why it is not paged: from the start, or since its first tokens."""
         late = {s.layer_idx: s.unpaged_reason for s in self.states if s.unpaged_reason is not None}
         return self.unpaged_from_start | late
 
@@ -113,20 +113,20 @@ class PagedCache(Cache, AttachableCache):
 
     @property
     def is_paged(self) -> bool:
-        """Whether the attention of some layer reads pages."""
+        """True if the attention of some layer reads pages."""
         return any(state.unpaged_reason is None for state in self.states)
 
     @property
     def rows(self) -> int | None:
-        """Batch rows that the cache holds, as far as its paged layers tell."""
+        """Batch rows that the cache holds; None if no paged layer has tokens."""
         return next((state.tail.batch for state in self.states if state.is_written), None)
 
     @property
     def prompt_end(self) -> int:
-        """Tokens up to the end of the newest prompt, as far as paged layers tell; 0 = unknown."""
+        """Tokens up to the end of the newest prompt; 0 if no paged layer has tokens."""
         return next((state.prompt_end for state in self.states if state.is_written), 0)
 
     @property
     def is_drafting(self) -> bool:
-        """Whether drafted tokens are being verified, which may be taken back."""
+        """True if drafted tokens are being verified, which may be removed again."""
         return any(getattr(layer, "record_past", False) for layer in self.layers)

@@ -1,4 +1,4 @@
-"""What is done to a whole cache: a forward pass of its decoder, and sealing by itself."""
+"""Steps of a whole cache: a forward pass of its decoder, and sealing by itself."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from .suitability import unheard
 
 
 def begin_forward(cache: PagedCache, length: int, mask: Any) -> None:
-    """A forward pass of `length` tokens begins; a generated one ends a prompt that was held back.
+    """Begin a forward pass of `length` tokens; a generated token releases a prompt that was held.
 
-    `mask` as the decoder is given it.
+    `mask`: as the decoder is given it.
     """
     seen = cache.get_seq_length()
-    cache.step.forget()  # of a forward pass that failed, or of a `crop`
+    cache.step.forget()  # what a failed forward pass or a `crop` has left
     if cache.settings.holds_prompts and not (cache.reading.is_block or cache.is_drafting):
         if cache.reading.is_prompt(seen, length):
             cache.reading.hold()
@@ -29,7 +29,7 @@ def begin_forward(cache: PagedCache, length: int, mask: Any) -> None:
 
 
 def end_forward(cache: PagedCache, ids: Tensor | None) -> None:
-    """A forward pass of the token `ids` has ended: was every attention and gate heard?"""
+    """End a forward pass over the token `ids`; raise unless every attention and gate was heard."""
     cache.step.release()
     for state in cache.states:
         if state.awaits is not None:
@@ -50,7 +50,7 @@ def end_forward(cache: PagedCache, ids: Tensor | None) -> None:
 
 
 def compress(cache: PagedCache) -> None:
-    """Seal, and evict what is over the budget, now."""
+    """Seal and evict down to the budget now."""
     check_whole(cache)
     if cache.reading.is_held:
         repeat(cache)
@@ -64,14 +64,14 @@ def compress(cache: PagedCache) -> None:
 def prompt_length(
     cache: PagedCache, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> int | None:
-    """Tokens of the text, cached ones included, before `generate` makes its first; None = unknown."""
+    """Return the length of the prompt of `generate`, cached tokens included; None = unknown."""
     if kwargs.get("custom_generate") is not None or model.config.is_encoder_decoder:
         return None
     ids, mask = given_ids(args, kwargs), kwargs.get("attention_mask")
     embeds = kwargs.get("inputs_embeds")
-    if isinstance(embeds, Tensor):  # always of the whole text
+    if isinstance(embeds, Tensor):  # they always cover the whole text
         length = embeds.shape[1]
-    elif isinstance(ids, Tensor) and ids.dim() == 2:  # of the whole text, or the mask is
+    elif isinstance(ids, Tensor) and ids.dim() == 2:  # they, or the mask, cover the whole text
         length = max(ids.shape[1], mask.shape[1] if isinstance(mask, Tensor) else 0)
     else:
         return None

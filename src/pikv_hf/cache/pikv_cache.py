@@ -32,42 +32,42 @@ class PiKVCache(AttachedCache):
     print(cache.report())
     ```
 
-    By default everything is kept, uncompressed, and read: lossless. Full-attention layers (also
-    latent ones) are paged; every other layer keeps transformers' own cache layer.
+    By default the cache is lossless: all tokens are kept, uncompressed, and read. Full-attention
+    layers (also latent ones) are paged; every other layer keeps transformers' own cache layer.
 
     Args:
-        model: the model that will use the cache; it is attached, and restored by `detach()`, at the
-            end of a `with` block, or when the last cache of it is collected. A model wrapped by
-            PEFT or torch.compile is accepted.
-        config: instead of a model, its config: an unattached cache, lossless and without methods.
-        scheduler: which tokens stay: a name of `SCHEDULERS`, a `Scheduler`, or None for all.
-        budget: what the scheduler keeps: a number of tokens of each row and KV head (int), a share
-            of the tokens that the row has seen (float in (0, 1]), or bytes of the whole cache
-            ("2GiB": paged layers share what the others leave); None = the scheduler's own. A dict
-            gives `prefill` and `decode` budgets apart: without the first a prompt is kept whole;
-            without the second what is generated adds to what was kept of the prompt.
-        sinks: first tokens of each row that the scheduler never drops.
-        interval: tokens generated from one eviction to the next: each drops so many that the next
-            ones fit into the budget, at most half of it. Larger is faster, and holds less. None = a
-            sixteenth of the budget; 1 = whenever a page is sealed. In whole pages.
-        hold_prompt: nothing of a prompt is dropped (or compressed) before its first generated token,
-            so that one which is read in several pieces ends as one that is read at once; until then
-            it is held whole. Without it, every piece is evicted from as it comes. In a loop of your
-            own, a pass of one token counts as a generated one, except within `holding()`.
+        model: the model that will use the cache, which attaches to it. The model is restored by
+            `detach()`, at the end of a `with` block, or when its last cache is collected. A model
+            wrapped by PEFT or torch.compile is accepted.
+        config: the config of a model instead of the model: makes an unattached, lossless cache.
+        scheduler: which tokens are kept: a name of `SCHEDULERS`, a `Scheduler`, or None for all.
+        budget: how much the scheduler keeps: a number of tokens of each row and KV head (int), a
+            share of the tokens that the row has seen (float in (0, 1]), or bytes of the whole cache
+            ("2GiB": paged layers share what other layers leave); None = the scheduler's own. A dict
+            gives separate `prefill` and `decode` budgets: without `prefill` a prompt is kept whole;
+            without `decode` generated tokens add to the kept tokens of the prompt.
+        sinks: first tokens of each row that the scheduler never evicts.
+        interval: generated tokens between two evictions. Each eviction frees room for that many, at
+            most half of the budget. A larger interval is faster and holds less. None = a sixteenth
+            of the budget; 1 = whenever a page is sealed. In whole pages.
+        hold_prompt: evict and compress nothing of a prompt before its first generated token: a
+            prompt read in pieces then ends like one read at once, but is held whole until then.
+            Otherwise tokens are evicted after every piece. In your own loop, a pass of one token
+            counts as generated, except within `holding()`.
         compressor: how sealed pages are stored: a name of `COMPRESSORS`, a `Compressor`, or None
             for the model's dtype.
         router: which pages a query reads: a name of `ROUTERS`, a `Router`, or None for all. With a
             router, pages carry the experts that the model chose for their tokens.
         placement: where pages live: a name of `PLACEMENTS` or a `Placement`.
         page_size: tokens of a page.
-        window: newest tokens that are not sealed (nor compressed or dropped); None = 128, at most
-            half of a budget given in tokens or as a share, and 512 where nothing is compressed or
-            dropped. Where a budget is a share, it is smaller while that comes to no more.
-        probe: measure, whenever pages are sealed, what that does to the output of attention, for
-            `report()`. It costs as much as sealing twice, and attention of 16 queries.
+        window: newest tokens that are not sealed (so neither compressed nor evicted); None = 128,
+            or 512 if nothing is compressed or evicted, and at most half of a budget given in tokens
+            or as a share. A given window shrinks, too, while a share comes to no more tokens.
+        probe: measure for `report()`, whenever pages are sealed, the error that this causes in the
+            output of attention. It costs as much as sealing twice, and attention of 16 queries.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be; the model is left as it was.
+        TypeError, ValueError: an argument is invalid; the model is left as it was.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class PiKVCache(AttachedCache):
             "placement": placement,
             "probe": probe or None,
         }
-        asked = [name for name, value in needing.items() if value is not None]
-        if config is not None and asked:
+        chosen = [name for name, value in needing.items() if value is not None]
+        if config is not None and chosen:
             raise ValueError(
-                f"`{asked[0]}` needs an attached cache: pass the model, `PiKVCache(model, ...)`, "
+                f"`{chosen[0]}` needs an attached cache: pass the model, `PiKVCache(model, ...)`, "
                 "instead of its config."
             )
         settings = make_settings(
@@ -135,19 +135,19 @@ class PiKVCache(AttachedCache):
     # ---- the Cache interface ----------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens, also those of a forward pass that has failed.
+        """Remove the newest `-tokens_to_remove` tokens, also tokens of a failed forward pass.
 
         Raises:
-            ValueError: a positive number, more tokens than there are, or, with a scheduler, more
-                than the open window holds. The cache is left as it was.
-            RuntimeError: a layer has not kept what it held before. The cache is left as it was.
+            ValueError: a positive number, more tokens than were seen, or, with a scheduler, more
+                than the tail holds. The cache is left as it was.
+            RuntimeError: a layer cannot restore its earlier state. The cache is left as it was.
         """
         crop(self, int(tokens_to_remove))  # transformers 5.17 passes a tensor
 
     def reset(self) -> None:
-        """Forget everything; the cache can then be used for any batch."""
+        """Forget all tokens; the cache can then be used for any batch."""
         layers = self.layers_to_be
-        # Transformers' layers of fixed size keep their batch when they are reset: made anew.
+        # Transformers' layers of fixed size keep their batch when they are reset: replace them.
         for idx, fresh in enumerate(DynamicCache(config=self.config).layers):
             if isinstance(layers[idx], PagedLayer):
                 layers[idx].reset()
@@ -182,7 +182,7 @@ class PiKVCache(AttachedCache):
             self.log.map_rows(torch.arange(len(self.log.ids)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the batch rows `indices`; the pages of the others are freed."""
+        """Keep the batch rows `indices`; the pages of other rows are freed."""
         check_whole(self)
         rows = self.rows
         super().batch_select_indices(indices)
@@ -193,7 +193,7 @@ class PiKVCache(AttachedCache):
 
     @contextlib.contextmanager
     def holding(self) -> Generator[Self, None, None]:
-        """Within the block nothing is sealed or dropped; at its end the cache is compressed.
+        """Hold all tokens within the block, unsealed; compress the cache at its end.
 
         ```python
         with cache.holding():
@@ -202,14 +202,14 @@ class PiKVCache(AttachedCache):
         answers = model.generate(**questions, cache=cache.fork(n))
         ```
 
-        What is read in the block in several pieces ends as if it was read at once. An exception of
-        the block ends the holding, too, and is raised whatever the compression then says.
+        A text read in several pieces within the block ends as if it was read at once. An exception
+        in the block also ends the holding; errors of the compression do not replace it.
         """
         self.reading.begin_block()
         try:
             yield self
         except BaseException:
-            with contextlib.suppress(Exception):  # the exception of the block says more
+            with contextlib.suppress(Exception):  # the block's exception says more
                 self._end_block()
             self.reading.release()
             raise
@@ -223,9 +223,9 @@ class PiKVCache(AttachedCache):
         self.reading.release()
 
     def fork(self, n: int = 1) -> Self:
-        """A new cache whose rows `i * n` to `i * n + n - 1` continue row i; this one stays as it is.
+        """Return a new cache whose rows `i * n` to `i * n + n - 1` continue row i of this cache.
 
-        Sealed pages are shared, not copied: n questions about one document.
+        Sealed pages are shared, not copied: useful for n questions about one document.
         """
         check_count("n", n)
         check_whole(self)
@@ -238,7 +238,7 @@ class PiKVCache(AttachedCache):
         return new
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Keys, values and sliding window of each layer, as `DynamicCache` yields them."""
+        """Yield keys, values and sliding window of each layer, as `DynamicCache` does."""
         check_whole(self)
         for layer in self.layers:
             states = layer.states() if isinstance(layer, PagedLayer) else (layer.keys, layer.values)
@@ -248,18 +248,18 @@ class PiKVCache(AttachedCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages that the cache keeps alive now, labels and tables included.
+        """Bytes of all storages that the cache keeps alive, labels and tables included.
 
-        Pages in the CPU's memory count, pages in files (`Offload`) do not: `report()` has both.
+        Pages in CPU memory count, pages in files (`Offload`) do not; `report()` lists both.
         """
         return cache_bytes(self)
 
     def report(self) -> Report:
-        """What each layer holds; prints as a table, `.to_dict()` for the numbers."""
+        """Return what each layer holds; it prints as a table, and `.to_dict()` has the numbers."""
         return Report.of(self)
 
     def _repr_html_(self) -> str:
-        """In a notebook: what is held, and by which methods."""
+        """Render the report in a notebook."""
         return self.report()._repr_html_()
 
     def __repr__(self) -> str:

@@ -1,6 +1,6 @@
-"""The model repeats what a cache holds back, which marks each token with the attention it gets.
+"""Repetition of a held text by the model, which marks each token with the attention that it gets.
 
-Shapes: B rows, H KV heads, G query heads of each, q new tokens, n open ones, S keys.
+Shapes: B rows, H KV heads, G query heads of each, q new tokens, n tail tokens, S keys, D head dim.
 """
 
 import copy
@@ -20,15 +20,15 @@ from ..schedulers.attention_mass import attention_weights
 from .paged_cache import PagedCache
 from .token_log import TokenLog
 
-# The mark of a token that is not repeated is 0.
-LEAST = torch.finfo(torch.float32).tiny
+# Smallest mark of a repeated token; tokens that are not repeated have mark 0.
+MIN_MARK = torch.finfo(torch.float32).tiny
 
 
 def check_repetition(how: Any, model: PreTrainedModel, native: type | None) -> None:
-    """Refuse a scheduler that has `model` repeat texts as `how` says, if it cannot; None = it does not.
+    """Refuse a `model` that cannot repeat texts as `how` says; None = nothing is repeated.
 
     Raises:
-        ValueError: it cannot take a repetition back, or the prompt is not of its vocabulary.
+        ValueError: tokens cannot be removed again, or the prompt exceeds the model's vocabulary.
     """
     if how is None:
         return
@@ -43,12 +43,12 @@ def check_repetition(how: Any, model: PreTrainedModel, native: type | None) -> N
 
 
 def check_held(cache: PagedCache, kwargs: dict[str, Any], length: int) -> None:
-    """Refuse to read `length` tokens that could not be repeated, with a scheduler that repeats.
+    """Refuse to read `length` tokens that the scheduler must have repeated, but that cannot be.
 
-    Behind a text, others may be read that are not repeated: questions about it.
+    Only the first text is repeated: later ones, such as questions about it, need not be held.
 
     Raises:
-        ValueError: the first text is not held back, or ids are unknown.
+        ValueError: the first text is not held, or token ids are unknown.
     """
     how = cache.settings.needs.repetition
     if how is None:
@@ -73,10 +73,10 @@ def check_held(cache: PagedCache, kwargs: dict[str, Any], length: int) -> None:
 
 
 class Listener(Observations):
-    """Stands in for what a layer observes while `columns[r]` of its tail are repeated in row r.
+    """Observations that a layer has while the model repeats `columns[r]` of its tail in row r.
 
-    `lengths[r]` of the new tokens are the repetition, `sinks[r]` columns are read beside it. `marks`
-    [B, H, n]: the largest attention that each open token got.
+    The first `lengths[r]` new tokens of row r are the repetition, which also reads the columns
+    `sinks[r]`. `marks` [B, H, n]: the largest attention that each tail token got.
     """
 
     def __init__(self, state: LayerState) -> None:
@@ -90,45 +90,45 @@ class Listener(Observations):
         self.lengths: list[int] = []
 
     def hear(self, columns: list[Tensor], sinks: list[Tensor], lengths: list[int]) -> None:
-        """The next forward pass repeats these columns of each row."""
+        """Expect that the next forward pass repeats these columns of each row."""
         self.columns, self.sinks, self.lengths = columns, sinks, lengths
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:
-        """`queries` [B, H, G, q, D] of new tokens: nothing is kept of them."""
-        opened = self.state.tail.view()[0]
-        before = opened.shape[2] - queries.shape[3]
+        """Mark the repeated columns by `queries` [B, H, G, q, D] of new tokens; keep no query."""
+        tail_keys = self.state.tail.view()[0]
+        before = tail_keys.shape[2] - queries.shape[3]
         for row, (columns, sinks) in enumerate(zip(self.columns, self.sinks, strict=True)):
             count = self.lengths[row]
             if count:
                 read = torch.cat([sinks, columns, torch.arange(before, before + count)])
-                keys = opened[row][:, read.to(opened.device)]
-                most = largest(queries[row, :, :, :count], keys, self.state.scale)
-                found = most[:, len(sinks) : len(sinks) + len(columns)].clamp_min(LEAST)
-                self.marks[row][:, columns.to(opened.device)] = found
+                keys = tail_keys[row][:, read.to(tail_keys.device)]
+                marks = largest(queries[row, :, :, :count], keys, self.state.scale)
+                marks = marks[:, len(sinks) : len(sinks) + len(columns)].clamp_min(MIN_MARK)
+                self.marks[row][:, columns.to(tail_keys.device)] = marks
 
     def truncate(self, removed: int, opened: int) -> None:
-        """Nothing is kept of the tokens that are taken back."""
+        """Do nothing: no queries of the removed tokens are kept."""
 
 
 def largest(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """The largest attention [H, S] that any of `queries` [H, G, q, D] pays each of `keys` [H, S, D].
+    """Return the largest attention [H, S] of `queries` [H, G, q, D] to each of `keys` [H, S, D].
 
-    The newest q keys are those of the queries, causal. Products are as those of `attention_weights`.
+    The newest q keys belong to the queries' tokens, causally. Precision as in `attention_weights`.
     """
-    asked = queries.shape[2]
-    newest = torch.arange(asked, device=queries.device)[None, None]
-    most = torch.zeros(keys.shape[:2], dtype=torch.float32, device=queries.device)
-    for weights, _ in attention_weights(queries[None], keys[None], newest, asked, scale):
-        most = torch.maximum(most, weights[0].amax((1, 2)))
-    return most
+    count = queries.shape[2]
+    newest = torch.arange(count, device=queries.device)[None, None]
+    maxima = torch.zeros(keys.shape[:2], dtype=torch.float32, device=queries.device)
+    for weights, _ in attention_weights(queries[None], keys[None], newest, count, scale):
+        maxima = torch.maximum(maxima, weights[0].amax((1, 2)))
+    return maxima
 
 
 @torch.no_grad()
 def repeat(cache: PagedCache) -> None:
-    """Let the model repeat the open tokens of `cache`, if its scheduler wants their marks.
+    """Let the model repeat the tail tokens of `cache`, if its scheduler needs their marks.
 
-    The repetition is taken back: the cache is as it was, with the marks as records of its tokens.
-    Nothing is repeated of a text whose last forward pass has failed.
+    The repetition is removed again: the cache is as before, with the marks as token statistics.
+    Nothing is repeated if the last forward pass has failed.
     """
     how = cache.settings.needs.repetition
     written = [state for state in cache.states if state.is_written]
@@ -148,7 +148,7 @@ def repeat(cache: PagedCache) -> None:
                 chunk = text.chunk(number)
                 for listener in listeners:
                     listener.hear(*chunk[:3])
-                # What is not paged cannot take tokens back: a copy reads them.
+                # Layers that are not paged cannot remove tokens: copies of them are used.
                 twins = [x if isinstance(x, PagedLayer) else _twin(x) for x in layers]
                 cache.stand_in(twins, TokenLog())
                 text.read(*chunk[2:])
@@ -166,7 +166,7 @@ def repeat(cache: PagedCache) -> None:
 
 
 def _twin(layer: Any) -> Any:
-    """A copy of a layer, tensors with a gradient included, which `deepcopy` alone refuses."""
+    """Copy a layer, tensors with a gradient included, which `deepcopy` alone refuses."""
 
     def tensors(value: Any) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
@@ -179,55 +179,55 @@ def _twin(layer: Any) -> Any:
 
 
 class Text:
-    """The open tokens of a cache, to be read again as `how` says; `state` is of a layer that holds them."""
+    """The tail tokens of a cache, to be repeated as `how` says; `state`: a layer that has them."""
 
     def __init__(self, cache: PagedCache, how: Any, state: LayerState) -> None:
         assert cache.log.ids is not None, "refused when they were read"
         self.cache, self.how = cache, how
-        opened, first = state.tail.length, state.first_in_tail
+        length, first = state.tail.length, state.first_in_tail
         self.ids = cache.log.ids[:, first : state.num_seen].long()
-        visible = visible_columns(state.mask, opened)
+        visible = visible_columns(state.mask, length)
         if visible is None:
-            visible = torch.ones(1, opened, dtype=torch.bool)
+            visible = torch.ones(1, length, dtype=torch.bool)
         visible = visible.cpu().expand(state.tail.batch, -1)
         columns = [row.nonzero().flatten() for row in visible]
         self.parts = [row.split(how.chunk_size) for row in columns]
-        # First tokens of the rows that have none behind them.
+        # A row's first tokens are in the tail only if none of its tokens has left the tail.
         self.sinks = [
-            row[: 0 if left else how.sinks]
-            for row, left in zip(columns, state.num_departed, strict=True)
+            row[: 0 if departed else how.sinks]
+            for row, departed in zip(columns, state.num_departed, strict=True)
         ]
         sealed = cache.padding.visible(state.tail.batch)
         self.mask = torch.cat([sealed, visible], dim=1).long()
         self.chunks = max(map(len, self.parts))
 
     def chunk(self, number: int) -> tuple[list[Tensor], list[Tensor], list[int], list[Tensor]]:
-        """Chunk `number` of each row: its columns, those of sinks before it, length and ids to read.
+        """Return of each row: columns of chunk `number`, earlier sinks, number of ids, ids to read.
 
-        A row that has no such chunk reads nothing.
+        A row without such a chunk reads nothing.
         """
         columns, sinks, lengths, given = [], [], [], []
         for row, parts in enumerate(self.parts):
-            mine = parts[number] if number < len(parts) else torch.arange(0)
-            asked = torch.arange(0)
-            if len(mine):
+            chunk = parts[number] if number < len(parts) else torch.arange(0)
+            new_ids = torch.arange(0)
+            if len(chunk):
                 before = parts[number - 1] if number else torch.arange(0)
-                text = torch.cat([before[max(len(before) - self.how.overlap, 0) :], mine])
+                text = torch.cat([before[max(len(before) - self.how.overlap, 0) :], chunk])
                 prompt = torch.tensor(self.how.prompt_ids, dtype=torch.int64)
-                asked = torch.cat([prompt, self.ids[row].cpu()[text]])
-            columns.append(mine)
-            sinks.append(self.sinks[row][self.sinks[row] < mine[0]] if len(mine) else mine)
-            lengths.append(len(asked))
-            given.append(asked)
+                new_ids = torch.cat([prompt, self.ids[row].cpu()[text]])
+            columns.append(chunk)
+            sinks.append(self.sinks[row][self.sinks[row] < chunk[0]] if len(chunk) else chunk)
+            lengths.append(len(new_ids))
+            given.append(new_ids)
         return columns, sinks, lengths, given
 
     def read(self, lengths: list[int], given: list[Tensor]) -> None:
-        """The decoder reads `given`, padded at the end, where no token sees it."""
-        # One new token would end a prompt that is held back.
+        """Let the decoder read `given`, padded at the end, where no token sees the padding."""
+        # A single token would count as generated and release a prompt that is held.
         width = max(2, *lengths)
         ids = torch.zeros(len(given), width, dtype=torch.int64)
-        for row, asked in enumerate(given):
-            ids[row, : len(asked)] = asked
+        for row, new_ids in enumerate(given):
+            ids[row, : len(new_ids)] = new_ids
         positions = self.mask.sum(-1, keepdim=True) + torch.arange(width)
         assert self.cache.binding is not None, "a cache reads what its model reads"
         decoder: Any = self.cache.binding.decoder()

@@ -1,4 +1,4 @@
-"""What a cache holds, counted from its tensors."""
+"""The report of a cache: numbers counted from the tensors that it holds."""
 
 import io
 from collections.abc import Iterator
@@ -19,13 +19,14 @@ TIERS = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: `held_tokens` are those of the fullest row and KV head, bytes of all rows and heads.
+    """The numbers of one layer; bytes count all of its rows and KV heads.
 
-    `bytes_per_token`: bytes for each token that a row holds (mean of the KV heads), the open ones
-    included. `bf16_ratio`: how many times as much all tokens seen would take in bfloat16. `tiers`:
-    bytes of the encoded pages in the memory of the layer's device ("device"), in the CPU's ("ram")
-    and in files ("disk"); only the last are no part of `nbytes`. `error`: relative error of attention output over sealed tokens. None where there is no token, for layers
-    that are not ours, and without `probe=True`.
+    `held_tokens`: tokens of the fullest row and KV head. `bytes_per_token`: bytes for each token of
+    a row (mean of the KV heads), tail tokens included. `bf16_ratio`: bytes that all tokens seen
+    would take in bfloat16, divided by `nbytes`. `tiers`: bytes of the encoded pages on the layer's
+    device ("device"), in CPU memory ("ram") and in files ("disk"); `nbytes` excludes files only.
+    `error`: relative error of attention output over sealed tokens; None without `probe=True`. All
+    three ratios are None for layers of transformers and without tokens.
     """
 
     layer: int
@@ -43,11 +44,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a cache holds. `full_nbytes` is what its paged layers would hold of all tokens seen in
-    the model's dtype, padding included, plus what the other layers hold: a full cache's bytes.
-    `full_bf16_nbytes` is the same with paged layers in bfloat16. `tiers` is the sum of the layers'.
-    `note` says why the cache is not used any more, if the model has given it up. `fork_nbytes`: what
-    `cache.fork()` copies, and `fork(n)` n times."""
+    """The numbers of a cache and of its layers.
+
+    `full_nbytes`: bytes of a full cache: in paged layers all tokens seen in the model's dtype,
+    padding included; other layers as they are. `full_bf16_nbytes`: likewise, with paged layers in
+    bfloat16. `tiers`: sums over the layers. `note`: why the model no longer uses the cache, if so.
+    `fork_nbytes`: bytes that `cache.fork()` copies; `fork(n)` copies n times as many.
+    """
 
     seen_tokens: int
     nbytes: int
@@ -80,17 +83,17 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than a full cache; 1.0 when nothing is held."""
+        """Bytes of a full cache divided by the bytes held; 1.0 when nothing is held."""
         return self.full_nbytes / self.nbytes if self.nbytes else 1.0
 
     @property
     def bf16_ratio(self) -> float:
-        """How many times smaller than a full cache in bfloat16; 1.0 when nothing is held."""
+        """Bytes of a full cache in bfloat16 divided by the bytes held; 1.0 when nothing is held."""
         return self.full_bf16_nbytes / self.nbytes if self.nbytes else 1.0
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes that all layers hold for a token which a row holds."""
+        """Sum of the layers' bytes per token that a row holds."""
         return sum(row.bytes_per_token or 0.0 for row in self.layers)
 
     @property
@@ -133,22 +136,22 @@ class Report:
         return self._written().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def _written(self) -> Console:
-        """A console that has recorded the table: in a notebook, too, where others display it."""
+        """Return a console that has recorded the table, without displaying it in a notebook."""
         console = Console(record=True, width=110, file=io.StringIO(), force_jupyter=False)
         console.print(self)
         return console
 
 
 def cache_bytes(cache: PagedCache) -> int:
-    """Bytes of the distinct storages behind every tensor that the cache refers to, less files."""
+    """Return the bytes of the distinct storages behind all tensors of the cache, without files."""
     return storage_bytes(_cache_tensors(cache))
 
 
 def fork_bytes(cache: PagedCache) -> int:
-    """Bytes that `cache.fork()` copies: all but sealed pages and what methods hold for the model."""
+    """Return the bytes that `cache.fork()` copies: all but pages and the scheduler's tensors."""
     shared = storages(t for x in cache.states for t in (*x.pages.tensors(), *x.scheduler_tensors()))
-    every = storages(_cache_tensors(cache))
-    return sum(nbytes for place, nbytes in every.items() if place not in shared)
+    held = storages(_cache_tensors(cache))
+    return sum(nbytes for place, nbytes in held.items() if place not in shared)
 
 
 def _cache_tensors(cache: PagedCache) -> list[Tensor]:
@@ -161,7 +164,7 @@ def _cache_tensors(cache: PagedCache) -> list[Tensor]:
 
 
 def _cells(rows: list[LayerReport]) -> list[str]:
-    """A line of the table for neighbouring layers: MiB of them all, of the rest the means."""
+    """Return a line of the table for neighbouring layers: the sum of MiB, means of ratios."""
     first, last = rows[0].layer, rows[-1].layer
     return [
         str(first) if first == last else f"{first}-{last}",
@@ -206,7 +209,7 @@ def _layer_report(idx: int, layer: Any, why: str | None) -> LayerReport:
 
 
 def _row_tokens(layer: PagedLayer) -> float:
-    """Tokens held, of all rows: the mean of the KV heads."""
+    """Return the tokens that all rows hold, as the mean of the KV heads."""
     state = layer.state
     batch = state.tail.batch
     sealed = (state.pages.held(row) for row in range(batch))
@@ -223,7 +226,7 @@ def _layer_tensors(layer: Any) -> Iterator[Tensor]:
 
 
 def _full_nbytes(layer: PagedLayer, element_size: int | None = None) -> int:
-    """Bytes of all tokens seen, in numbers of `element_size` bytes; None = as large as they are."""
+    """Return the bytes of all tokens seen at `element_size` bytes a number; None = the layer's."""
     if not layer.is_initialized:
         return 0
     keys, values = layer.state.tail.keys, layer.state.tail.values
@@ -234,7 +237,7 @@ def _full_nbytes(layer: PagedLayer, element_size: int | None = None) -> int:
 
 
 def _runs(layers: list[LayerReport]) -> Iterator[list[LayerReport]]:
-    """Neighbouring layers that differ in number and bytes only."""
+    """Yield runs of neighbouring layers that differ only in number and bytes."""
     run: list[LayerReport] = []
     for row in layers:
         same = run and (row.kind, row.why, row.pages, row.held_tokens) == (

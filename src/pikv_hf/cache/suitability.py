@@ -1,4 +1,4 @@
-"""Whether a cache and a model fit, and which methods of the cache can do nothing for the model."""
+"""Checks that a cache fits a model, and warnings of methods that can do nothing for the model."""
 
 import warnings
 from collections import Counter
@@ -17,7 +17,7 @@ from .repetition import check_repetition
 
 
 def check_fit(cache: PagedCache, model: PreTrainedModel, binding: Binding) -> None:
-    """Refuse a model that `cache` was not made for, or that has no gates to label by."""
+    """Refuse a model that `cache` was not made for, or that lacks what its methods need."""
     settings = cache.settings
     if settings.needs_labels and not binding.gate_of:
         name = "scheduler" if settings.router is None else "router"
@@ -57,7 +57,7 @@ def _why_no_labels(model: PreTrainedModel, binding: Binding) -> str:
 
 
 def _check_moves(settings: Settings, binding: Binding) -> None:
-    """Refuse to move kept keys that nothing turns, or that would be encoded again each time."""
+    """Refuse to move keys without a rotary embedding, or keys that are encoded again each time."""
     scheduler, compressor = settings.scheduler, settings.compressor
     if scheduler is None or "rerotate" not in settings.needs.inputs:
         return
@@ -74,7 +74,7 @@ def _check_moves(settings: Settings, binding: Binding) -> None:
 
 
 def warn_if_idle(cache: PagedCache) -> None:
-    """Warn if no layer can be paged, though methods were asked for that act on pages."""
+    """Warn if no layer can be paged although the cache has methods that act on pages."""
     reasons, idle = cache.unpaged, cache.settings.methods
     if idle and len(reasons) == len(cache.layers_to_be):
         names = " and ".join(f"`{name}`" for name in idle)
@@ -85,14 +85,14 @@ def warn_if_idle(cache: PagedCache) -> None:
 
 
 def no_layer(reasons: dict[int, str]) -> str:
-    """A sentence: no layer can be paged, and why."""
+    """Return a sentence that no layer can be paged, and why."""
     counts = Counter(reasons.values())
     parts = (f"{count} of {len(reasons)} layers: {why}" for why, count in counts.items())
     return f"no layer of it can be paged ({'; '.join(parts)})"
 
 
 def unheard(cache: PagedCache, layer_idx: int, what: str) -> str:
-    """A sentence: `what`, attention or experts, did not show in a forward pass."""
+    """Return a sentence that `what` ("attention", "experts") was not heard in a forward pass."""
     start = f"layer {layer_idx}: PiKVCache did not see the {what} of this forward pass: "
     binding = cache.binding
     if what == "attention" or binding is None:
@@ -105,7 +105,7 @@ def unheard(cache: PagedCache, layer_idx: int, what: str) -> str:
 
 
 def unlabelled(cache: PagedCache, layer_idx: int, heard: int, tokens: int) -> str:
-    """A sentence: a gate chose experts for `heard` of `tokens` tokens."""
+    """Return a sentence that a gate chose experts for only `heard` of `tokens` tokens."""
     assert cache.binding is not None, "a gate of the model was heard"
     return (
         f"layer {layer_idx}: {type(cache.binding.gate_of[layer_idx].module).__name__} was called "
@@ -115,7 +115,7 @@ def unlabelled(cache: PagedCache, layer_idx: int, heard: int, tokens: int) -> st
 
 
 def warn_of_another_cache(cache: PagedCache) -> str:
-    """Warn that `generate` goes on without `cache`, which it was given; returns the sentence."""
+    """Warn that `generate` goes on without `cache`, which it was given; return the sentence."""
     text = (
         f"{type(cache.model).__name__} goes on with another cache behind {cache.get_seq_length()} "
         "tokens: nothing of the PiKVCache that `generate` was given is read or written from there "

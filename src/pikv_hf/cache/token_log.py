@@ -1,4 +1,4 @@
-"""Which token ids a cache has seen: 4 bytes a token, to tell a continuation from a new text."""
+"""The token ids that a cache has seen, 4 bytes each, to tell a continuation from a new text."""
 
 import torch
 from torch import Tensor
@@ -6,18 +6,18 @@ from torch import Tensor
 from ..layer.settings import Settings
 from ..storage.memory import is_writable
 
-# Of a cache that drops tokens, and may read an endless stream.
-MOST = 4096
+# Ids kept by a cache that evicts tokens, and so may read an endless stream.
+MAX_IDS = 4096
 
 
 def num_kept_ids(settings: Settings) -> int | None:
-    """About how many of the newest token ids a cache keeps; None = all."""
+    """Return about how many of the newest token ids a cache keeps; None = all."""
     repeats = settings.scheduler is None or settings.needs.repetition is not None
-    return None if repeats else MOST
+    return None if repeats else MAX_IDS
 
 
 def log_bytes(rows: int, tokens: int, most: int | None) -> int:
-    """Bytes that the ids of `tokens` tokens take at most, if about `most` are kept (None = all)."""
+    """Return the maximum bytes of `tokens` ids, of which about `most` are kept (None = all)."""
     return 4 * rows * _room(tokens if most is None else min(tokens, 2 * most))
 
 
@@ -26,10 +26,10 @@ def _room(tokens: int) -> int:
 
 
 class TokenLog:
-    """The ids of all cached tokens, or of about the newest `most`; nothing once any is unknown.
+    """The ids of all cached tokens, or of about the newest `most`; None once any id is unknown.
 
-    They are unknown if the model is given `inputs_embeds`. `ids[:, i]` is token `first + i`, of which
-    those before `length` are there.
+    Ids are unknown if the model is given `inputs_embeds`. `ids[:, i]` belongs to token `first + i`;
+    columns from token `length` on are free.
     """
 
     def __init__(self, most: int | None = None) -> None:
@@ -43,11 +43,11 @@ class TokenLog:
         self.ids, self.first, self.length, self.is_complete = None, 0, 0, True
 
     def append(self, ids: Tensor | None) -> None:
-        """Note new ids [B, q]; None if the model was given embeddings."""
+        """Append new ids [B, q]; None if the model was given embeddings."""
         if ids is None or ids.dim() != 2 or not self.is_complete:
             self.is_complete, self.ids = False, None
             return
-        if self.most is not None and ids.shape[1] > self.most:  # none of the older ones stays
+        if self.most is not None and ids.shape[1] > self.most:  # no older id is kept
             self.length += ids.shape[1] - self.most
             self.ids, self.first, ids = None, self.length, ids[:, -self.most :]
         end = self.length + ids.shape[1]
@@ -58,7 +58,7 @@ class TokenLog:
         self.length = end
 
     def _move(self, new: Tensor) -> None:
-        """To a buffer with room for the ids `new` and more, without the oldest if there are many."""
+        """Move to a buffer with room for the ids `new` and more, with at most `most` old ids."""
         first = self.first if self.most is None else max(self.first, self.length - self.most)
         held, needed = self.length - first, self.length - first + new.shape[1]
         room = new.new_empty(new.shape[0], _room(needed), dtype=torch.int32)
@@ -67,7 +67,7 @@ class TokenLog:
         self.ids, self.first = room, first
 
     def starts(self, ids: Tensor) -> bool:
-        """Whether `ids` [B, n] begin with the cached ones, as far as these are known."""
+        """Return whether `ids` [B, n] begin with the cached ids, as far as they are known."""
         if self.ids is None:
             return True
         known = self.ids[:, : self.length - self.first]

@@ -1,8 +1,8 @@
-"""Calibration files: what was fitted to one model, and which model that was.
+"""Calibration files: tensors that were fitted to one model, and the identity of that model.
 
 A file is in the safetensors format. Its tensors are called `method.layer.part`, for instance
-`lowrank.3.key_up`; its metadata is one JSON text, which says first which model they are for. (One,
-because safetensors writes several in any order: the same calibration is the same file.)
+`lowrank.3.key_up`. Its metadata is a single JSON text, which begins with the model. (A single text,
+because safetensors writes several in any order; so equal calibrations give equal files.)
 """
 
 import json
@@ -28,16 +28,15 @@ GEOMETRY = (
     "kv_lora_rank",
     "qk_rope_head_dim",
 )
-SAMPLES = 32  # numbers of a weight that go into the fingerprint
+SAMPLES = 32  # numbers of each weight in the fingerprint
 SAMPLED_LAYERS = 3
-# Rounding to bfloat16 moves a fingerprint by .0011 of its norm, other weights by about 1.4.
+# Rounding to bfloat16 moves a fingerprint by .0011 of its norm; other weights differ by about 1.4.
 SAME_WEIGHTS = 0.005
 
 
 @dataclass(frozen=True)
 class FileKind:
-    """A kind of file that names its model: the argument that takes it, the key of its metadata in
-    it, the command that makes it."""
+    """A kind of file that names its model: its argument, metadata key, and command."""
 
     argument: str
     key: str
@@ -49,10 +48,10 @@ CALIBRATION = FileKind("calibration", METADATA, "pikv calibrate")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a calibration is for, as its metadata say it.
+    """The identity of a model, as the metadata of a calibration state it.
 
-    `fingerprint` is a few numbers of attention weights, by parameter: it does not depend on dtype
-    or device, and costs no reading of the whole model.
+    `fingerprint`: a few numbers of attention weights, by parameter. It does not depend on dtype or
+    device, and does not read the whole model.
     """
 
     name: str
@@ -68,7 +67,7 @@ class ModelIdentity:
         return cls(_name_of(model), config.model_type, geometry, dict(_samples(model)))
 
     def difference(self, other: "ModelIdentity") -> str | None:
-        """What distinguishes `other`, a model, from this one; None = nothing that shows."""
+        """Return how the model `other` differs from this model; None = no visible difference."""
         if other.model_type != self.model_type:
             return f"its model type is {other.model_type}, not {self.model_type}"
         for name, value in self.geometry.items():
@@ -76,17 +75,17 @@ class ModelIdentity:
                 return f"its {name} is {other.geometry.get(name)}, not {value}"
         for name, numbers in self.fingerprint.items():
             if name in other.fingerprint:
-                mine, theirs = (torch.tensor(n) for n in (numbers, other.fingerprint[name]))
-                if mine.shape != theirs.shape or not _is_close(mine, theirs):
+                a, b = (torch.tensor(n) for n in (numbers, other.fingerprint[name]))
+                if a.shape != b.shape or not _is_close(a, b):
                     return f"its weight {name} has other numbers"
         return None
 
 
 def read_metadata(path: str | PathLike[str], kind: FileKind = CALIBRATION) -> dict[str, Any]:
-    """The metadata of a calibration file, or one of another kind.
+    """Return the metadata of a calibration file, or of a file of another kind.
 
     Raises:
-        ValueError: there is no such file, or it is not one of the kind's command.
+        ValueError: there is no such file, or the command of `kind` did not make it.
     """
     name = f"`{kind.argument}`"
     try:
@@ -102,7 +101,7 @@ def read_metadata(path: str | PathLike[str], kind: FileKind = CALIBRATION) -> di
 
 
 def read_factors(path: str | PathLike[str], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, by the rest of their names; only they are read."""
+    """Return the tensors whose names begin with `prefix`, by the rest; read no others."""
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
@@ -111,7 +110,7 @@ def read_factors(path: str | PathLike[str], prefix: str) -> dict[str, Tensor]:
 def check_model(
     path: str | PathLike[str], model: PreTrainedModel, kind: FileKind = CALIBRATION
 ) -> None:
-    """Raise ValueError unless the calibration, or other file, at `path` was made for `model`."""
+    """Raise ValueError unless the file at `path` was made for `model`."""
     made_for = ModelIdentity(**read_metadata(path, kind)["model"])
     difference = made_for.difference(ModelIdentity.of(model))
     if difference is not None:
@@ -137,7 +136,7 @@ def _name_of(model: PreTrainedModel) -> str:
 
 
 def _samples(model: PreTrainedModel) -> Iterator[tuple[str, list[float]]]:
-    """Numbers of the first, the middle and the last layer that have attention weights to read."""
+    """Yield numbers of the first, middle and last layer whose attention weights can be read."""
     by_layer: dict[str, list[tuple[str, Tensor]]] = {}
     for name, module in model.named_modules():
         if (
@@ -158,5 +157,5 @@ def _samples(model: PreTrainedModel) -> Iterator[tuple[str, list[float]]]:
             yield name, weight.detach().flatten()[::step][:SAMPLES].float().tolist()
 
 
-def _is_close(mine: Tensor, theirs: Tensor) -> bool:
-    return bool((mine - theirs).norm() <= SAME_WEIGHTS * mine.norm().maximum(theirs.norm()))
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() <= SAME_WEIGHTS * a.norm().maximum(b.norm()))

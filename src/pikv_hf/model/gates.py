@@ -1,4 +1,4 @@
-"""The model's own gates (its MoE routers): where they are, which layer's tokens each one labels."""
+"""The model's own gates (its MoE routers), and the layers whose tokens they label."""
 
 import inspect
 import re
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from .modules import is_attention
 from .versions import declared_gates
 
-# The experts and their weights, [B * q, k] each, of the tokens of a forward pass.
+# Experts and their weights, [B * q, k] each, for the tokens of a forward pass.
 Choice = tuple[Tensor, Tensor]
-# Called with a function that returns the choice, which costs nothing if nobody asks.
+# Called with a function that computes the choice, so that an unused choice costs nothing.
 Listener = Callable[[Callable[[], Choice]], None]
 
 _EXPERT_ARGUMENTS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
@@ -23,7 +23,7 @@ _EXPERT_ARGUMENTS = (("top_k_index", "top_k_weights"), ("router_indices", "routi
 
 @dataclass(frozen=True, eq=False)
 class ExpertsCall:
-    """An experts module that is called with the gate's choice: what really runs."""
+    """An experts module that is called with the gate's choice, so with the experts that run."""
 
     module: nn.Module
     names: tuple[str, str]
@@ -42,7 +42,7 @@ class ExpertsCall:
 
 @dataclass(frozen=True, eq=False)
 class GateOutput:
-    """A gate whose output tells its choice, where the experts' call does not."""
+    """A gate whose output has its choice, for models whose experts are not called with it."""
 
     module: nn.Module
     logits_index: int
@@ -55,8 +55,7 @@ class GateOutput:
         return self.module.register_forward_hook(heard)
 
     def _choice(self, output: Any) -> Choice:
-        """What the gate says it chose, or else the k largest logits with the gate's own scores of all
-        experts, or else the softmax."""
+        """Return the gate's choice, or else the k largest logits with its scores or softmax."""
         parts = [output] if isinstance(output, Tensor) else list(output)
         logits = parts.pop(self.logits_index if len(parts) > 1 else 0)
         logits = logits.reshape(-1, logits.shape[-1])
@@ -80,7 +79,7 @@ class GateOutput:
 
 @dataclass(frozen=True, eq=False)
 class BlockOutput:
-    """The block around a gate: it returns logits where it runs neither (MXFP4, kernels)."""
+    """The block around a gate: returns logits if it calls no gate or experts (MXFP4, kernels)."""
 
     module: nn.Module
     top_k: int
@@ -93,7 +92,7 @@ class BlockOutput:
         return self.module.register_forward_hook(heard)
 
     def _logits(self, output: Any) -> Tensor | None:
-        """The numbers of more experts than are chosen for each token, behind the hidden states."""
+        """Return the second output if it has numbers of more experts a token than are chosen."""
         if not isinstance(output, tuple) or len(output) < 2:
             return None
         hidden, logits = output[:2]
@@ -111,7 +110,7 @@ Gate = ExpertsCall | GateOutput
 
 
 def block_of(gate: Gate, decoder: PreTrainedModel) -> BlockOutput:
-    """The module that `gate` is a part of."""
+    """Return the module that contains `gate`."""
     name = next(name for name, module in decoder.named_modules() if module is gate.module)
     block = decoder.get_submodule(name.rpartition(".")[0])
     return BlockOutput(block, experts_per_token(decoder.config))
@@ -120,8 +119,10 @@ def block_of(gate: Gate, decoder: PreTrainedModel) -> BlockOutput:
 def gates_of_layers(
     decoder: PreTrainedModel, attention: dict[int, list[nn.Module]]
 ) -> dict[int, Gate]:
-    """For each cache layer the gate that labels its tokens: the first that runs after its attention
-    and before the next paged attention. Layers without one (dense ones) are left out."""
+    """Return, by cache layer, its first gate between its attention and the next paged attention.
+
+    The gate labels the tokens of the layer. Layers without a gate (dense ones) are left out.
+    """
     gates: dict[int, Gate] = {}
     for name, gate in all_gates(decoder):
         gates.setdefault(_block(name), gate)
@@ -132,17 +133,17 @@ def gates_of_layers(
     found = {}
     for block, idx in layer_of.items():
         end = min((other for other in layer_of if other > block), default=len(names))
-        own = [b for b in sorted(gates) if block <= b < end]
-        if own:
-            found[idx] = gates[own[0]]
+        blocks = [b for b in sorted(gates) if block <= b < end]
+        if blocks:
+            found[idx] = gates[blocks[0]]
     return found
 
 
 def all_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, Gate]]:
-    """The gates of all experts by name, those first that tell best what runs.
+    """Yield all gates by name, beginning with calls of experts, which show what really runs.
 
-    A router inside an attention module (JetMoE) chooses among projections, before the token is
-    cached: it is left out.
+    Leaves out routers inside attention modules (JetMoE): they choose among projections, before the
+    token is cached.
     """
     inside = tuple(f"{name}." for name, part in decoder.named_modules() if is_attention(part))
     for name, gate in (*_experts_calls(decoder), *_declared_gates(decoder)):
@@ -151,7 +152,7 @@ def all_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, Gate]]:
 
 
 def _block(name: str) -> int:
-    """The decoder block that a module's dotted name lies in."""
+    """Return the number of the decoder block in a module's dotted name; -1 without one."""
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
     return int(numbers[0]) if numbers else -1
 
@@ -166,7 +167,7 @@ def _experts_calls(decoder: PreTrainedModel) -> Iterator[tuple[str, ExpertsCall]
 
 
 def _declared_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, GateOutput]]:
-    """The gates that the model classes declare in `_can_record_outputs["router_logits"]`."""
+    """Yield the gates that model classes declare in `_can_record_outputs["router_logits"]`."""
     top_k = experts_per_token(decoder.config)
     declared: list[Any] = []
     for module in decoder.modules():
@@ -177,7 +178,7 @@ def _declared_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, GateOutput]
             target = getattr(entry, "target_class", entry)
             layer_name = getattr(entry, "layer_name", None)
             if isinstance(module, target) and (layer_name is None or layer_name in name):
-                # As transformers does, for a class without an index.
+                # 1 is the default of transformers for a class without an index.
                 yield name, GateOutput(module, getattr(entry, "index", 1), top_k)
                 break
 

@@ -1,4 +1,4 @@
-"""What an attention module caches: head dims, as far as they can be told before it runs, and dtype."""
+"""Head dims and dtype of the keys and values that an attention module caches."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def head_dims(module: Any) -> tuple[int, int] | None:
-    """Key and value dim of a KV head that `module` caches; (latent dim, 0) with MLA.
+    """Return key and value dim of a KV head that `module` caches; (latent dim, 0) with MLA.
 
-    Read from its attributes; None where they do not say.
+    None if the attributes of the module do not tell them before it runs.
     """
     rank, rotary = getattr(module, "kv_lora_rank", None), getattr(module, "qk_rope_head_dim", None)
     if hasattr(module, "kv_b_proj") and rank and rotary:
@@ -19,7 +19,7 @@ def head_dims(module: Any) -> tuple[int, int] | None:
 
 
 def alike(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """`keys` and `values` in the wider of their dtypes: under autocast, rotary keys are wider."""
+    """Convert `keys` and `values` to the wider of their dtypes: autocast widens rotary keys."""
     if keys.dtype == values.dtype:
         return keys, values
     dtype = torch.promote_types(keys.dtype, values.dtype)

@@ -15,7 +15,7 @@ from transformers import (
 if TYPE_CHECKING:
 
     class GenerativeModel(PreTrainedModel):
-        """What `AutoModelForCausalLM` returns; `PreTrainedModel` alone has no `generate`."""
+        """A model of `AutoModelForCausalLM`; `PreTrainedModel` alone has no `generate`."""
 
         generate: Callable[..., Any]
 
@@ -26,7 +26,7 @@ else:
 def load(
     name: str, dtype: str = "auto", device_map: str | None = None
 ) -> tuple[GenerativeModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, set to greedy decoding; on the GPU if there is one."""
+    """Load model and tokenizer, on the GPU if there is one; set the model to greedy decoding."""
     if device_map is None and torch.cuda.is_available():
         device_map = "auto"
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -46,7 +46,7 @@ def encode(
     text: str,
     special_tokens: bool = True,
 ) -> dict[str, Tensor]:
-    """The inputs of `generate`."""
+    """Encode `text` as the inputs of `generate`."""
     encoded = tokenizer(text, add_special_tokens=special_tokens, return_tensors="pt")
     ids = encoded.input_ids.to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,4 +1,4 @@
-"""What the masks that models make say of columns."""
+"""Visible columns in the attention masks that models make."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,10 @@ from .versions import attention_implementation, has_readable_masks
 
 
 def visible_columns(mask: Tensor | None, length: int) -> Tensor | None:
-    """Which of the last `length` columns the newest query sees: [B or 1, length] bool, None = all.
+    """Return which of the last `length` columns the newest query sees; None = all.
 
-    `mask` is what the model made: bool or additive [B, 1, q, columns], or bool-like [B, columns].
+    The result is [B or 1, length] bool. `mask` as the model made it: bool or additive
+    [B, 1, q, columns], or bool-like [B, columns].
     """
     if mask is None:
         return None
@@ -21,7 +22,7 @@ def visible_columns(mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def newest_columns(mask: Tensor, length: int) -> Tensor:
-    """A copy of `visible_columns`, which does not keep the mask alive."""
+    """Return a copy of `visible_columns`, which does not keep the mask alive."""
     visible = visible_columns(mask, length)
     assert visible is not None, "there is a mask"
     return visible.clone()
@@ -30,10 +31,10 @@ def newest_columns(mask: Tensor, length: int) -> Tensor:
 def rows_by_visibility(
     mask: Tensor | None, length: int, count: int, batch: int
 ) -> list[tuple[list[int], Tensor | None]]:
-    """Batch rows that see the same of the oldest `count` of the last `length` columns.
+    """Group batch rows that see equal subsets of the oldest `count` of the last `length` columns.
 
-    Each group: its rows, and the columns they see (None = all). A column that the newest query may
-    not see is padding. Rows that see nothing are left out.
+    A group is its rows and the columns that they see (None = all). A column hidden from the newest
+    query is padding. Rows that see nothing are left out.
     """
     visible = visible_columns(mask, length)
     if visible is None:
@@ -49,9 +50,9 @@ def rows_by_visibility(
 
 
 def check_masks(config: PreTrainedConfig) -> None:
-    """Refuse an attention implementation whose masks we cannot read.
+    """Refuse the attention implementation of `config` if its masks cannot be read.
 
-    It is that of `config`, whose model's attention modules may have had another one before.
+    Called in every forward pass, because users may set another implementation at any time.
     """
     name = attention_implementation(config)
     if not has_readable_masks(name):

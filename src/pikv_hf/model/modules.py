@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .versions import DynamicLayer
 
-# What layers have that transformers holds in a class of this name.
+# Reasons, by the name of transformers' layer class, why layers of the class are not paged.
 _NATIVE = {
     "DummyLayer": "no keys of its own",
     "DynamicSlidingWindowLayer": "a sliding window, which is bounded already",
@@ -20,12 +20,12 @@ _NATIVE = {
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the class of `module` is called as attention classes are."""
+    """Return whether the class name of `module` is that of an attention class."""
     return re.search(r"(Attention|MLA)\d*$", type(module).__name__) is not None
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
-    """The attention modules of the text decoder whose cache layer can be paged, by that layer."""
+    """Return, by layer, the attention modules of the text decoder whose cache can be paged."""
     text_config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=model.config).layers
     pageable = {i for i, layer in enumerate(layers) if type(layer) is DynamicLayer}
@@ -41,7 +41,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
 
 
 def unpaged_reasons(config: PreTrainedConfig, paged: dict[int, Any]) -> dict[int, str]:
-    """Why each cache layer that is not in `paged` keeps transformers' own class, by layer."""
+    """Return, by layer, why cache layers that are not in `paged` keep transformers' own class."""
     text_config = config.get_text_config(decoder=True)
     reasons = {}
     for idx, layer in enumerate(DynamicCache(config=config).layers):
@@ -58,7 +58,7 @@ def unpaged_reasons(config: PreTrainedConfig, paged: dict[int, Any]) -> dict[int
 
 
 def _is_shared(text_config: PreTrainedConfig, idx: int) -> bool:
-    """Whether others reuse what this layer's `update` returns, or read its keys: it needs all."""
+    """Return whether other layers reuse the keys of this layer, which then must keep them all."""
     if getattr(text_config, "recurrent_kv_cache_mode", None) == "last_loop":
         return True  # earlier loops of a looped model (dory) read what its last one has cached
     modes = getattr(text_config, "kv_sharing_modes", None)

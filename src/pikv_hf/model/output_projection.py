@@ -1,4 +1,4 @@
-"""The matrices that projections of a model apply, quantized, adapted and offloaded ones too."""
+"""Matrices of a model's projections, also of quantized, adapted and offloaded projections."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_plain(weight: Any) -> bool:
-    """Whether `weight` is a tensor of numbers at hand: not quantized, sharded or offloaded.
+    """Return whether `weight` is a plain tensor: not quantized, sharded or offloaded.
 
-    Quantized weights may have a dtype of numbers too, in a tensor class of their own (torchao).
+    Tested by class, too: quantized weights of torchao have a floating dtype.
     """
     is_tensor = type(weight) in (Tensor, nn.Parameter)
     return is_tensor and weight.dtype in PLAIN and not weight.is_meta
 
 
 def matrix(projection: Any, size: int, like: Tensor) -> Tensor:
-    """The matrix [out, size] that `projection` applies to states of the dtype and device of `like`.
+    """Return the matrix [out, size] that `projection` applies to states like `like`.
 
-    Where no such tensor is at hand, it is what the module makes of the unit vectors, which costs as
-    much as projecting `size` tokens.
+    `like` gives their dtype and device. Without a plain weight the matrix is computed by applying
+    the module to unit vectors, which costs as much as projecting `size` tokens.
     """
     if type(projection) is nn.Linear and is_plain(projection.weight):
         return projection.weight
@@ -35,10 +35,10 @@ def matrix(projection: Any, size: int, like: Tensor) -> Tensor:
 
 
 def output_projection(module: Any) -> Any:
-    """The output projection of an attention module, whose `matrix` can be had.
+    """Return the output projection of an attention module, to which `matrix` can be applied.
 
     Raises:
-        ValueError: it has none that is known.
+        ValueError: the module has no known output projection.
     """
     for name in OUTPUTS:
         if _is_applicable(found := getattr(module, name, None)):
@@ -50,7 +50,7 @@ def output_projection(module: Any) -> Any:
 
 
 def output_weight(module: Any, like: Tensor) -> Tensor:
-    """The weight [hidden, Hq * Dv] of the output projection of an attention module."""
+    """Return the weight [hidden, Hq * Dv] of the output projection of an attention module."""
     projection = output_projection(module)
     return matrix(projection, projection.in_features, like).detach()
 
@@ -58,5 +58,5 @@ def output_weight(module: Any, like: Tensor) -> Tensor:
 def _is_applicable(projection: Any) -> bool:
     weight = getattr(projection, "weight", None)
     if type(projection) is nn.Linear and type(weight) in (Tensor, nn.Parameter):
-        return is_plain(weight) or hasattr(projection, "_hf_hook")  # accelerate brings it
+        return is_plain(weight) or hasattr(projection, "_hf_hook")  # accelerate loads the weight
     return isinstance(projection, nn.Module) and hasattr(projection, "in_features")

@@ -1,4 +1,4 @@
-"""Cache classes of their own that some models insist on."""
+"""Cache classes that some models define and require."""
 
 import sys
 
@@ -6,7 +6,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 
 def model_cache_class(model: PreTrainedModel) -> type[DynamicCache] | None:
-    """The cache class that the model's own modeling file defines and insists on, if any."""
+    """Return the cache class that the model's own modeling file defines, if any."""
     files = {type(part).__module__ for part in model.modules() if isinstance(part, PreTrainedModel)}
     for name in sorted(files):
         for member in vars(sys.modules[name]).values():
@@ -17,7 +17,7 @@ def model_cache_class(model: PreTrainedModel) -> type[DynamicCache] | None:
 
 
 def with_native(cls: type, native: type[DynamicCache] | None) -> type:
-    """`cls`, or a subclass of it that is also a `native`, which the model tests for."""
+    """Return `cls`, or a subclass of `cls` and `native` if the model tests for `native`."""
     if native is None or issubclass(cls, native):
         return cls
     members = {"__module__": cls.__module__, "plain_class": cls, "native_class": native}

@@ -1,4 +1,4 @@
-"""How the keys of a layer turn with their position (RoPE, Su et al., arXiv 2104.09864)."""
+"""Rotation of a layer's keys by their position (RoPE, Su et al., arXiv 2104.09864)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,22 +9,21 @@ from torch import Tensor, nn
 
 from .versions import cache_in
 
-# Positions of the tokens that a model is asked for: low frequencies show at large ones only.
+# Positions at which keys are probed; low frequencies are visible only at large positions.
 PROBED = (0, 1, 1023, 1_000_003)
-# What of the change of a key with its position may remain unexplained: float32, shorter types.
+# Share of a key's change with position that may stay unexplained: float32, shorter types.
 UNEXPLAINED, UNEXPLAINED_SHORT = 1e-3, 3e-2
-# A key that changes less, in relation to its length, does not depend on its position.
+# A key that changes by less than this share of its norm does not depend on its position.
 UNCHANGED = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """Rotation by position of the keys that a layer caches, and of the queries asked of them.
+    """Rotation by position of the keys that a layer caches, and of queries that read them.
 
-    Dims `offset` and later of a key are n pairs, of which pair i turns by `frequencies[i]` per
-    position (float32, [n]): neighbours if `interleaved`, else dims i and n + i. The others do not
-    turn; with n = 0 none does. Rotations keep lengths, so that the factor of a scaled rotary
-    embedding (YaRN) is a part of the key.
+    From dim `offset` on a key has n pairs of dims, neighbours if `interleaved`, else dims i and
+    n + i. Pair i turns by `frequencies[i]` per position (float32, [n]), other dims do not; n may be
+    0. Rotations keep norms: the factor of a scaled embedding (YaRN) is a part of the key.
     """
 
     frequencies: Tensor
@@ -33,7 +32,7 @@ class Rotary:
 
     @property
     def is_identity(self) -> bool:
-        """Whether keys do not depend on their positions (NoPE)."""
+        """True if keys do not depend on their positions (NoPE)."""
         return self.frequencies.numel() == 0
 
     @property
@@ -42,24 +41,24 @@ class Rotary:
         return slice(self.offset, self.offset + 2 * self.frequencies.numel())
 
     def rotate(self, states: Tensor, source: Tensor, target: Tensor | int) -> Tensor:
-        """`states` [..., T, D] of positions `source` as the model makes them at `target`.
+        """Move `states` [..., T, D] from positions `source` to `target`, as the model makes them.
 
-        Positions are whole numbers [..., T] that broadcast, negative ones included. The same dtype;
-        what stays where it is keeps every bit.
+        Positions are whole numbers [..., T] that broadcast, also negative. Keeps the dtype; states
+        that do not move keep every bit.
         """
         target = torch.as_tensor(target, device=source.device)
-        stays = (source == target)[..., None].to(states.device)
+        unmoved = (source == target)[..., None].to(states.device)
         turned = self._turn(states, *self._between(source, target, states.device))
-        return torch.where(stays, states, turned.to(states.dtype))
+        return torch.where(unmoved, states, turned.to(states.dtype))
 
     def unrotate(self, states: Tensor, positions: Tensor) -> Tensor:
-        """`states` [..., T, D] of `positions` [..., T] as they are at position 0, in float32."""
+        """Move `states` [..., T, D] from `positions` [..., T] to position 0, in float32."""
         return self.rotate(states.float(), positions, 0)
 
     def ahead(self, states: Tensor, first: int, count: int) -> Tensor:
-        """Position-free `states` [..., D] turned by the mean rotation of `count` positions.
+        """Turn position-free `states` [..., D] by the mean rotation of `count` positions.
 
-        The first of them is `first`. The mean is linear, but shortens vectors. Float32.
+        The positions begin at `first`. The mean is linear, but shortens vectors. Float32.
         """
         future = torch.arange(first, first + count, device=states.device)
         cos, sin = self._between(torch.zeros_like(future), future, states.device)
@@ -68,9 +67,9 @@ class Rotary:
     def _between(
         self, source: Tensor, target: Tensor, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [..., T, n] of the angles from `source` to `target`.
+        """Return cosine and sine [..., T, n] of the angles from `source` to `target`.
 
-        Each position's angle is rounded to float32, as in the model, and their difference is not.
+        Each position's angle is rounded to float32, as in the model; their difference is not.
         """
         frequencies = self.frequencies.to(device)
         a, b = (at.to(device, torch.float32)[..., None] * frequencies for at in (source, target))
@@ -78,7 +77,7 @@ class Rotary:
         return b.cos() * cos + b.sin() * sin, b.sin() * cos - b.cos() * sin
 
     def _turn(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`states` with pair i multiplied by the matrix [[cos, -sin], [sin, cos]], in float32."""
+        """Multiply pair i of `states` by the matrix [[cos, -sin], [sin, cos]], in float32."""
         start, pairs = self.offset, self.frequencies.numel()
         if self.interleaved:
             first = slice(start, start + 2 * pairs, 2)
@@ -94,7 +93,7 @@ class Rotary:
 
 
 def check_axes(position_ids: Tensor | None) -> None:
-    """Refuse positions [axes, B, T] of images, of which columns of the sequence tell nothing."""
+    """Refuse positions [axes, B, T] of images, which do not follow from sequence columns."""
     if position_ids is None or position_ids.dim() < 3 or position_ids.shape[-1] == 1:
         return
     if not (position_ids[:1] == position_ids).all():
@@ -105,15 +104,14 @@ def check_axes(position_ids: Tensor | None) -> None:
 
 
 def rotaries(decoder: Any, attention: dict[int, list[nn.Module]]) -> dict[int, Rotary]:
-    """The rotation of each layer in `attention`, the modules by cache layer of a `decoder`.
+    """Return the rotation of each layer in `attention`, the modules of `decoder` by cache layer.
 
-    The decoder is asked for the keys of one token at several positions, which costs a forward pass
-    of four tokens, and the rotation is the one by frequencies of its rotary modules that explains
-    them. Changes nothing.
+    One forward pass of four tokens gives the keys of a token at several positions; the rotation is
+    found that explains them by the frequencies of the rotary modules. Changes nothing.
 
     Raises:
-        ValueError: keys of a layer turn in no such way, or by angles that change with the length
-            of the sequence; the decoder is a part of an encoder-decoder.
+        ValueError: no such rotation explains the keys, angles change with the sequence length, or
+            the decoder is a part of an encoder-decoder.
     """
     if not attention:
         return {}
@@ -138,7 +136,7 @@ def rotaries(decoder: Any, attention: dict[int, list[nn.Module]]) -> dict[int, R
 
 
 def _frequencies(module: nn.Module) -> list[Tensor]:
-    """Angles per position [n] that a rotary module holds: one tensor, or one per layer type."""
+    """Return the angles per position [n] of a rotary module: one tensor, or one per layer type."""
     return [
         buffer.detach().float().clone()
         for name, buffer in module.named_buffers(recurse=False)
@@ -150,10 +148,10 @@ def _frequencies(module: nn.Module) -> list[Tensor]:
 def _keys_by_position(
     decoder: Any, attention: dict[int, list[nn.Module]], rotary: list[nn.Module]
 ) -> dict[int, Tensor]:
-    """Keys [len(PROBED), H, D] of the same token at each of the positions, by layer.
+    """Return the keys [len(PROBED), H, D] of one token at each probed position, by layer.
 
-    Only the `rotary` modules are given these positions, for the rest of the decoder all are 0: what
-    else depends on them (sparse attention, temperatures) may not reach so far.
+    Only the `rotary` modules get these positions. The rest of the decoder gets position 0: other
+    uses of positions (sparse attention, temperatures) may not allow such large ones.
     """
     device = decoder.device if decoder.device.type != "meta" else "cpu"
     probed = torch.tensor(PROBED, device=device)[:, None]
@@ -166,7 +164,7 @@ def _keys_by_position(
         return tuple(map(moved, args)), {name: moved(value) for name, value in kwargs.items()}
 
     def repeat(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Every row gets the hidden state of the first: roundings do not add up over layers."""
+        """Give every row the hidden state of row 0, so that roundings do not add up over layers."""
         if "hidden_states" not in kwargs:
             return (args[0][:1].expand_as(args[0]), *args[1:]), kwargs
         states = kwargs["hidden_states"]
@@ -176,7 +174,7 @@ def _keys_by_position(
     hooks = [m.register_forward_pre_hook(move, with_kwargs=True) for m in rotary]
     hooks += [m.register_forward_pre_hook(repeat, with_kwargs=True) for m in attending]
     try:
-        # With autocast keys would be rounded more than their dtype tells.
+        # Autocast would round keys more than `_fit` expects from their dtype.
         with torch.autocast(probed.device.type, enabled=False):
             out = decoder(
                 inputs_embeds=decoder.get_input_embeddings()(torch.ones_like(probed)),
@@ -191,14 +189,14 @@ def _keys_by_position(
 
 
 def _cached(layer: Any, module: nn.Module) -> Tensor:
-    """Keys as a paged layer holds them: latents have their rotary key beside them."""
+    """Return keys as a paged layer holds them: latents concatenated with their rotary key."""
     keys, rank = layer.keys, getattr(module, "kv_lora_rank", None)
     is_latent = hasattr(module, "kv_b_proj") and keys.shape[1] == 1 and keys.shape[3] == rank
     return torch.cat([keys, layer.values], dim=-1) if is_latent else keys
 
 
 def _fit(keys: Tensor, candidates: list[Tensor], idx: int) -> Rotary:
-    """The rotation that explains the `keys` [len(PROBED), H, D] of layer `idx`."""
+    """Return the rotation that explains the `keys` [len(PROBED), H, D] of layer `idx`."""
     first, others = keys[:1].float(), keys[1:].float()
     change = (others - first).norm()
     if change <= UNCHANGED * others.norm():
@@ -216,10 +214,10 @@ def _fit(keys: Tensor, candidates: list[Tensor], idx: int) -> Rotary:
 
 
 def _layouts(frequencies: Tensor, first: Tensor, others: Tensor) -> Iterator[Rotary]:
-    """Rotations by these angles of the first or the last dims of keys, with both kinds of pairs.
+    """Yield rotations by `frequencies` of the first or last dims, with both kinds of pairs.
 
-    Each in the order of the frequencies, and in that which suits the keys best: models that see
-    images order them by axis.
+    First in the given order, then in the order that fits the keys best: models that see images
+    order frequencies by axis.
     """
     pairs = frequencies.numel()
     rest = first.shape[-1] - 2 * pairs
@@ -232,7 +230,7 @@ def _layouts(frequencies: Tensor, first: Tensor, others: Tensor) -> Iterator[Rot
 
 
 def _reordered(frequencies: Tensor, interleaved: bool, first: Tensor, others: Tensor) -> Tensor:
-    """Of `frequencies` [n] the one for each of the n pairs that explains its change best."""
+    """Return for each of the n pairs the frequency of `frequencies` [n] that fits it best."""
 
     def as_complex(keys: Tensor) -> Tensor:
         shape, pair = ((-1, 2), -1) if interleaved else ((2, -1), -2)

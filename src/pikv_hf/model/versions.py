@@ -1,4 +1,4 @@
-"""Names of transformers that change from version to version, and its internals that we use.
+"""Names in transformers that change between versions, and its internals that pikv_hf uses.
 
 `tests/model/test_transformers_names.py` lists each internal with the reason for it.
 """
@@ -51,31 +51,31 @@ __all__ = [
     "with_cache",
 ]
 
-# What models and `generate` call the argument, and the output, that is a cache: the newest first.
+# Names of the cache among arguments and outputs of models and `generate`, the newest first.
 CACHE_NAMES = ("cache", "past_key_values")
 
 
 def unsupported() -> str:
-    """A sentence: the installed transformers is not one that pikv_hf knows."""
+    """Return a sentence that the installed transformers is not supported by pikv_hf."""
     return (
         f"transformers {transformers.__version__} is not supported by pikv_hf {VERSION} ({TESTED})"
     )
 
 
 def is_tested() -> bool:
-    """Whether the installed transformers is one that the whole suite has passed on."""
+    """Return whether the whole test suite has passed on the installed transformers."""
     return minor(transformers.__version__) <= NEWEST_TRANSFORMERS
 
 
 @functools.cache
 def warn_if_untested() -> None:
-    """Warn, once, of a transformers that is newer than all that were tested."""
+    """Warn once if transformers is newer than all tested versions."""
     if not is_tested():
         warnings.warn(f"{unsupported()}: it may not work.", UserWarning, stacklevel=4)
 
 
 def current_cache_name(fields: set[str]) -> str:
-    """The name for a cache among `fields` of a model's output; raises ImportError without one."""
+    """Return the name of the cache among `fields` of a model's output, or raise ImportError."""
     for name in CACHE_NAMES:
         if name in fields:
             return name
@@ -91,26 +91,26 @@ PREFILL = "_prefill"
 
 
 def with_cache(cache: Cache | None) -> dict[str, Cache | None]:
-    """`cache` as a keyword argument of a model or of `generate`."""
+    """Return `cache` as a keyword argument of a model or of `generate`."""
     return {CACHE: cache}
 
 
 def cache_in(output: Any) -> Any:
-    """The cache in the output of a model or of `generate`."""
+    """Return the cache in the output of a model or of `generate`."""
     return getattr(output, CACHE)
 
 
 def given_cache(inputs: dict[str, Any]) -> Any:
-    """What a model, or `generate`, takes for its cache among its arguments `inputs`.
+    """Return the cache that a model, or `generate`, reads from its arguments `inputs`.
 
-    The newest name wins where both are given.
+    The newest name wins if both are given.
     """
     read = CACHE_NAMES[CACHE_NAMES.index(CACHE) :]
     return next((inputs[name] for name in read if name in inputs), None)
 
 
 def unread_argument(name: str) -> str:
-    """A sentence: a cache was passed as the argument `name`, which nothing reads."""
+    """Return a sentence that a cache was passed as the argument `name`, which nothing reads."""
     if is_tested():
         return (
             f"`{name}` is a PiKVCache, but the argument that transformers {transformers.__version__} "
@@ -122,7 +122,7 @@ def unread_argument(name: str) -> str:
 def forward_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a forward pass of `module` by name, also those given by position."""
+    """Return all arguments of a forward pass of `module` by name, also positional arguments."""
     if not args:
         return kwargs
     return dict(zip(_parameters(type(module)), args, strict=False)) | kwargs
@@ -134,29 +134,29 @@ def _parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
 
 
 def attention_implementation(config: PreTrainedConfig) -> str:
-    """The name of the attention function that a module with `config` calls."""
+    """Return the name of the attention function that a module with `config` calls."""
     return config._attn_implementation
 
 
 def with_attention_implementation(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """A copy of `config` whose module calls the attention function `name`."""
+    """Return a copy of `config` whose module calls the attention function `name`."""
     changed = copy.copy(config)
     changed._attn_implementation_internal = name
     return changed
 
 
 def full_attention_mask(mask: Any) -> Tensor | None:
-    """The mask of full-attention layers, where a model is given one for each kind of layer."""
+    """Return the mask of full-attention layers from `mask`, which may be a dict by layer type."""
     return mask.get("full_attention") if isinstance(mask, dict) else mask
 
 
 def has_readable_masks(implementation: str) -> bool:
-    """Whether the masks made for an attention function are ones that we can read."""
+    """Return whether pikv_hf can read the masks made for an attention function."""
     readable = (eager_mask, sdpa_mask, flash_attention_mask)
     return ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) in readable
 
 
 def declared_gates(model_class: type) -> list[Any]:
-    """What a model class declares as the sources of `output_router_logits`: classes or recorders."""
+    """Return the classes or recorders that a model class declares for `output_router_logits`."""
     entry = (getattr(model_class, "_can_record_outputs", None) or {}).get("router_logits")
     return entry if isinstance(entry, list) else [] if entry is None else [entry]
