@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # `--help` must not load torch and transformers, which takes 
 CACHES = (
     "A cache is 'dynamic' (transformers' own), 'lossless' (PiKVCache without options), or "
     "arguments of PiKVCache, such as 'compressor=int8,scheduler=streaming_llm(sinks=8),"
-    "budget=25%'. A method may be given by its name alone: 'keydiff,budget=25%'. `pikv methods` lists the names."
+    "budget=25%'. A method may be given by its name alone: 'keydiff,budget=25%'. `pikv methods` "
+    "lists the names."
 )
 
 out = Console()

@@ -1,4 +1,4 @@
-"""How much a layer's attention changes when one KV head reads only sinks and recent tokens.
+"""The change of a layer's attention when one KV head reads only sinks and recent tokens.
 
 Shapes: H KV heads, G queries per KV head, m queries, T tokens, D head dim, o hidden size.
 """
