@@ -48,9 +48,7 @@ def calibrate_command(
     rank: Annotated[
         int | None, typer.Option(help="Numbers stored per key or value. Default: dim / 4.")
     ] = None,
-    length: Annotated[
-        int, typer.Option(help="Tokens of context in a piece of text.")
-    ] = CALIBRATION_LENGTH,
+    length: Annotated[int, typer.Option(help="Tokens of context a piece.")] = CALIBRATION_LENGTH,
     windows: Annotated[int, typer.Option(help="Pieces kept for training.")] = WINDOWS,
     steps: Annotated[int, typer.Option(help="Training steps; 0 = principal axes.")] = STEPS,
     dtype: DtypeOption = Dtype.auto,

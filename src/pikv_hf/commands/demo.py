@@ -123,7 +123,7 @@ def _collect(
     caches: Sequence["CacheOption"],
     stacks: Sequence["Haystack"],
 ) -> tuple[list["Trial"], bool]:
-    """Run all trials; return those that were completed, and True if Ctrl-C ended the run."""
+    """Run all trials; return the completed ones, and True if Ctrl-C ended the run."""
     from ..layer.loss_guard import LossWarning
     from ..needles.trials import run
 

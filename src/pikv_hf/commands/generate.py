@@ -28,8 +28,7 @@ EPILOG = CACHES
 
 def generate_command(
     prompt_file: Annotated[
-        typer.FileText,
-        typer.Option(encoding="utf-8", help="File with the prompt; - for standard input."),
+        typer.FileText, typer.Option(encoding="utf-8", help="Prompt file; - for standard input.")
     ],
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,

@@ -46,10 +46,8 @@ def profile_command(
     ),
     length: Annotated[int, typer.Option(help="Tokens of a text.")] = PROFILE_LENGTH,
     texts: Annotated[int, typer.Option(help="Haystacks to make if there is no --text.")] = TEXTS,
-    sinks: Annotated[int, typer.Option(help="First tokens that a streaming head reads.")] = SINKS,
-    recent: Annotated[
-        int, typer.Option(help="Newest tokens that a streaming head reads.")
-    ] = RECENT,
+    sinks: Annotated[int, typer.Option(help="First tokens a streaming head reads.")] = SINKS,
+    recent: Annotated[int, typer.Option(help="Newest tokens a streaming head reads.")] = RECENT,
     dtype: DtypeOption = Dtype.auto,
     device_map: DeviceMap = None,
 ) -> None:

@@ -75,11 +75,9 @@ def _on_cpu(window: Window) -> Window:
     return Window(*(states.cpu().contiguous() for states in window))
 
 
-def _drawn(
-    windows: tuple[Window, ...], new: Window, seen: int, max_windows: int
-) -> tuple[Window, ...]:
+def _drawn(windows: tuple[Window, ...], new: Window, seen: int, limit: int) -> tuple[Window, ...]:
     """Update `windows`, a uniform sample of `seen` windows, with `new` (reservoir sampling)."""
-    if len(windows) < max_windows:
+    if len(windows) < limit:
         return (*windows, new)
     place = random.Random(seen).randint(0, seen)
     return tuple(new if idx == place else window for idx, window in enumerate(windows))

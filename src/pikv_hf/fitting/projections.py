@@ -96,9 +96,9 @@ class Fitting:
         return {name: tensor.contiguous() for name, tensor in done.items()}
 
     def training(self, steps: int) -> Iterator[dict[str, Factors]]:
-        """Train by Adam on the relative squared error of the attention output.
+        """Train by Adam on the relative squared error of attention; yield the factors a few times.
 
-        Each step uses one window; the order depends on `seed` only. Yields the factors a few times.
+        Each step uses one window; the order depends on `seed` only.
         """
         weights = [t for free in self.free.values() for t in free.values()]
         order = random.Random(self.seed)

@@ -72,10 +72,7 @@ class Fitting:
         return {"hidden": hidden, "bias": bias, "out": self.free["out"].clone()}
 
     def training(self, steps: int) -> Iterator[Network]:
-        """Train by Adam, one window a step, in an order that depends on `seed` only.
-
-        Yields the networks a few times.
-        """
+        """Train by Adam, one window a step, in a fixed order; yield the networks a few times."""
         order = random.Random(self.seed)
 
         def loss() -> Tensor:
