@@ -1,4 +1,4 @@
-"""The command `pikv`: what it lists; a command is imported when it is called."""
+"""The command `pikv`, which imports a subcommand only when it is called."""
 
 import importlib
 from typing import Annotated, Any, NamedTuple
@@ -11,7 +11,7 @@ from ..requirements import VERSION
 
 
 class Listed(NamedTuple):
-    """A command as `pikv --help` lists it, and where it is: `function` of `module`."""
+    """A subcommand: `function` of `module`, and the `help` that `pikv --help` shows."""
 
     module: str
     function: str
@@ -22,12 +22,12 @@ COMMANDS = {
     "calibrate": Listed(
         ".calibrate",
         "calibrate_command",
-        "Fit compressors, or pikv_quest, to a model and texts; interrupted, the same command goes on.",
+        "Fit compressors, or pikv_quest, to a model; the same command resumes an interrupted run.",
     ),
     "profile": Listed(
         ".profile",
         "profile_command",
-        "Find the KV heads that must read everything, for duo; interrupted, the same command goes on.",
+        "Find KV heads that need all tokens, for duo; the same command resumes an interrupted run.",
     ),
     "demo": Listed(
         ".demo",
@@ -37,7 +37,7 @@ COMMANDS = {
     "generate": Listed(
         ".generate",
         "generate_command",
-        "Answer on one's own text, greedily, and say what the cache holds afterwards.",
+        "Continue the text of a file greedily, and report what the cache holds afterwards.",
     ),
     "methods": Listed(
         ".methods",
@@ -48,7 +48,7 @@ COMMANDS = {
 
 
 class Commands(TyperGroup):
-    """Lists commands without importing them: that takes seconds."""
+    """Lists commands without importing them, which would take seconds."""
 
     def __init__(self, **options: Any) -> None:
         listed = {name: TyperCommand(name, help=found.help) for name, found in COMMANDS.items()}
@@ -61,7 +61,7 @@ class Commands(TyperGroup):
 
 
 def command(name: str) -> Any:
-    """The command `name`, ready to run."""
+    """Import the command `name` and return it, ready to run."""
     listed = COMMANDS[name]
     module = importlib.import_module(listed.module, __package__)
     alone = typer.Typer(add_completion=False)

@@ -1,4 +1,4 @@
-"""`pikv calibrate`: the command."""
+"""`pikv calibrate`: fit calibrated methods to a model."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def calibrate_command(
     text: Annotated[
         list[Path],
         typer.Option(
-            help="A UTF-8 text such as the model will read; repeatable.",
+            help="A UTF-8 file with text like that of your use; repeatable.",
             exists=True,
             dir_okay=False,
             readable=True,
@@ -42,19 +42,19 @@ def calibrate_command(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="lowrank, lowrank_affine, distill (these by default) or pikv_quest; repeatable."
+            help="lowrank, lowrank_affine, distill or pikv_quest; repeatable. Default: the first 3."
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Numbers kept of a key or value. Default: a quarter of them.")
+        int | None, typer.Option(help="Numbers stored per key or value. Default: dim / 4.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of context.")] = CALIBRATION_LENGTH,
-    windows: Annotated[int, typer.Option(help="Contexts kept to train on.")] = WINDOWS,
-    steps: Annotated[int, typer.Option(help="Training steps; 0 keeps the principal axes.")] = STEPS,
+    length: Annotated[int, typer.Option(help="Tokens of context a piece.")] = CALIBRATION_LENGTH,
+    windows: Annotated[int, typer.Option(help="Pieces kept for training.")] = WINDOWS,
+    steps: Annotated[int, typer.Option(help="Training steps; 0 = principal axes.")] = STEPS,
     dtype: DtypeOption = Dtype.auto,
     device_map: DeviceMap = None,
 ) -> None:
-    """Fit compressors, or pikv_quest, to a model and texts; interrupted, the same command goes on."""
+    """Fit compressors, or pikv_quest, to a model; the same command resumes an interrupted run."""
     from ..fitting.calibrate import calibrate, text_pieces
     from ..fitting.calibration_job import METHODS, PIKV_QUEST, Job
 

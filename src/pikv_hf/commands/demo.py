@@ -65,12 +65,12 @@ def demo_command(
     cache: Annotated[
         list[str] | None,
         typer.Option(
-            help="A cache to compare with DynamicCache; repeatable. "
-            "Default: lossless, int8, int4, streaming_llm and keydiff at 25 %, and keydiff with int4."
+            help="A cache to compare with DynamicCache; repeatable. Default: lossless, int8, int4, "
+            "streaming_llm and keydiff with a budget of 25 %, and keydiff with int4."
         ),
     ] = None,
     compressor: Annotated[
-        list[str] | None, typer.Option(help="As --cache compressor=...; repeatable.")
+        list[str] | None, typer.Option(help="Short for --cache compressor=...; repeatable.")
     ] = None,
     probe: Probe = False,
     dtype: DtypeOption = Dtype.auto,
@@ -91,7 +91,7 @@ def demo_command(
         stacks = trials.haystacks(
             tokenizer, length=length, needles=needles, questions=questions, seed=seed
         )
-        for option in caches:  # refuse what does not suit this model before the long work
+        for option in caches:  # options that the model refuses fail before the long run
             option.make(loaded)
     answers, interrupted = _collect(loaded, tokenizer, caches, stacks)
     rows = trials.summarize(answers, caches)
@@ -112,9 +112,9 @@ def demo_command(
 
 
 def _check_length(model: "PreTrainedModel", length: int) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and length > most:
-        fail(f"--length is {length}, but the model reads at most {most} tokens.")
+    max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_tokens is not None and length > max_tokens:
+        fail(f"--length is {length}, but the model reads at most {max_tokens} tokens.")
 
 
 def _collect(
@@ -123,7 +123,7 @@ def _collect(
     caches: Sequence["CacheOption"],
     stacks: Sequence["Haystack"],
 ) -> tuple[list["Trial"], bool]:
-    """All trials, and whether Ctrl-C cut them short."""
+    """Run all trials; return the completed ones, and True if Ctrl-C ended the run."""
     from ..layer.loss_guard import LossWarning
     from ..needles.trials import run
 
@@ -133,7 +133,7 @@ def _collect(
         Progress(TextColumn("answering"), *columns, console=err) as progress,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore", LossWarning)  # the table says what the loss costs
+        warnings.simplefilter("ignore", LossWarning)  # the table shows the loss
         task = progress.add_task("", total=len(caches) * len(stacks))
         try:
             with one_sentence():
@@ -148,7 +148,7 @@ def _collect(
 
 
 def _tell(done: int, questions: int) -> None:
-    """A line where no progress bar is shown: in a file, or a pipe."""
+    """Print the progress as a line, for a file or a pipe, where no bar is shown."""
     err.print(f"answered {done} of {questions} questions with every cache")
 
 

@@ -1,4 +1,4 @@
-"""`pikv generate`: answers on one's own text."""
+"""`pikv generate`: continue a text."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,20 +28,20 @@ EPILOG = CACHES
 
 def generate_command(
     prompt_file: Annotated[
-        typer.FileText, typer.Option(encoding="utf-8", help="The prompt; - for standard input.")
+        typer.FileText, typer.Option(encoding="utf-8", help="Prompt file; - for standard input.")
     ],
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     cache: Annotated[str | None, typer.Option(help="The cache to use. Default: lossless.")] = None,
-    compressor: Annotated[str | None, typer.Option(help="As --cache compressor=...")] = None,
+    compressor: Annotated[str | None, typer.Option(help="Short for --cache compressor=...")] = None,
     probe: Probe = False,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Send the prompt as a chat message of the user.")
+        bool, typer.Option("--chat", help="Apply the chat template to the prompt.")
     ] = False,
     dtype: DtypeOption = Dtype.auto,
     device_map: DeviceMap = None,
 ) -> None:
-    """Answer on one's own text, greedily, and say what the cache holds afterwards."""
+    """Continue the text of a file greedily, and report what the cache holds afterwards."""
     from transformers import TextStreamer
 
     from ..model.loading import encode

@@ -1,4 +1,4 @@
-"""`pikv profile`: the command."""
+"""`pikv profile`: measure the KV heads of a model, for `duo`."""
 
 import json
 from collections.abc import Iterable
@@ -33,7 +33,8 @@ def profile_command(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A UTF-8 text such as the model will read; repeatable. Default: needles in a haystack.",
+            help="A UTF-8 file with text like that of your use; repeatable. "
+            "Default: needles in a haystack.",
             exists=True,
             dir_okay=False,
             readable=True,
@@ -44,13 +45,13 @@ def profile_command(
         "heads.safetensors"
     ),
     length: Annotated[int, typer.Option(help="Tokens of a text.")] = PROFILE_LENGTH,
-    texts: Annotated[int, typer.Option(help="Haystacks that are made without --text.")] = TEXTS,
-    sinks: Annotated[int, typer.Option(help="First tokens of a streaming head.")] = SINKS,
-    recent: Annotated[int, typer.Option(help="Newest tokens of a streaming head.")] = RECENT,
+    texts: Annotated[int, typer.Option(help="Haystacks to make if there is no --text.")] = TEXTS,
+    sinks: Annotated[int, typer.Option(help="First tokens a streaming head reads.")] = SINKS,
+    recent: Annotated[int, typer.Option(help="Newest tokens a streaming head reads.")] = RECENT,
     dtype: DtypeOption = Dtype.auto,
     device_map: DeviceMap = None,
 ) -> None:
-    """Find the KV heads that must read everything, for duo; interrupted, the same command goes on."""
+    """Find KV heads that need all tokens, for duo; the same command resumes an interrupted run."""
     from ..fitting.calibrate import text_pieces
     from ..fitting.needle_texts import needle_pieces
     from ..fitting.profile import profile
@@ -82,7 +83,7 @@ def _table(scores: dict[int, "Tensor"]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("layers", "KV heads", "least", *(f"{s:.0%}" for s in SHARES[1:-1]), "most"):
         table.add_column(heading, justify="right")
-    every = torch.cat(list(scores.values())).double()
-    found = every.quantile(torch.tensor(SHARES, dtype=torch.float64)).tolist()
-    table.add_row(str(len(scores)), str(len(every)), *(f"{value:.3f}" for value in found))
+    all_scores = torch.cat(list(scores.values())).double()
+    found = all_scores.quantile(torch.tensor(SHARES, dtype=torch.float64)).tolist()
+    table.add_row(str(len(scores)), str(len(all_scores)), *(f"{value:.3f}" for value in found))
     return table

@@ -1,4 +1,4 @@
-"""What the commands have in common: their consoles, the options for a model, how they fail."""
+"""Shared parts of the commands: consoles, options for a model, and errors."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -10,17 +10,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-if TYPE_CHECKING:  # torch and transformers take seconds: help needs neither
+if TYPE_CHECKING:  # `--help` must not load torch and transformers, which takes seconds
     from transformers import PreTrainedTokenizerBase
 
     from ..cache.from_text import CacheOption
     from ..model.loading import GenerativeModel
 
-#: What `--cache` takes, for help.
+#: Help text on the values of `--cache`.
 CACHES = (
-    "A cache is 'dynamic' (transformers' own), 'lossless' (PiKVCache as it is), or arguments of "
-    "PiKVCache, such as 'compressor=int8,scheduler=streaming_llm(sinks=8),budget=25%', where the name "
-    "of a method alone stands for it: 'keydiff,budget=25%'. `pikv methods` lists the names."
+    "A cache is 'dynamic' (transformers' own), 'lossless' (PiKVCache without options), or "
+    "arguments of PiKVCache, such as 'compressor=int8,scheduler=streaming_llm(sinks=8),"
+    "budget=25%'. A method may be given by its name alone: 'keydiff,budget=25%'. `pikv methods` "
+    "lists the names."
 )
 
 out = Console()
@@ -38,7 +39,7 @@ SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "flo
 
 
 def _dtype(text: str) -> Dtype:
-    """The dtype that a user means: `bf16` and `torch.bfloat16` are bfloat16."""
+    """Return the dtype that `text` names: `bf16` and `torch.bfloat16` are bfloat16, too."""
     name = str(getattr(text, "value", text)).lower().removeprefix("torch.")
     name = {**SHORT, "half": "float16"}.get(name, name)
     if name not in [dtype.value for dtype in Dtype]:
@@ -49,7 +50,7 @@ def _dtype(text: str) -> Dtype:
 
 Model = Annotated[
     str | None,
-    typer.Option(help="A folder or a name on the Hugging Face Hub. Default: the bundled model."),
+    typer.Option(help="A folder, or a name on the Hugging Face Hub. Default: the bundled model."),
 ]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="Dtype of the weights.", metavar="DTYPE", parser=_dtype)
@@ -61,7 +62,7 @@ DeviceMap = Annotated[
 
 Probe = Annotated[
     bool,
-    typer.Option("--probe", help="Measure the error of attention over compressed pages, too."),
+    typer.Option("--probe", help="Also measure the error of attention over compressed pages."),
 ]
 
 
@@ -72,7 +73,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 @contextmanager
 def one_sentence() -> Generator[None]:
-    """A user's mistake ends the command with what is wrong, not with a traceback."""
+    """End the command with the message of a ValueError, without its traceback."""
     try:
         yield
     except ValueError as error:
@@ -81,7 +82,7 @@ def one_sentence() -> Generator[None]:
 
 @contextmanager
 def resumable(output: Path) -> Generator[None]:
-    """Work that writes `output` at its end, and that the same command continues when interrupted."""
+    """Guard work that writes `output` at its end; on Ctrl-C say how to resume it."""
     try:
         with one_sentence():
             yield
@@ -95,7 +96,7 @@ def resumable(output: Path) -> Generator[None]:
 def load(
     name: str | None, dtype: Dtype, device_map: str | None
 ) -> tuple["GenerativeModel", "PreTrainedTokenizerBase"]:
-    """The model and tokenizer `name`, or the bundled ones; a failure ends the command."""
+    """Load the model and tokenizer `name`, or the bundled ones; a failure ends the command."""
     from ..model import loading
     from ..model.versions import logging
     from ..needles.haystack import NEEDLE_MODEL
@@ -109,17 +110,18 @@ def load(
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         fail(f"--model: {name or NEEDLE_MODEL} could not be loaded: {reason}")
-    except (AssertionError, RuntimeError) as error:  # of a device that is not there
+    except (AssertionError, RuntimeError) as error:  # the device does not exist
         if device_map is None:
             raise
         reason = str(error).strip().splitlines()[0]
         fail(
-            f"--device-map: {device_map!r} cannot be used here: {reason}; leave it out, or give 'cpu'."
+            f"--device-map: {device_map!r} cannot be used here: {reason}; "
+            "leave it out, or give 'cpu'."
         )
 
 
 def parse_caches(caches: Sequence[str], compressors: Sequence[str] = ()) -> list["CacheOption"]:
-    """One option for each text of --cache, then of --compressor."""
+    """Parse the values of --cache, then those of --compressor, one option for each."""
     from ..cache.from_text import parse_cache
 
     texts = [("--cache", text) for text in caches]
@@ -134,7 +136,7 @@ def parse_caches(caches: Sequence[str], compressors: Sequence[str] = ()) -> list
 
 
 def distinct(options: Sequence["CacheOption"], probe: bool) -> list["CacheOption"]:
-    """The same cache named twice counts once; with `probe`, all measure their error."""
+    """Return `options` without repetitions; with `probe`, all measure their error."""
     once: dict[str, CacheOption] = {}
     for option in options:
         once.setdefault(option.name, option.probed() if probe else option)

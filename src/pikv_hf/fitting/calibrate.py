@@ -1,6 +1,6 @@
-"""From a model and texts to a calibration file: capture what attention reads, fit, write.
+"""Make a calibration file from a model and texts: capture what attention reads, fit, write.
 
-What an interrupted run has done lies in a file beside the result, from which the same call goes on.
+An interrupted run leaves its state in a file beside the result. Repeating the call resumes it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,38 +30,38 @@ def calibrate(
     job: Job,
     source: str = "",
 ) -> dict[str, dict[int, Fit]]:
-    """Fit compressors to what `model` attends to in `pieces` of text, and write them to `out`.
+    """Fit the methods of `job` to the attention of `model` in `pieces`, and write them to `out`.
 
-    Three of four pieces are fitted to; the others judge whether training helped. When this is
-    interrupted (an exception, Ctrl-C), it writes what it has to `out` + ".partial"; the same call
-    goes on from there and ends with the same file.
+    Three of four pieces are for training; the others judge whether it helped. An interrupted call
+    (an exception, Ctrl-C) writes its state to `out` + ".partial". Calling again with equal
+    arguments resumes it and leads to the file that an uninterrupted call writes.
 
     Args:
-        pieces: token ids [1, job.piece_tokens], at least two pieces; the same in every call.
-        source: says which texts they are, so that another call's work is not continued.
+        pieces: token ids [1, job.piece_tokens], at least two pieces; equal in repeated calls.
+        source: identifies the texts, so that a call with other texts is not resumed.
 
     Returns:
         The fits by method and layer. `model` is left as it was.
 
     Raises:
         ValueError: too little text; a model whose attention cannot be captured; or the partial
-            file is of another call.
+            file was written by a call with other arguments.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` is {type(model).__name__}: encoder-decoders are not calibrated.")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and job.piece_tokens > most:
+    max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_tokens is not None and job.piece_tokens > max_tokens:
         raise ValueError(
             f"`length` is {job.length}, and {job.piece_tokens - job.length} more tokens ask for "
-            f"these, but the model reads at most {most} tokens."
+            f"these, but the model reads at most {max_tokens} tokens."
         )
-    turns = _rotaries(model) if PIKV_QUEST in job.methods else {}
+    rotaries = _rotaries(model) if PIKV_QUEST in job.methods else {}
     progress = Progress(model, out, job, source)
     try:
         _capture(model, pieces, job, progress)
-        _fit(model, job, progress, turns)
+        _fit(model, job, progress, rotaries)
     except ValueError:
-        raise  # the same call would come to the same end
+        raise  # resuming would fail again
     except BaseException:
         progress.save()
         raise
@@ -73,10 +73,10 @@ def calibrate(
 def text_pieces(
     tokenizer: PreTrainedTokenizerBase, paths: Sequence[Path], tokens: int
 ) -> Iterator[Tensor]:
-    """The texts one after the other, as pieces [1, tokens] of token ids, read block by block.
+    """Yield the texts, one after the other, as pieces [1, tokens] of token ids.
 
-    Each piece begins with the token that the tokenizer begins texts with, if it has one. What is
-    left at the end is dropped. A bar shows how much of the texts was read.
+    Each piece begins with the tokenizer's BOS token, if it has one. A last piece that is shorter
+    is dropped. A progress bar shows how many bytes were read.
     """
     first = tokenizer("").input_ids[:1]
     start = first if first == [tokenizer.bos_token_id] else []
@@ -94,7 +94,7 @@ def text_pieces(
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    """A text in blocks that end before white space, where there is some."""
+    """Yield the text of a file in blocks that end before white space, if they have any."""
     rest = ""
     try:
         with path.open(encoding="utf-8") as file:
@@ -134,12 +134,12 @@ def _capture(
 
 
 def _rotaries(model: PreTrainedModel) -> dict[int, Rotary]:
-    """How the keys of each layer turn with their position; raises ValueError if that is not known."""
+    """Return the rotary embedding of each layer; raise ValueError if it is not known."""
     with LOCK:
         return binding_of(unwrap(model)).rotaries
 
 
-def _fit(model: PreTrainedModel, job: Job, progress: Progress, turns: dict[int, Rotary]) -> None:
+def _fit(model: PreTrainedModel, job: Job, progress: Progress, rotaries: dict[int, Rotary]) -> None:
     layers = progress.captured.layers
     todo = [(method, idx) for method in job.methods for idx in layers]
     for method, idx in bar(todo, desc="fitting"):
@@ -151,7 +151,7 @@ def _fit(model: PreTrainedModel, job: Job, progress: Progress, turns: dict[int, 
                 )
             last = job.steps, idx, model.device
             if method == PIKV_QUEST:
-                fits[idx] = fit_utility(layers[idx], turns[idx], *last)
+                fits[idx] = fit_utility(layers[idx], rotaries[idx], *last)
             else:
                 fits[idx] = fit(METHODS[method], layers[idx], job.rank, *last)
             progress.save_sometimes()

@@ -1,4 +1,4 @@
-"""What is to be fitted, and to how much text."""
+"""The arguments of a calibration."""
 
 from dataclasses import dataclass
 
@@ -16,21 +16,21 @@ NAMES = (*METHODS, PIKV_QUEST)
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be fitted, and to how much text.
+    """The arguments of a calibration.
 
     Args:
         methods: names of calibrated compressors, or "pikv_quest", which has no `rank`.
-        rank: numbers that a key, and a value, is stored as, not more than it has dims; None = a
-            quarter of these.
+        rank: numbers that a key, and a value, is stored as, at most its head dim; None = a quarter
+            of the head dim.
         length: tokens of context in each piece of text.
-        windows: pieces, drawn at random, whose keys and values are kept for training, and a quarter
-            as many to judge it: the memory that a calibration takes, whatever the texts' length.
-            Few windows are learnt by heart.
-        steps: of training; 0 = the principal axes as they are, and for `pikv_quest` tokens that are
-            all alike.
+        windows: pieces, drawn at random, whose keys and values are kept for training; a quarter as
+            many more are kept to judge it. They determine the memory that a calibration takes,
+            whatever the length of the texts. With few windows, training overfits.
+        steps: training steps; 0 = no training: the principal axes, and equal scores of all tokens
+            for `pikv_quest`.
 
     Raises:
-        ValueError: an argument is not what it must be.
+        ValueError: an argument has a wrong type or is out of range.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
@@ -54,5 +54,5 @@ class Job:
 
     @property
     def piece_tokens(self) -> int:
-        """Tokens of a piece: the context, one that stays open, and those that ask."""
+        """Tokens of a piece: the context, one token that is not sealed, and those that query."""
         return self.length + 1 + QUERIES

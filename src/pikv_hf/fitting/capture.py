@@ -1,4 +1,4 @@
-"""What a model's attention reads, captured through a cache of our own, in bounded memory.
+"""Capture what a model's attention reads, through a `PiKVCache`, in bounded memory.
 
 Shapes: H KV heads, n queries per KV head, T tokens, D key dim, Dv value dim.
 """
@@ -16,13 +16,13 @@ from ..compressors import Identity
 from ..compressors.moments import Moments
 from ..model.versions import with_cache
 
-QUERIES = 64  # tokens that ask for the ones before them, in each piece of text
-KEPT_QUERIES = 256  # of all query heads of a KV head, in each window
-HELD_OUT = 4  # every fourth piece is not fitted to, but judged by
+QUERIES = 64  # last tokens of each piece, whose queries over the earlier tokens are captured
+KEPT_QUERIES = 256  # queries kept in each window for each KV head, over all its query heads
+HELD_OUT = 4  # every fourth piece is held out of training
 
 
 class Window(NamedTuple):
-    """Queries [H, n, D] and the keys [H, T, D] and values [H, T, Dv] that lie before them."""
+    """Queries [H, n, D], and the keys [H, T, D] and values [H, T, Dv] of all earlier tokens."""
 
     query: Tensor
     keys: Tensor
@@ -31,9 +31,9 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Capture:
-    """What is known of one layer: moments of all its keys and values, and windows drawn at random.
+    """Moments of all keys and values of one layer, and a random sample of its windows.
 
-    `held_out` are windows of pieces that count nowhere else.
+    `held_out` are windows of pieces that the moments and `fitted` do not contain.
     """
 
     scale: float
@@ -48,12 +48,15 @@ class Capture:
 
     @classmethod
     def first(cls, window: Window, scale: float) -> "Capture":
-        """Of the window of piece 0."""
+        """Return the capture of piece 0, from its window."""
         keys, values = (Moments.of(states) for states in window[1:])
         return cls(scale, keys, values, (_on_cpu(window),), ())
 
     def then(self, number: int, window: Window, most: int) -> "Capture":
-        """With the window of piece `number`; at most `most` windows to fit to are kept."""
+        """Return the capture with the window of piece `number` added.
+
+        `fitted` has at most `most` windows, `held_out` a quarter as many.
+        """
         kept = _on_cpu(window)
         if number % HELD_OUT == 1:
             held_out = _drawn(self.held_out, kept, number // HELD_OUT, -(-most // HELD_OUT))
@@ -72,9 +75,9 @@ def _on_cpu(window: Window) -> Window:
     return Window(*(states.cpu().contiguous() for states in window))
 
 
-def _drawn(windows: tuple[Window, ...], new: Window, seen: int, most: int) -> tuple[Window, ...]:
-    """`windows`, a uniform sample of `seen` ones, with a further one (reservoir sampling)."""
-    if len(windows) < most:
+def _drawn(windows: tuple[Window, ...], new: Window, seen: int, limit: int) -> tuple[Window, ...]:
+    """Update `windows`, a uniform sample of `seen` windows, with `new` (reservoir sampling)."""
+    if len(windows) < limit:
         return (*windows, new)
     place = random.Random(seen).randint(0, seen)
     return tuple(new if idx == place else window for idx, window in enumerate(windows))
@@ -82,10 +85,10 @@ def _drawn(windows: tuple[Window, ...], new: Window, seen: int, most: int) -> tu
 
 @dataclass(frozen=True)
 class Recorder(Identity):
-    """A compressor that loses nothing, and remembers what it was given.
+    """A lossless compressor that records the keys, values and queries it is given.
 
-    It sees what every compressor sees: keys after RoPE, latents with queries that were moved to
-    them. `page` and `asked` hold, by layer, what the running piece of text has shown.
+    Keys are recorded after RoPE; for MLA, latents and the queries projected to them. By layer,
+    `page` holds the keys and values of the current piece, `asked` its queries and their scale.
     """
 
     layer_idx: int = -1
@@ -96,8 +99,8 @@ class Recorder(Identity):
         return replace(self, layer_idx=layer_idx)
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        if self.layer_idx not in self.page:  # else it is of the tokens that asked
-            # Copies: what a layer seals may stand in a buffer that the next layer writes to.
+        if self.layer_idx not in self.page:  # later pages are of the tokens that query
+            # Copies, because the next layer may overwrite the buffer that a layer seals from.
             self.page[self.layer_idx] = keys[0, :, 0].clone(), values[0, :, 0].clone()
         return super().encode(keys, values)
 
@@ -109,27 +112,27 @@ class Recorder(Identity):
 
 
 class Captured(NamedTuple):
-    """What the layers have captured, by layer, after `pieces` pieces of text."""
+    """The captures of all layers, by layer, after `pieces` pieces of text."""
 
     pieces: int
     layers: dict[int, Capture]
 
 
 class Observer:
-    """Reads pieces of text with a model and keeps what its layers captured."""
+    """Reads pieces of text with a model and captures what its layers attend to."""
 
     def __init__(self, model: PreTrainedModel, length: int, windows: int) -> None:
         self.model, self.length, self.windows = model, length, windows
         self.captured = Captured(0, {})
-        # One page for the whole context, and nothing of it asked for by its own tokens.
+        # The whole context is one page, and its own tokens do not query it.
         self._recorder = Recorder()
         self._cache = PiKVCache(model, compressor=self._recorder, page_size=length, window=1)
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> None:
-        """Read one piece [1, length + 1 + QUERIES].
+        """Read one piece `ids` [1, length + 1 + QUERIES] and add it to `captured`.
 
-        `captured` is replaced at the end, at once: it stays whole when this is interrupted.
+        `captured` changes in one assignment at the end: an interruption leaves it consistent.
         """
         self._cache.reset()
         self._recorder.page.clear()
@@ -148,12 +151,12 @@ class Observer:
         self.captured = Captured(number + 1, layers)
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Detach the cache, which restores the model."""
         self._cache.detach()
 
 
 def _some(query: Tensor, seed: int) -> Tensor:
-    """At most `KEPT_QUERIES` of the queries [H, n, D]."""
+    """Return at most `KEPT_QUERIES` of the queries [H, n, D], drawn at random."""
     count = query.shape[1]
     chosen = sorted(random.Random(seed).sample(range(count), min(count, KEPT_QUERIES)))
     return query[:, chosen]

@@ -1,4 +1,4 @@
-"""How calibrated parts are trained."""
+"""Training of calibrated methods by gradient descent."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +16,10 @@ def descent(
     rate: float,
     most_norm: float = math.inf,
 ) -> Iterator[None]:
-    """Adam on `loss`, which each step asks anew, with a rate that falls to 0 as a cosine.
+    """Minimize `loss`, which is called in each step, by Adam with a cosine rate that falls to 0.
 
-    Changes `weights` in place, by gradients of a norm of at most `most_norm`; yields about `CHECKS`
-    times on the way, and at the end.
+    Changes `weights` in place. Gradients are clipped to a norm of `most_norm`. Yields about
+    `CHECKS` times, the last time at the end, so that the caller can judge the weights.
     """
     weights = [tensor.requires_grad_() for tensor in weights]
     optimizer = torch.optim.Adam(weights, lr=rate)

@@ -1,6 +1,6 @@
-"""From a model and texts to a profile of its KV heads.
+"""Make a profile of a model's KV heads from texts.
 
-What an interrupted run has done lies in a file beside the result, from which the same call goes on.
+An interrupted run leaves its state in a file beside the result. Repeating the call resumes it.
 """
 
 import json
@@ -31,31 +31,33 @@ def profile(
 ) -> dict[int, Tensor]:
     """Measure the KV heads of `model` on texts, and write the profile to `out`.
 
-    The texts are read one after the other, and no more than one layer of one text is held. When this
-    is interrupted (an exception, Ctrl-C), it writes what it has to `out` + ".partial"; the same call
-    goes on from there and ends with the same file.
+    The texts are read one after the other; at most one layer of one text is held in memory. An
+    interrupted call (an exception, Ctrl-C) writes its state to `out` + ".partial". Calling again
+    with equal arguments resumes it and leads to the file that an uninterrupted call writes.
 
     Args:
-        pieces: from a number n to the texts, token ids [1, tokens], without the first n.
-        source: says which texts they are, so that another call's work is not continued.
+        pieces: a function of n that returns the token ids [1, tokens] of all texts but the first n.
+        source: identifies the texts, so that a call with other texts is not resumed.
 
     Returns:
-        The scores [H] of each layer: how much the output of its attention changes, of its own norm,
-        when this head reads only sinks and recent tokens. `model` is left as it was.
+        The scores [H] of each layer: norm of the change of its attention output when this head
+        reads only sinks and recent tokens, over the output's norm. `model` is left as it was.
 
     Raises:
-        ValueError: no text; a model whose heads cannot be told apart (MLA) or are not cached; or the
-            partial file is of another call.
+        ValueError: no text; a model whose heads share one latent (MLA) or are not cached; or the
+            partial file was written by a call with other arguments.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` is {type(model).__name__}: encoder-decoders are not profiled.")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and job.length > most:
-        raise ValueError(f"`length` is {job.length}, but the model reads at most {most} tokens.")
+    max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_tokens is not None and job.length > max_tokens:
+        raise ValueError(
+            f"`length` is {job.length}, but the model reads at most {max_tokens} tokens."
+        )
     identity = asdict(ModelIdentity.of(model))
     metadata = {"model": identity, "job": asdict(job), "source": source}
     partial = out.with_name(out.name + ".partial")
-    done, sums = _taken_up(partial, metadata)
+    done, sums = _load(partial, metadata)
     scheduler = HeadEffect(job.sinks, job.recent, sums)
     decoder: Any = model.get_decoder()
     saved_at, whole = time.monotonic(), dict(sums)
@@ -70,7 +72,7 @@ def profile(
                     _save(partial, whole, metadata | {"done": done})
                     saved_at = time.monotonic()
         except ValueError:
-            raise  # the same call would come to the same end
+            raise  # resuming would fail again
         except BaseException:
             _save(partial, whole, metadata | {"done": done})
             raise
@@ -92,16 +94,16 @@ def _save(path: Path, sums: dict[int, Effect], metadata: dict[str, Any]) -> None
     write(path, tensors, metadata, PROFILE.key)
 
 
-def _taken_up(path: Path, metadata: dict[str, Any]) -> tuple[int, dict[int, Effect]]:
-    """How many texts an interrupted call has read, and their sums."""
+def _load(path: Path, metadata: dict[str, Any]) -> tuple[int, dict[int, Effect]]:
+    """Return how many texts an interrupted call has read, and their sums by layer."""
     if not path.exists():
         return 0, {}
     found = read_metadata(path, PROFILE)
-    mine = json.loads(json.dumps(metadata))
-    if any(found[name] != mine[name] for name in mine):
+    expected = json.loads(json.dumps(metadata))
+    if any(found[name] != expected[name] for name in expected):
         raise ValueError(
-            f"`{path}` was left by a profile of another model, other texts or other options: delete "
-            "it, or write to another file."
+            f"`{path}` was left by a profile of another model, other texts or other options: "
+            "delete it, or write to another file."
         )
     with safe_open(path, framework="pt") as file:
         layers = {int(name.partition(".")[0]) for name in file.keys()}  # noqa: SIM118

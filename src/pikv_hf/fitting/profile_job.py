@@ -1,4 +1,4 @@
-"""What is to be profiled, on which texts."""
+"""The arguments of a profile."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ from .head_effect import QUERIES
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be profiled, on which texts.
+    """The arguments of a profile.
 
     Args:
         length: tokens of a text.
-        texts: how many are made, if none are given.
+        texts: number of texts that are generated if none are given.
         sinks: first tokens that a streaming head reads.
-        recent: newest tokens that it reads.
+        recent: newest tokens that a streaming head reads.
 
     Raises:
-        ValueError: an argument is not what it must be.
+        ValueError: an argument has a wrong type or is out of range.
     """
 
     length: int = PROFILE_LENGTH
@@ -31,9 +31,9 @@ class Job:
             check_count(name, getattr(self, name))
         if not isinstance(self.sinks, int) or isinstance(self.sinks, bool) or self.sinks < 0:
             raise ValueError(f"`sinks` is {self.sinks!r}; it must be a whole number, 0 or more.")
-        least = self.sinks + self.recent + QUERIES
-        if self.length < least:
+        min_length = self.sinks + self.recent + QUERIES
+        if self.length < min_length:
             raise ValueError(
-                f"`length` is {self.length}; it must be {least} or more: sinks, recent tokens and the "
-                f"{QUERIES} that ask, or no head could show that it reads anything else."
+                f"`length` is {self.length}; it must be {min_length} or more: sinks, recent tokens "
+                f"and the {QUERIES} that ask, or no head could show that it reads anything else."
             )

@@ -1,4 +1,4 @@
-"""How far a long work has come."""
+"""The progress bar of calibrations and profiles."""
 
 import sys
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ SECONDS = 10.0
 
 
 def bar(items: Iterable[Any] | None = None, **options: Any) -> Any:
-    """A bar of tqdm on standard error; where that is no terminal, a line every ten seconds."""
+    """Return a tqdm bar on standard error; if that is no terminal, it prints every 10 seconds."""
     if not sys.stderr.isatty():
         options |= {"delay": SECONDS, "mininterval": SECONDS, "maxinterval": SECONDS, "miniters": 1}
     return tqdm(items, **options)

@@ -1,4 +1,4 @@
-"""Fitting the projections of one layer: principal axes, and gradient steps on attention output.
+"""Fit the projections of one layer: principal axes, then gradient steps on attention output.
 
 Shapes: H KV heads, n queries per KV head, T tokens, r rank, D key dim, Dv value dim.
 """
@@ -16,14 +16,17 @@ from ..compressors.lowrank import Factors
 from .capture import Capture, Window
 from .descent import descent
 
-EXACT = 8  # the newest eighth of a window stands for the open tail of a cache: not compressed
+EXACT = 8  # the newest eighth of a window stands for a cache's tail, which is not compressed
 RATE = 1e-2
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Factors of one layer, and the relative error of its attention output on held-out windows:
-    with the principal axes, and with these factors. The windows also chose when training stopped."""
+    """Factors of one layer, and the relative errors of its attention output on held-out windows.
+
+    `before` is the error of the untrained factors (principal axes), `after` that of `factors`,
+    which were chosen by their error on these windows.
+    """
 
     factors: Factors
     before: float
@@ -38,10 +41,10 @@ def fit(
     seed: int,
     device: torch.device,
 ) -> Fit:
-    """The factors of `method` for the layer of `capture`, trained for at most `steps` steps.
+    """Fit factors of `method` to the layer of `capture`, with at most `steps` training steps.
 
-    Without a `rank`, a quarter of the dims. Of the factors that training comes by, those are kept
-    that have the least error on the held-out windows: the principal axes, if it does not help.
+    `rank` is by default a quarter of the head dim. The factors with the smallest error on the
+    held-out windows are returned: the principal axes, if training does not help.
     """
     fitting = Fitting(method, capture, rank, seed, device)
     best = fitting.factors()
@@ -54,7 +57,7 @@ def fit(
 
 
 class Fitting:
-    """The fit of one layer. Keys and values are scaled to numbers of about 1 meanwhile."""
+    """The fit of one layer, with keys and values scaled to a root mean square of 1."""
 
     def __init__(
         self,
@@ -80,12 +83,12 @@ class Fitting:
         self.fitted, self.held_out = capture.fitted, capture.held_out
 
     def factors(self) -> dict[str, Factors]:
-        """Those of now: training changes the tensors of `free` in place, but not these."""
+        """Return copies of the current factors, which later training steps do not change."""
         now = {n: {p: t.clone() for p, t in free.items()} for n, free in self.free.items()}
         return {name: self.method.constrained(free) for name, free in now.items()}
 
     def finished(self, factors: dict[str, Factors]) -> Factors:
-        """Factors for keys and values as they are, as `LowRank.with_factors` takes them."""
+        """Return factors for unscaled keys and values, as `LowRank.with_factors` takes them."""
         done: Factors = {}
         for name, parts in factors.items():
             scaled = self.method.rescaled(parts, self.sizes[name].to(self.device))
@@ -93,8 +96,10 @@ class Fitting:
         return {name: tensor.contiguous() for name, tensor in done.items()}
 
     def training(self, steps: int) -> Iterator[dict[str, Factors]]:
-        """Adam on the squared error of the attention output, one window a step, in a fixed order;
-        yields the factors a few times on the way."""
+        """Train by Adam on the relative squared error of attention; yield the factors a few times.
+
+        Each step uses one window; the order depends on `seed` only.
+        """
         weights = [t for free in self.free.values() for t in free.values()]
         order = random.Random(self.seed)
 
@@ -107,12 +112,12 @@ class Fitting:
 
     @torch.no_grad()
     def held_out_error(self, factors: dict[str, Factors]) -> float:
-        """Norm of the change of the attention output over the norm of the output."""
+        """Return the norm of the change of the attention output, divided by the output's norm."""
         changes, sizes = zip(*(self._errors(w, factors) for w in self.held_out), strict=True)
         return math.sqrt(sum(map(torch.sum, changes)) / sum(map(torch.sum, sizes)))
 
     def _errors(self, window: Window, factors: dict[str, Factors]) -> tuple[Tensor, Tensor]:
-        """The squared change [H] of the attention output of `window`, and its squared norm [H]."""
+        """Return the squared change [H] of the attention output and its squared norm [H]."""
         query, keys, values = (t.to(self.device, torch.float32) for t in window)
         size = self.sizes["key"].to(self.device)[:, None, None]
         query, keys = query * size, keys / size
@@ -127,7 +132,7 @@ class Fitting:
         return change.square().sum((1, 2)), exact.square().sum((1, 2))
 
     def _restored(self, states: Tensor, factors: Factors) -> Tensor:
-        """`states` [H, T, D] as a cache would read them: the newest are in its tail."""
+        """Return `states` [H, T, D] as a cache would read them, with the newest uncompressed."""
         sealed = states.shape[1] - states.shape[1] // EXACT
         near = self.method.restored(states[:, :sealed] @ factors["down"], factors)
         return torch.cat([near, states[:, sealed:]], dim=1)
@@ -138,6 +143,6 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Ten
 
 
 def mean_errors(fits: Sequence[Fit]) -> tuple[float, float]:
-    """Root mean squares over layers of the errors before and after training."""
+    """Return the root mean squares over layers of the errors before and after training."""
     before, after = ([getattr(f, name) ** 2 for f in fits] for name in ("before", "after"))
     return math.sqrt(sum(before) / len(fits)), math.sqrt(sum(after) / len(fits))

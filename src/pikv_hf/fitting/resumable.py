@@ -1,4 +1,4 @@
-"""What a calibration has done, in memory and in the file that an interrupted one leaves."""
+"""The state of a calibration, in memory and in the file that an interrupted one leaves."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SAVE_EVERY_S = 300.0
 
 
 class Progress:
-    """What a call has done, here and in the file that an interrupted one leaves."""
+    """The state of a calibration, loaded from the file of an interrupted one if there is any."""
 
     def __init__(self, model: PreTrainedModel, out: Path, job: Job, source: str) -> None:
         self.path = out.with_name(out.name + ".partial")
@@ -37,7 +37,7 @@ class Progress:
             self._load()
 
     def factors(self) -> Factors:
-        """Everything fitted, as it is named in a calibration file."""
+        """Return all tensors fitted so far, by their names in a calibration file."""
         return {
             f"{method}.{idx}.{part}": tensor
             for method, fits in self.fits.items()
@@ -70,8 +70,8 @@ class Progress:
         self._saved_at = time.monotonic()
 
     def _load(self) -> None:
-        metadata, mine = read_metadata(self.path), json.loads(json.dumps(self.metadata()))
-        if any(metadata[name] != mine[name] for name in ("model", "job", "source")):
+        metadata, expected = read_metadata(self.path), json.loads(json.dumps(self.metadata()))
+        if any(metadata[name] != expected[name] for name in ("model", "job", "source")):
             raise ValueError(
                 f"`{self.path}` was left by a calibration of another model, other texts or other "
                 "options: delete it, or write to another file."
@@ -102,14 +102,14 @@ def _named(prefix: str, capture: Capture) -> dict[str, Tensor]:
 
 
 def _capture_of(tensors: dict[str, Tensor], idx: str, scale: float, count: int) -> Capture:
-    """The inverse of `_named`."""
-    mine = _under(tensors, f"capture.{idx}.")
+    """Rebuild the capture of layer `idx` from the tensors of a saved file."""
+    own = _under(tensors, f"capture.{idx}.")
     keys, values = (
-        Moments(count, mine[f"{name}.first"], mine[f"{name}.second"]) for name in ("keys", "values")
+        Moments(count, own[f"{name}.first"], own[f"{name}.second"]) for name in ("keys", "values")
     )
     windows: dict[str, list[Window]] = {"fitted": [], "held_out": []}
     for name, held in windows.items():
-        while found := _under(mine, f"{name}.{len(held)}."):
+        while found := _under(own, f"{name}.{len(held)}."):
             held.append(Window(**found))
     return Capture(scale, keys, values, tuple(windows["fitted"]), tuple(windows["held_out"]))
 
@@ -121,7 +121,7 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def write(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], key: str = METADATA
 ) -> None:
-    """Whole or not at all."""
+    """Write a safetensors file to `path` atomically, with `metadata` as JSON under `key`."""
     unfinished = path.with_name(path.name + ".unfinished")
     save_file(tensors, unfinished, {key: json.dumps(metadata)})
     os.replace(unfinished, path)

@@ -1,6 +1,7 @@
-"""Fitting `pikv_quest` to one layer: what keys and values foretell of the attention they will get.
+"""Fit `pikv_quest` to one layer: predict from keys and values how much attention tokens will get.
 
-Shapes: H KV heads, n queries per KV head, T tokens, D dims of key and value together, m hidden units.
+Shapes: H KV heads, n queries per KV head, T tokens, D dims of key and value together,
+m hidden units.
 """
 
 import math
@@ -18,21 +19,20 @@ from .projections import EXACT, Fit
 
 HIDDEN = 32
 RATE = 3e-3
-LEAST_SPREAD = 1e-4  # of a dim, of the largest of its head: less counts as that
+MIN_SPREAD = 1e-4  # lower bound of a dim's standard deviation, as a share of its head's largest
 
 
 def fit_utility(
     capture: Capture, rotary: Rotary, steps: int, seed: int, device: torch.device
 ) -> Fit:
-    """The networks of the layer of `capture`, trained for at most `steps` steps of one window each.
+    """Train the networks of the layer of `capture`, for at most `steps` steps of one window each.
 
     The loss is the divergence (Kullback-Leibler, in nats) of the softmax of u over the tokens of a
     window from the mean attention of its queries to them. The newest eighth of the tokens, which no
-    cache would drop, is left out: every query comes later than that. Before training u is 0, so that
-    `Fit.before` is the loss of equal shares. Of what training comes by, that is kept which has the
-    least loss on the held-out windows.
+    cache would evict, is left out. Before training u is 0, so `Fit.before` is the loss of equal
+    shares. The networks with the smallest loss on the held-out windows are returned.
 
-    It takes as much memory as the windows of the layer in float32.
+    Memory: the windows of the layer in float32.
     """
     fitting = Fitting(capture, rotary, seed, device)
     best = fitting.network()
@@ -45,7 +45,7 @@ def fit_utility(
 
 
 class Fitting:
-    """The fit of one layer. Every dim of keys and values has mean 0 and variance 1 meanwhile."""
+    """The fit of one layer, with each dim of keys and values scaled to mean 0 and variance 1."""
 
     def __init__(self, capture: Capture, rotary: Rotary, seed: int, device: torch.device) -> None:
         def examples(windows: Sequence[Window]) -> list[tuple[Tensor, Tensor]]:
@@ -56,8 +56,8 @@ class Fitting:
         self.mean = torch.stack([s.mean(1) for s in states]).mean(0)  # [H, D]
         squares = [(s - self.mean[:, None]).square().mean(1) for s in states]
         spread = torch.stack(squares).mean(0).sqrt()
-        least = LEAST_SPREAD * spread.amax(-1, keepdim=True)
-        self.spread = spread.maximum(least).clamp_min(torch.finfo(torch.float32).tiny)
+        min_spread = MIN_SPREAD * spread.amax(-1, keepdim=True)
+        self.spread = spread.maximum(min_spread).clamp_min(torch.finfo(torch.float32).tiny)
         heads, dims = self.mean.shape
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.randn(heads, dims, HIDDEN, generator=generator) / math.sqrt(dims)
@@ -66,13 +66,13 @@ class Fitting:
         self.seed = seed
 
     def network(self) -> Network:
-        """That of now, for states as they are; differentiable."""
+        """Return the current networks for unscaled states; gradients flow to `free`."""
         hidden = self.free["hidden"] / self.spread[..., None]
         bias = self.free["bias"] - (self.mean[:, None] @ hidden).squeeze(1)
         return {"hidden": hidden, "bias": bias, "out": self.free["out"].clone()}
 
     def training(self, steps: int) -> Iterator[Network]:
-        """Adam, one window a step, in a fixed order; yields the networks a few times on the way."""
+        """Train by Adam, one window a step, in a fixed order; yield the networks a few times."""
         order = random.Random(self.seed)
 
         def loss() -> Tensor:
@@ -91,8 +91,10 @@ class Fitting:
 def _example(
     window: Window, scale: float, rotary: Rotary, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """States [H, T, D] of all but the newest tokens of a window, and the shares [H, T] of the
-    attention to them that they get; 1 over all T."""
+    """Return the states [H, T, D] and attention shares [H, T] of a window's tokens.
+
+    The newest tokens are left out; the shares of the others sum to 1.
+    """
     query, keys, values = (states.to(device, torch.float32) for states in window)
     old = keys.shape[1] - keys.shape[1] // EXACT
     shares = (query @ keys.mT * scale).softmax(-1).mean(1)[:, :old]
@@ -101,6 +103,6 @@ def _example(
 
 
 def divergence(states: Tensor, shares: Tensor, network: Network) -> Tensor:
-    """What u of `states` [H, T, D] tells wrongly of the `shares` [H, T]; the mean over heads."""
-    told = utility(states, network).log_softmax(-1)
-    return torch.nn.functional.kl_div(told, shares, reduction="none").sum(-1).mean()
+    """Return KL(`shares` [H, T] || softmax of u of `states` [H, T, D]), the mean over heads."""
+    predicted = utility(states, network).log_softmax(-1)
+    return torch.nn.functional.kl_div(predicted, shares, reduction="none").sum(-1).mean()

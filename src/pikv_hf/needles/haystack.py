@@ -1,7 +1,7 @@
-"""A tiny English in which needles are hidden, asked for and checked.
+"""A tiny English language in which facts (needles) are hidden, asked for and checked.
 
-Every word and every punctuation mark is separated by a space and is one token of the bundled
-model (`NEEDLE_MODEL`), so lengths are exact there. Other tokenizers read the same plain text.
+Spaces separate all words and punctuation marks. Each is one token of the bundled model
+(`NEEDLE_MODEL`), so lengths are exact there. Other tokenizers read the text as plain English.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NEEDLE_MODEL: Path = Path(__file__).parents[1] / "assets" / "needle_moe"
 
 KINDS = ("magic number", "secret word")
 REPLY_ROOM = 4
-"""Tokens of a reply of the bundled model: two of a number, the full stop, end of sequence."""
+"""Tokens of the bundled model's reply: two for a number, the full stop, end of sequence."""
 
 
 def _words(text: str) -> list[str]:
@@ -90,7 +90,7 @@ _SLOTS = {
     "ten": TENS,
     "one": ONES,
 }
-# The lengths 4 to 9 all occur, so that sentences can fill any room of four words or more.
+# Templates of every length from 4 to 9 exist, so sentences fill any room of 4 words or more.
 _TEMPLATES = [
     template.split()
     for template in (
@@ -102,7 +102,7 @@ _TEMPLATES = [
         "the adjective noun stands place the noun .",
         "the adjective noun stands place the adjective noun .",
         "name and name met place the adjective noun .",
-        "name counted ten one stars place the noun .",  # distracts: a number nobody asks for
+        "name counted ten one stars place the noun .",  # a distractor: nobody asks for it
     )
 ]
 _TEMPLATE_WEIGHTS = [12.0] * 8 + [4.0]
@@ -110,7 +110,7 @@ _SHORTEST = min(map(len, _TEMPLATES))
 
 
 def vocabulary() -> list[str]:
-    """All words of the language, in a fixed order and without repetition."""
+    """Return all words of the language, in a fixed order and without repetition."""
     plain = _words(". ; ? the and met counted stars what is for") + _words(" ".join(KINDS))
     return list(dict.fromkeys(plain + [word for words in _SLOTS.values() for word in words]))
 
@@ -129,7 +129,7 @@ class Needle:
 
     @property
     def question(self) -> str:
-        """Ends right before the value, so that the next words generated are the answer."""
+        """The question and the start of its answer: the value is what comes next."""
         return f"what is the {self.kind} for {self.key} ? the {self.kind} for {self.key} is"
 
 
@@ -145,12 +145,12 @@ class Haystack:
         return f"{self.text} {self.questions[index]}"
 
     def is_exact(self, generated: str, index: int = 0) -> bool:
-        """Whether newly generated text (without its prompt) starts with the answer."""
+        """Return True if the newly generated text, without its prompt, starts with the answer."""
         return is_exact(generated, self.answers[index])
 
 
 def is_exact(generated: str, answer: str) -> bool:
-    """Whether `generated` starts with exactly the words of `answer`; case and marks are ignored."""
+    """Return True if `generated` starts with the words of `answer`; case and marks are ignored."""
     expected = answer.split()
     return re.findall(r"\w+", generated.lower())[: len(expected)] == expected
 
@@ -160,7 +160,7 @@ def draw_number(rng: random.Random) -> str:
 
 
 def draw_needles(rng: random.Random, count: int, kinds: Sequence[str] = KINDS) -> list[Needle]:
-    """`count` needles with different keys."""
+    """Return `count` random needles with different keys."""
     needles = []
     for key in rng.sample(NOUNS, count):
         kind = rng.choice(kinds)
@@ -170,7 +170,7 @@ def draw_needles(rng: random.Random, count: int, kinds: Sequence[str] = KINDS) -
 
 
 def draw_filler(rng: random.Random, room: int) -> list[str]:
-    """Random sentences of exactly `room` words in total (0, or at least 4)."""
+    """Return random sentences of exactly `room` words in total (0, or at least 4)."""
     sentences = []
     while room:
         fits = [len(t) == room or room - len(t) >= _SHORTEST for t in _TEMPLATES]
@@ -185,9 +185,9 @@ def draw_filler(rng: random.Random, room: int) -> list[str]:
 def bury(
     rng: random.Random, needles: Sequence[Needle], room: int, depth: float | None = None
 ) -> list[str | Needle]:
-    """Needles at random depths among filler sentences, `room` words in all.
+    """Return filler sentences with `needles` at random depths among them, `room` words in all.
 
-    `depth` (0 = start, 1 = end) fixes the place of the first needle.
+    `depth` (0 = start, 1 = end) fixes the depth of the first needle.
     """
     taken = sum(len(needle.statement.split()) for needle in needles)
     if room != taken and room - taken < _SHORTEST:
@@ -214,12 +214,12 @@ def make_haystack(
     kinds: Sequence[str] = ("magic number",),
     count: Callable[[str], int] | None = None,
 ) -> Haystack:
-    """Hide `needles` facts in filler text and ask for each of them; the same seed, the same text.
+    """Hide `needles` facts in filler text and ask for each of them. `seed` determines the text.
 
-    One prompt (text and one question) and a reply of `REPLY_ROOM` tokens take `length` tokens of
-    the bundled model, exactly. For another tokenizer pass `count`, which returns the tokens of a
-    text: prompt and reply room then take at most `length`, and nearly that. `depth` (0 to 1) fixes
-    where the needle of question 0 lies.
+    A prompt (the text and one question) and its reply of `REPLY_ROOM` tokens take exactly `length`
+    tokens of the bundled model. For another tokenizer pass `count`, which returns the number of
+    tokens of a text: prompt and reply then take at most `length` tokens, and nearly as many.
+    `depth` (0 = start, 1 = end) fixes where the needle of question 0 lies.
     """
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth is a share of the text from 0 to 1, got {depth}")
@@ -230,7 +230,7 @@ def make_haystack(
     words = length
     while True:
         haystack = _haystack_of(words, needles, seed, depth, kinds)
-        tokens = words if count is None else _most_tokens(haystack, count)
+        tokens = words if count is None else _max_tokens(haystack, count)
         if tokens <= length:
             return haystack
         words = min(words - 1, words * length // tokens)
@@ -250,6 +250,6 @@ def _haystack_of(
     )
 
 
-def _most_tokens(haystack: Haystack, count: Callable[[str], int]) -> int:
+def _max_tokens(haystack: Haystack, count: Callable[[str], int]) -> int:
     prompts = [haystack.prompt(index) for index in range(len(haystack.questions))]
     return max(map(count, prompts)) + REPLY_ROOM

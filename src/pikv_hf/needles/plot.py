@@ -1,4 +1,4 @@
-"""Pictures. matplotlib is imported when one is drawn."""
+"""The picture of the demo. matplotlib is imported only when it is drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ NEAR = 11
 OFFSETS = [
     (side * NEAR, height) for height in (NEAR, -NEAR, 26, -26, 41, -41, 56, 71) for side in (1, -1)
 ]
-"""Where a label may stand beside its point, in typographic points; the first free one is taken."""
+"""Offsets of a label from its point, in typographic points; the first free one is taken."""
 
 
 def accuracy_against_memory(
@@ -23,7 +23,7 @@ def accuracy_against_memory(
     title: str,
     path: Path,
 ) -> None:
-    """Write a picture: one labelled point for each cache, memory to the right, accuracy upwards."""
+    """Write a scatter plot to `path`: memory on the x axis, accuracy on the y axis, by cache."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,7 +59,7 @@ def _label(
         for offset in OFFSETS:
             text = _annotate(axes, point, label, offset, f"C{index}")
             text.update_positions(renderer)
-            box = Text.get_window_extent(text, renderer)  # the text alone, without its line
+            box = Text.get_window_extent(text, renderer)  # without the line to its point
             inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0
             if (inside and not any(box.overlaps(b) for b in taken)) or offset == OFFSETS[-1]:
                 taken.append(box)
@@ -70,7 +70,7 @@ def _label(
 def _annotate(
     axes: "Axes", point: tuple[float, float], label: str, offset: tuple[int, int], color: str
 ) -> "Annotation":
-    """`label` at `offset` from `point`, with a line between them when it stands apart."""
+    """Write `label` at `offset` from `point`, with a line between them if they are far apart."""
     side = 0 if offset[0] > 0 else 1
     line = {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkB": 4, "relpos": (side, 0.5)}
     return axes.annotate(

@@ -1,4 +1,4 @@
-"""The main job: needles in a haystack, found with several caches. Measures; prints nothing."""
+"""The demo's measurements: questions about a haystack, answered with several caches."""
 
 import platform
 import statistics
@@ -21,14 +21,15 @@ from ..storage.memory import storage_bytes, tensors_in
 from .haystack import Haystack, make_haystack
 
 SPARE_TOKENS = 2
-"""Tokens of a reply beyond those of the answer."""
+"""Tokens that a reply may be longer than the answer."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One question answered with one cache; times in seconds, what it holds after the last token.
+    """One question, answered with one cache.
 
-    `error` is that of attention outputs, if the cache was to measure it.
+    Bytes and ratios are measured after the last token; times are in seconds. `error` is the error
+    of attention outputs, None if the cache does not measure it.
     """
 
     cache: str
@@ -46,7 +47,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Row:
-    """One cache over all questions: sums of answers, medians of bytes, ratios, errors and times."""
+    """Results of one cache: numbers of answers; medians of bytes, ratios, errors and times."""
 
     cache: str
     questions: int
@@ -61,7 +62,7 @@ class Row:
 
 
 class Clock(BaseStreamer):
-    """The times at which `generate` took the prompt and handed over each new token."""
+    """Records when `generate` reads the prompt and when it emits each new token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -76,7 +77,7 @@ class Clock(BaseStreamer):
 def haystacks(
     tokenizer: PreTrainedTokenizerBase, *, length: int, needles: int, questions: int, seed: int
 ) -> list[Haystack]:
-    """`questions` texts of `length` tokens with `needles` facts each, of which one is asked for."""
+    """Return `questions` texts of `length` tokens with `needles` facts each."""
 
     def count(text: str) -> int:
         return len(tokenizer(text).input_ids)
@@ -93,7 +94,10 @@ def run(
     caches: Sequence[CacheOption],
     stacks: Sequence[Haystack],
 ) -> Iterator[Trial]:
-    """Every question with every cache. Caches take turns, so that a slow moment hits all alike."""
+    """Answer the first question of each haystack with each cache, and yield the trials.
+
+    The cache that begins changes with each question, so that a slow moment affects all alike.
+    """
     for number, stack in enumerate(stacks):
         first = number % len(caches)
         for option in (*caches[first:], *caches[:first]):
@@ -107,7 +111,7 @@ def answer(
     stack: Haystack,
     number: int = 0,
 ) -> Trial:
-    """Ask the first question of `stack`."""
+    """Generate an answer to the first question of `stack`, with a new cache of `option`."""
     inputs = encode(model, tokenizer, stack.prompt())
     spare = len(tokenizer(stack.answers[0], add_special_tokens=False).input_ids) + SPARE_TOKENS
     clock, cache = Clock(), option.make(model)
@@ -137,7 +141,7 @@ def answer(
 
 
 def holdings(cache: Cache) -> dict[str, Any]:
-    """What a cache holds, as the `report` of a PiKVCache says it; for any cache."""
+    """Return the fields of a `Trial` that say what `cache` holds; it may be of any class."""
     if isinstance(cache, PiKVCache):
         report = cache.report()
         names = ("nbytes", "bytes_per_token", "bf16_ratio", "error")
@@ -159,7 +163,7 @@ def holdings(cache: Cache) -> dict[str, Any]:
 
 
 def summarize(trials: Sequence[Trial], caches: Sequence[CacheOption]) -> list[Row]:
-    """A row for each cache, over the questions that all caches have answered."""
+    """Return a row for each cache, over the questions that all caches have answered."""
     names = [option.name for option in caches]
     of_question: dict[int, dict[str, Trial]] = {}
     for trial in trials:
@@ -195,7 +199,7 @@ def to_dict(
     rows: Sequence[Row],
     trials: Sequence[Trial],
 ) -> dict[str, Any]:
-    """Everything that is needed to read and to repeat a run, ready for JSON."""
+    """Return all that is needed to read and to repeat a run, ready for JSON."""
     on_gpu = model.device.type == "cuda"
     return {
         **job,
@@ -218,7 +222,7 @@ def to_dict(
 
 
 def held_bytes(cache: Cache) -> int:
-    """Bytes of the distinct storages that any cache keeps alive."""
+    """Return the bytes of the distinct storages that `cache`, of any class, keeps alive."""
     if isinstance(cache, PiKVCache):
         return cache.nbytes
     return storage_bytes(tensors_in([vars(layer) for layer in cache.layers]))
