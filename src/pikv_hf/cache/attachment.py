@@ -24,7 +24,7 @@ from .checks import check_forward, check_generate
 from .other_layers import release_prompt
 from .paged_cache import PagedCache
 from .passes import begin_forward, compress, end_forward, prompt_length
-from .repetition import check_held
+from .repetition.checks import check_held
 from .suitability import check_fit, unlabelled, warn_if_idle, warn_of_another_cache
 
 

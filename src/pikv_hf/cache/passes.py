@@ -9,7 +9,7 @@ from ..layer.step import Change
 from ..model.versions import full_attention_mask, is_tested, unsupported
 from .checks import check_whole, given_ids
 from .paged_cache import PagedCache
-from .repetition import repeat
+from .repetition.repeat import repeat
 from .suitability import unheard
 
 

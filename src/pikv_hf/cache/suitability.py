@@ -13,7 +13,7 @@ from ..model.gates import all_gates
 from ..model.modules import unpaged_reasons
 from ..model.output_projection import output_projection
 from .paged_cache import PagedCache
-from .repetition import check_repetition
+from .repetition.checks import check_repetition
 
 
 def check_fit(cache: PagedCache, model: PreTrainedModel, binding: Binding) -> None:

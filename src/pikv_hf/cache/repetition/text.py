@@ -1,0 +1,74 @@
+"""The text that the model repeats, chunk by chunk."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layer.state import LayerState
+from ...model.masks import visible_columns
+from ...model.versions import with_cache
+from ..paged_cache import PagedCache
+
+
+class Text:
+    """The tail tokens of a cache, to be repeated as `how` says; `state`: a layer that has them."""
+
+    def __init__(self, cache: PagedCache, how: Any, state: LayerState) -> None:
+        assert cache.log.ids is not None, "refused when they were read"
+        self.cache, self.how = cache, how
+        length, first = state.tail.length, state.first_in_tail
+        self.ids = cache.log.ids[:, first : state.num_seen].long()
+        visible = visible_columns(state.mask, length)
+        if visible is None:
+            visible = torch.ones(1, length, dtype=torch.bool)
+        visible = visible.cpu().expand(state.tail.batch, -1)
+        columns = [row.nonzero().flatten() for row in visible]
+        self.parts = [row.split(how.chunk_size) for row in columns]
+        # A row's first tokens are in the tail only if none of its tokens has left the tail.
+        self.sinks = [
+            row[: 0 if departed else how.sinks]
+            for row, departed in zip(columns, state.num_departed, strict=True)
+        ]
+        sealed = cache.padding.visible(state.tail.batch)
+        self.mask = torch.cat([sealed, visible], dim=1).long()
+        self.chunks = max(map(len, self.parts))
+
+    def chunk(self, number: int) -> tuple[list[Tensor], list[Tensor], list[int], list[Tensor]]:
+        """Return of each row: columns of chunk `number`, earlier sinks, number of ids, ids to read.
+
+        A row without such a chunk reads nothing.
+        """
+        columns, sinks, lengths, given = [], [], [], []
+        for row, parts in enumerate(self.parts):
+            chunk = parts[number] if number < len(parts) else torch.arange(0)
+            new_ids = torch.arange(0)
+            if len(chunk):
+                before = parts[number - 1] if number else torch.arange(0)
+                text = torch.cat([before[max(len(before) - self.how.overlap, 0) :], chunk])
+                prompt = torch.tensor(self.how.prompt_ids, dtype=torch.int64)
+                new_ids = torch.cat([prompt, self.ids[row].cpu()[text]])
+            columns.append(chunk)
+            sinks.append(self.sinks[row][self.sinks[row] < chunk[0]] if len(chunk) else chunk)
+            lengths.append(len(new_ids))
+            given.append(new_ids)
+        return columns, sinks, lengths, given
+
+    def read(self, lengths: list[int], given: list[Tensor]) -> None:
+        """Let the decoder read `given`, padded at the end, where no token sees the padding."""
+        # A single token would count as generated and release a prompt that is held.
+        width = max(2, *lengths)
+        ids = torch.zeros(len(given), width, dtype=torch.int64)
+        for row, new_ids in enumerate(given):
+            ids[row, : len(new_ids)] = new_ids
+        positions = self.mask.sum(-1, keepdim=True) + torch.arange(width)
+        assert self.cache.binding is not None, "a cache reads what its model reads"
+        decoder: Any = self.cache.binding.decoder()
+        device = self.ids.device
+        decoder(
+            input_ids=ids.to(device),
+            attention_mask=torch.cat([self.mask, torch.ones_like(ids)], dim=1).to(device),
+            position_ids=positions.to(device),
+            use_cache=True,
+            **with_cache(self.cache),
+        )
