@@ -40,8 +40,7 @@ class Candidates:
         latent_rank: if keys are latents, the number of their dims that are the value, too.
         experts, weights: [R, 1 or H, T, k], the choice of the model's gate; None without a gate.
         open_experts, open_weights: [R, 1, n, k], the same choice for the tail tokens.
-        output: [hidden, Hq * Dv], the weight of the layer's output projection.
-        module: the layer's attention module.
+        output, module: output projection's weight [hidden, Hq * Dv], and the attention module.
         rotary: the rotation of keys and queries; a difference of columns is one of positions.
         notes: what earlier layers left for later ones; empty at the first layer of a forward pass.
     """
@@ -205,10 +204,10 @@ class Scheduler(ABC):
         return Traits()
 
     def check(self, model: PreTrainedModel, layers: int) -> None:
-        """Refuse, before a cache is attached, a `model` of `layers` paged layers.
+        """Check, before a cache is attached, if it can serve `model`, `layers` layers of it paged.
 
         Raises:
-            ValueError: it cannot serve the model, as when its file was made for another model.
+            ValueError: it cannot, as when its file was made for another model.
         """
         return
 

@@ -28,8 +28,8 @@ class CriticalKV(Wrapper, TokenConstants):
     tail, and kept with it: 4 bytes for each KV head.
 
     Tail tokens have no part in the budget of the stages. In `AdaKV(CriticalKV(...))` the scores
-    alone share the budget among heads; each head then chooses in two stages, but keeps the tokens
-    that AdaKV guarantees it.
+    alone share the budget among heads; each head then chooses in two stages, beyond its share
+    `alpha`.
 
     Args:
         scorer: scheduler whose scores are attention or stand for it.

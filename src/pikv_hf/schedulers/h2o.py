@@ -16,9 +16,8 @@ class H2O(Scheduler, TokenStatistics):
     taken back, it is computed a second time, a few queries at a time.
 
     Args:
-        recent_ratio: share of the budget, in [0, 1], for the newest tokens, tail tokens included;
-            half in the paper.
-        mean: divide the sum by the number of queries that could see the token, so that early tokens
+        recent_ratio: share of the budget for the newest tokens, tail included, in [0, 1]; .5 in the paper.
+        mean: divide the sum by the number of queries that could see the token, so that old tokens
             have no advantage.
     """
 

@@ -14,13 +14,11 @@ class KVzip(Scheduler):
     its tokens are evicted, the model reads it a second time behind itself, in chunks, which are
     then removed. The score of a token is the largest attention that it gets from any query of
     its chunk's repetition and any query head of its KV head; the softmax is over the chunk, its
-    repetition and the sinks. Scores do not depend on a question, and cost about as much as reading
-    the document did.
+    repetition and the sinks. Scores do not depend on a question, and cost about one more prefill.
 
     Questions and answers behind the text are not repeated. They are kept before all other tokens,
-    the newest first, until a second text is held: then those still in the tail are repeated with
-    it. In the paper heads and layers share one budget; `AdaKV(KVzip(), alpha=0)` shares each
-    layer's.
+    the newest first, until a second text is held, which is repeated with those still in the tail.
+    In the paper heads and layers share one budget; `AdaKV(KVzip(), alpha=0)` shares each layer's.
 
     Args:
         prompt_ids: tokens in front of each chunk that ask the model to repeat the text.

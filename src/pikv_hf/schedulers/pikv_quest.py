@@ -15,7 +15,7 @@ NAME = "pikv_quest"
 # Candidates whose keys and values are copied to float32 at a time.
 BLOCK = 1024
 
-Network = dict[str, Tensor]
+Network = dict[str, Tensor]  # `hidden` [H, D, m], `bias` [H, m], `out` [H, m]
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,6 @@ def position_free(keys: Tensor, values: Tensor, places: Tensor, rotary: Rotary) 
 
 
 def utility(states: Tensor, network: Network) -> Tensor:
-    """Return u [..., H, T] of `states` [..., H, T, D].
-
-    `network` has `hidden` [H, D, m], `bias` [H, m] and `out` [H, m].
-    """
+    """Return the utilities u [..., H, T] of `states` [..., H, T, D]."""
     units = (states @ network["hidden"] + network["bias"][:, None]).relu()
     return (units @ network["out"][..., None])[..., 0]

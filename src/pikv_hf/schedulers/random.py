@@ -13,8 +13,7 @@ MULTIPLIERS = (-49064778989728563, -4265267296055464877)
 class Random(Scheduler):
     """Keeps tokens at random: the control that every policy must beat.
 
-    A score is a hash of `seed`, layer, KV head and position, so that it is the same in every row
-    and in every eviction.
+    A score is a hash of `seed`, layer, KV head and position, the same in every row and eviction.
     """
 
     seed: int = 0
