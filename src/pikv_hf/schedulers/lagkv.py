@@ -16,9 +16,8 @@ class LagKV(Scheduler):
     Behind the first `sinks` tokens the sequence, tail tokens included, is cut into partitions of
     `lag_size`. Each dim of keys and values is scaled by its minimum and maximum in the next
     partition. The score of a token is the standard deviation over its dims, as a softmax over its
-    partition, the mean of the keys' and the values' score. Every partition keeps the same share of
-    its tokens, but the last full one and the rest keep all. Latents (MLA) count as keys.
-    Needs no queries.
+    partition, averaged over keys and values. Every partition keeps the same share of its tokens,
+    but the last full one and the rest keep all. Latents (MLA) count as keys. Needs no queries.
 
     Args:
         sinks: first tokens kept, >= 0.
