@@ -16,7 +16,7 @@ class H2O(Scheduler, TokenStatistics):
     taken back, it is computed a second time, a few queries at a time.
 
     Args:
-        recent_ratio: share of the budget, in [0, 1], for the newest tokens and the tail; 0.5 in the paper.
+        recent_ratio: share of the budget, in [0, 1], for newest tokens and tail; the paper: 0.5.
         mean: divide the sum by the number of queries that could see the token, so that old tokens
             have no advantage.
     """
