@@ -13,7 +13,7 @@ from zoo import build, prompt
 from pikv_hf import COMPRESSORS, LossWarning, PiKVCache
 from pikv_hf.compressors import Fp8, Identity, Int2, Int4, Int8, Svd, TurboQuant
 from pikv_hf.layer.handoff import take_layer
-from pikv_hf.layer.loss_guard import LIMIT, MOST_PAGES
+from pikv_hf.layer.loss_guard import LIMIT, MAX_PAGES
 from pikv_hf.schedulers import StreamingLLM
 from pikv_hf.storage.page_table import PageTable
 
@@ -193,7 +193,7 @@ def test_it_looks_when_tokens_have_doubled_and_at_few_pages(monkeypatch) -> None
     looked.clear()
     cache.reset()
     write(cache, *(t.expand(3, -1, -1, -1) for t in tokens("normal", 100 * PAGE)))
-    assert [numbers for _, numbers in looked] == [MOST_PAGES * PAGE]
+    assert [numbers for _, numbers in looked] == [MAX_PAGES * PAGE]
 
 
 def test_what_comes_later_is_seen() -> None:

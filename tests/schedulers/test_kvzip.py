@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.cache import repetition
+from pikv_hf.cache.repetition import listener as repetition
 from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import AdaKV, ChunkKV, KVzip
 
@@ -299,7 +299,7 @@ def test_largest_in_blocks(seed, monkeypatch) -> None:
         scores = queries[:, :, query].double() @ keys[:, : 14 + query].double().transpose(1, 2)
         shares = (scores * 0.4).softmax(-1).amax(1)
         expected[:, : 14 + query] = torch.maximum(expected[:, : 14 + query], shares)
-    monkeypatch.setattr("pikv_hf.schedulers.attention_mass.FEWEST", 1)
+    monkeypatch.setattr("pikv_hf.schedulers.attention_mass.MIN_QUERIES", 1)
     for block in (1, 3 * 20 * 2 * 2, 2**24):
         monkeypatch.setattr("pikv_hf.schedulers.attention_mass.BLOCK", block)
         assert torch.allclose(repetition.largest(queries, keys, 0.4).double(), expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""How many tokens a layer may hold: open ones in its tail, and sealed ones in pages."""
+"""Limits of a layer: the tokens that it may hold in its tail and in its pages."""
 
 import itertools
 import math
@@ -12,13 +12,13 @@ from .state import LayerState
 
 
 def excess(state: LayerState) -> tuple[int, int]:
-    """How many of the oldest open tokens are to be sealed now, in whole pages.
+    """Return how many of the oldest tail tokens to seal now, in whole pages.
 
-    Besides, how many tokens the layer must have seen before more of them have to be.
+    The second number is how many tokens the layer must have seen before more have to be sealed.
     """
     window, page_size, opened = state.settings.window, state.settings.page_size, state.tail.length
     rows = _row_windows(state) if state.settings.has_share else set()
-    # A row whose own tokens are too few for a page does not shorten the tail of the others.
+    # A row with too few tokens for a page does not shorten the tail of other rows.
     full = [now for held, now, _ in rows if held >= now + page_size]
     count = max(opened - min([window, *full]), 0) // page_size * page_size
     opened -= count
@@ -27,7 +27,7 @@ def excess(state: LayerState) -> tuple[int, int]:
 
 
 def _row_windows(state: LayerState) -> set[tuple[int, int, int]]:
-    """Return the open tokens of each row, its window now, and one generated token later."""
+    """Return the tail tokens of each row, its window now, and its window one token later."""
     tail = state.tail
     key = (state.mask, tail.length, tail.batch)
     opened = state.step.remember("opened", key, lambda: _opened(*key))
@@ -36,7 +36,7 @@ def _row_windows(state: LayerState) -> set[tuple[int, int, int]]:
 
 
 def _opened(mask: Tensor | None, length: int, batch: int) -> list[int]:
-    """How many of the last `length` columns each batch row sees; the others are padding."""
+    """Return how many of the last `length` columns each batch row sees; the rest is padding."""
     visible = visible_columns(mask, length)
     if visible is None:
         return [length] * batch
@@ -44,37 +44,37 @@ def _opened(mask: Tensor | None, length: int, batch: int) -> list[int]:
 
 
 def row_window(state: LayerState, seen: int, newer: int = 0) -> int:
-    """How many of the newest tokens of a row stay open after `seen`, `newer` of them to come.
+    """Return how many newest tokens a row keeps in its tail after `seen` tokens.
 
-    The window must fit into a budget that is a share, whatever that comes to; if it is the default,
-    into half of it, so that the scheduler has a choice.
+    `newer` of the tokens seen are still to be generated. If the budget is a share, the window must
+    fit into it; a default window fits into half of it, so that the scheduler has a choice.
     """
     settings, generated = state.settings, state.num_generated + newer
     if settings.budget is None or not isinstance(settings.budget.in_force(generated), float):
         return settings.window
     tokens = _tokens_held(state, seen, generated)
     assert tokens is not None, "a share is a number of tokens"
-    most = tokens - 1 if settings.has_given_window else tokens // 2
-    return max(min(settings.window, most, tokens - settings.num_sinks), 1)
+    max_window = tokens - 1 if settings.has_given_window else tokens // 2
+    return max(min(settings.window, max_window, tokens - settings.num_sinks), 1)
 
 
 def sealed_tokens(state: LayerState, seen: int, left: int) -> int | None:
-    """How many tokens of each KV head of a row may be in pages; None = all.
+    """Return how many tokens per KV head of a row may be in pages; None = all.
 
-    Of `seen` tokens of the row `left` have left the tail.
+    The row has seen `seen` tokens, of which `left` have left the tail.
     """
     tokens = _tokens_held(state, seen, state.num_generated)
-    scheduler, least = state.settings.scheduler, state.settings.num_sinks
+    scheduler, num_sinks = state.settings.scheduler, state.settings.num_sinks
     if tokens is None or scheduler is None:
         return None
-    free = max(tokens - row_window(state, seen) - least, 0)
-    return least + scheduler.layer_budget(
-        free, max(left - least, 0), state.facts.paged_index, state.facts.num_paged
+    free = max(tokens - row_window(state, seen) - num_sinks, 0)
+    return num_sinks + scheduler.layer_budget(
+        free, max(left - num_sinks, 0), state.facts.paged_index, state.facts.num_paged
     )
 
 
 def _tokens_held(state: LayerState, seen: int, generated: int) -> int | None:
-    """How many tokens of each KV head of a row may be held, open ones included; None = all."""
+    """Return how many tokens per KV head a row may hold, tail included; None = all."""
     budget, scheduler = state.settings.budget, state.settings.scheduler
     if budget is not None:
         return budget.tokens(seen, generated, lambda nbytes: _tokens_in(state, nbytes))
@@ -82,24 +82,24 @@ def _tokens_held(state: LayerState, seen: int, generated: int) -> int | None:
 
 
 def _tokens_in(state: LayerState, nbytes: int) -> int:
-    """Tokens of each row and KV head, open ones included, for which `nbytes` of a cache suffice."""
+    """Return the tokens per row and KV head, tail included, that a cache of `nbytes` can hold."""
     settings = state.settings
     pages = int(_bytes_for_pages(state, nbytes) / _page_row_bytes(state))
-    # Where heads hold different numbers of tokens, or of bytes, the last page of each is not full.
-    pages -= _is_pooled(state)
+    # Where heads differ in their tokens or bytes, the last page of each head is not full.
+    pages -= _has_ragged_pages(state)
     return settings.window + max(pages, 0) * settings.page_size
 
 
 def spare_bytes(state: LayerState) -> int:
-    """Bytes of room that pages may have, so that a cache takes little more than its tokens.
+    """Return the bytes of unused room that pages may have, a small part of the cache.
 
-    A quarter of all tokens seen, less a page of the tail, which it has room for as well.
+    It is a quarter of all tokens seen, less a page, for which the tail has room as well.
     """
     return max(state.num_seen // 4 - state.settings.page_size, 0) * state.tail.token_bytes
 
 
 def page_bytes(state: LayerState) -> int | None:
-    """Bytes that the pages of a layer may take; None = the budget is not one in bytes."""
+    """Return the bytes that the pages of a layer may take; None if the budget is not in bytes."""
     budget = state.settings.budget
     nbytes = None if budget is None else budget.bytes_in_force(state.num_generated)
     return None if nbytes is None else _bytes_for_pages(state, nbytes)
@@ -109,11 +109,11 @@ def _bytes_for_pages(state: LayerState, nbytes: int) -> int:
     """Return the bytes that a cache of `nbytes` leaves to the pages of a layer.
 
     Raises:
-        ValueError: its open tokens and sinks take more than its share.
+        ValueError: its tail tokens and sinks take more than its share.
     """
     settings, tail = state.settings, state.tail
-    beside = state.neighbours.nbytes(state)
-    share = max(nbytes - beside, 0) // (state.facts.num_paged - state.neighbours.num_unpaged)
+    elsewhere = state.neighbours.nbytes(state)
+    share = max(nbytes - elsewhere, 0) // (state.facts.num_paged - state.neighbours.num_unpaged)
     opened = settings.window + settings.page_size
     owners, states = tail.batch * tail.keys.shape[1], (tail.keys, tail.values)
     fixed = opened * owners * sum(t.shape[3] * t.element_size() for t in states)
@@ -122,44 +122,44 @@ def _bytes_for_pages(state: LayerState, nbytes: int) -> int:
     others = (state.pages.codec.tensors(), state.scheduler_tensors(), state.probe.tensors())
     fixed += storage_bytes(itertools.chain(*others))
     sinks = math.ceil(settings.num_sinks / settings.page_size)
-    least = fixed + (sinks + _is_pooled(state) * (sinks > 0)) * _page_row_bytes(state)
-    if share <= fixed or share < least:
+    min_bytes = fixed + (sinks + _has_ragged_pages(state) * (sinks > 0)) * _page_row_bytes(state)
+    if share <= fixed or share < min_bytes:
         raise ValueError(
             f"`budget` is {nbytes} bytes, of which layers that are not paged and token ids take "
-            f"{beside}. That leaves {share} for layer {state.layer_idx}, but its open tokens "
-            f"and sinks alone take {math.ceil(least)} in this batch of {tail.batch}: give more, or a "
+            f"{elsewhere}. That leaves {share} for layer {state.layer_idx}, but its open tokens "
+            f"and sinks alone take {math.ceil(min_bytes)} in this batch of {tail.batch}: give more, or a "
             "smaller `window`, `page_size` or batch."
         )
     return share - fixed
 
 
 def _page_row_bytes(state: LayerState) -> float:
-    """Bytes of a page of each KV head of all rows."""
+    """Return the bytes of a page of each KV head of all rows."""
     tail = state.tail
     return tail.batch * tail.keys.shape[1] * state.settings.page_size * token_bytes(state)
 
 
 def token_bytes(state: LayerState) -> float:
-    """Bytes that a token of one KV head takes in a full page, with all that is known of it."""
+    """Return the bytes of a token of one KV head in a full page, its metadata included."""
     settings, tail = state.settings, state.tail
     dims, size = (tail.keys.shape[3], tail.values.shape[3]), tail.keys.element_size()
     total = state.compressor.bytes_per_token(*dims, size, settings.page_size)
-    # Its position, its record, and the one that attention adds to; what never changes.
+    # Position, statistics, the copy of these that attention adds to, labels; then constants.
     total += 4 + 4 * (state.observed.numbers + state.observed.width) + _label_bytes(state)
     constants = settings.needs.constants
     total += 0 if constants is None else 4 * constants.num_constants
     total += rest_bytes(state)
-    # The owner of a page and its length.
-    return total + _is_pooled(state) * 12 / settings.page_size
+    # A ragged page stores its owner and its length.
+    return total + _has_ragged_pages(state) * 12 / settings.page_size
 
 
-def _is_pooled(state: LayerState) -> bool:
-    """Tell if KV heads differ in their number of pages or in the encodings of their pages."""
+def _has_ragged_pages(state: LayerState) -> bool:
+    """Return True if KV heads may differ in their number of pages or in the encodings of these."""
     return state.settings.traits.is_ragged or state.pages.codec.is_mixed
 
 
 def _label_bytes(state: LayerState) -> int:
-    """Bytes of a token's experts and their weights."""
+    """Return the bytes of a token's experts and their weights."""
     labels = state.tail.labels
     tensors = () if labels is None else labels.tensors.values()
     return sum(t[0, 0, 0].numel() * t.element_size() for t in tensors)

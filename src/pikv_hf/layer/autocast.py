@@ -1,4 +1,4 @@
-"""Arithmetic on what is cached, which has dtypes of its own: `torch.autocast` is for the model's."""
+"""Arithmetic of the cache outside of `torch.autocast`, which is for the model's dtypes alone."""
 
 import functools
 from collections.abc import Callable
@@ -16,9 +16,8 @@ Step = Callable[Concatenate[LayerState, P], R]
 def without_autocast(step: Step[P, R]) -> Step[P, R]:
     """Run `step` of a paged layer with autocast off on the device of the layer.
 
-    Under autocast products lose the dtype that was chosen for them: scales, scores and eigenvectors
-    would be rounded, or meet tensors of another dtype. What `step` is given of the model has to be
-    in the dtype of the tail.
+    Autocast would change the dtypes of products: scales, scores and eigenvectors would be rounded,
+    or meet tensors of another dtype. Arguments from the model must have the tail's dtype.
     """
 
     @functools.wraps(step)

@@ -1,4 +1,4 @@
-"""How much a cache may hold, as a user says it."""
+"""The budget of a cache, as a user gives it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,21 +16,20 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class Budget:
-    """Amounts that may be held behind the prompt and while tokens are generated; None = no limit.
+    """Amounts that may be held after prefill and while decoding; None = no limit.
 
-    An amount is a number of tokens of each row and KV head, a share of those that the row has seen,
-    or bytes of the whole cache. Without one for decoding (`decode`), what is generated adds to what
-    was kept of the prompt.
+    An amount is a number of tokens of each row and KV head, a share of the tokens that the row has
+    seen, or bytes of the whole cache. If `decode` is None, generated tokens come on top.
     """
 
     prefill: Amount | None
     decode: Amount | None
 
     def tokens(self, seen: int, generated: int, tokens_in: Callable[[int], int]) -> int | None:
-        """Tokens that a row may hold of each KV head, open ones included; None = all.
+        """Return the tokens per KV head that a row may hold, tail included; None = all.
 
-        `seen`: the tokens of the row, padding not counted, the newest `generated` of them behind
-        its prompt. `tokens_in` says how many tokens fit into bytes of the whole cache.
+        `seen`: the tokens of the row, padding not counted; the newest `generated` of them are
+        behind its prompt. `tokens_in` returns how many tokens fit into bytes of the whole cache.
         """
         amount = self.in_force(generated)
         if amount is None:
@@ -39,11 +38,11 @@ class Budget:
         return _tokens(amount, seen - adds, tokens_in) + adds
 
     def in_force(self, generated: int) -> Amount | None:
-        """The amount that counts when `generated` tokens are behind the prompt."""
+        """Return the amount that applies when `generated` tokens are behind the prompt."""
         return self.decode if generated and self.decode is not None else self.prefill
 
     def bytes_in_force(self, generated: int) -> int | None:
-        """The same in bytes; None if it is not an amount of bytes."""
+        """Return the bytes of the amount that applies; None if it is not an amount of bytes."""
         amount = self.in_force(generated)
         return parse_bytes(amount) if isinstance(amount, str) else None
 
@@ -57,13 +56,13 @@ class Budget:
 
     @property
     def least_count(self) -> int | None:
-        """The smallest number of tokens among the amounts, if one is a number of tokens."""
+        """Smallest amount that is a number of tokens; None if there is none."""
         counts = [x for x in (self.prefill, self.decode) if isinstance(x, int)]
         return min(counts, default=None)
 
 
 def make_budget(given: Any) -> Budget:
-    """What a user passes as `budget`: an amount, or amounts for `prefill` and `decode`.
+    """Make a budget of what a user passes: an amount, or amounts for `prefill` and `decode`.
 
     Raises:
         ValueError: it is neither.

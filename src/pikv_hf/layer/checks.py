@@ -1,4 +1,4 @@
-"""Refusals of a paged layer."""
+"""Checks of the arguments of a paged layer."""
 
 import contextlib
 from collections.abc import Generator
@@ -9,7 +9,7 @@ from .state import LayerState
 
 
 def check_update(state: LayerState, keys: Tensor, values: Tensor) -> None:
-    """Refuse new `keys` [B, H, T, Dk] and `values` that do not continue what the layer holds.
+    """Refuse new `keys` [B, H, T, Dk] and `values` that do not continue the layer's tokens.
 
     Raises:
         RuntimeError: the last tokens still wait for their attention or their experts.
@@ -31,7 +31,7 @@ def check_update(state: LayerState, keys: Tensor, values: Tensor) -> None:
 
 
 def check_crop(state: LayerState, tokens_to_remove: int) -> None:
-    """Raise unless the layer can be cropped by `tokens_to_remove`; changes nothing."""
+    """Raise ValueError if the layer cannot be cropped by `tokens_to_remove`."""
     if tokens_to_remove > 0:
         raise ValueError(
             f"`tokens_to_remove` is {tokens_to_remove}; it must be 0 or the negative number of "
@@ -52,7 +52,7 @@ def check_crop(state: LayerState, tokens_to_remove: int) -> None:
 
 @contextlib.contextmanager
 def naming(state: LayerState) -> Generator[None, None, None]:
-    """Name the layer in an error of a compressor that cannot store its tokens."""
+    """Name the layer in a ValueError of a compressor that cannot store its tokens."""
     try:
         yield
     except ValueError as error:

@@ -11,7 +11,7 @@ from .state import LayerState
 
 
 class DenseStates(DynamicLayer):
-    """A layer that holds no tensor of all its keys, and makes one whenever it is asked for."""
+    """A layer without dense keys and values: it makes them whenever they are read."""
 
     state: LayerState
 
@@ -32,10 +32,10 @@ class DenseStates(DynamicLayer):
         _check_none("values", values)
 
     def states(self) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values [B, H, T, D] as `update` was given them, zero at padding: a copy.
+        """Return copies of keys and values [B, H, T, D] as `update` got them, zero at padding.
 
         Raises:
-            RuntimeError: the scheduler may have evicted some.
+            RuntimeError: the scheduler may have evicted some tokens.
         """
         if not self.state.is_written:
             return None, None
@@ -45,7 +45,7 @@ class DenseStates(DynamicLayer):
 
 
 def _check_none(name: str, value: Any) -> None:
-    """None is what transformers' layers begin with."""
+    """Refuse to set `value`, except None, which transformers' layers begin with."""
     if value is not None:
         raise AttributeError(
             f"`{name}` of a paged layer cannot be set: they are held as a tail and pages, which "
@@ -55,7 +55,7 @@ def _check_none(name: str, value: Any) -> None:
 
 @without_autocast
 def dense_states(state: LayerState) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, T, D] of all tokens seen, zero at padding: a copy."""
+    """Return copies of keys and values [B, H, T, D] of all tokens seen, zero at padding."""
     full = []
     for name, tail in zip(("keys", "values"), state.tail.view(), strict=True):
         states = tail.new_zeros(*tail.shape[:2], state.num_seen, tail.shape[3])
@@ -70,7 +70,7 @@ def dense_states(state: LayerState) -> tuple[Tensor, Tensor]:
 
 
 def given(keys: Tensor, values: Tensor, latent_rank: int | None) -> tuple[Tensor, Tensor]:
-    """Stored keys and values as `update` was given them, a latent and its rotary key apart."""
+    """Return stored keys and values as `update` got them: latents apart from their rotary keys."""
     if latent_rank is None:
         return keys, values
     return keys[..., :latent_rank], keys[..., latent_rank:]

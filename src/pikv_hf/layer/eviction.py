@@ -1,4 +1,4 @@
-"""What stays within the budget, of the tokens that leave the tail and of the sealed ones."""
+"""The choice of tokens within the budget, among those that leave the tail and sealed ones."""
 
 import functools
 import math
@@ -16,21 +16,21 @@ from .records import settled, with_record, write_counted
 from .rerotation import moves, side_by_side, with_rest
 from .state import LayerState
 
-# The budget is this many times what goes of it at once, if that is not said.
+# By default an eviction frees 1/16 of the budget.
 INTERVALS = 16
 
 
-def kept(
+def select_tokens(
     state: LayerState,
     rows: list[int],
     new: TokenTable,
     count: int,
     scheduler: Scheduler,
 ) -> tuple[TokenTable, Room]:
-    """What of `new`, tokens of `rows`, is to be sealed: with the sealed tokens, if some must go.
+    """Return the tokens to seal of `new`, tokens of `rows`, and the room for tokens that follow.
 
-    Besides, what is known of the tokens that follow until some must go again.
-    `count` tokens at the beginning of the tail are leaving it.
+    If some must be evicted, sealed tokens leave their pages, and the kept ones are returned, too.
+    The first `count` tokens of the tail are leaving it. The room lasts until the next eviction.
     """
     if moves(state.settings):
         new = with_rest(state, new)
@@ -45,7 +45,7 @@ def kept(
     seen = left + state.tail.length - count
     budget = sealed_tokens(state, seen, left)
     room = _room(state, rows, len(new))
-    is_within = budget is None or _fits(state, rows[0], len(new), budget, scheduler)
+    is_within = budget is None or _is_within_budget(state, rows[0], len(new), budget, scheduler)
     is_within &= room.nbytes >= 0
     if is_within and needs.statistics is None:
         return new, room
@@ -55,25 +55,25 @@ def kept(
     if is_within or budget is None:
         return span.front(), room
     tokens = _candidates_of(state, rows, span, count, needs.inputs)
-    to_follow = _to_follow(state, seen, budget)
-    keep = scheduler.keep(tokens, budget - to_follow)
+    headroom = _headroom(state, seen, budget)
+    keep = scheduler.keep(tokens, budget - headroom)
     if needs.row_state is not None:
         state.observed.set_control(rows, needs.row_state.next_row_state(tokens, keep))
     if span.codes():
-        span = span.without("keys", "values")  # the codes stay what they are
+        span = span.without("keys", "values")  # codes are copied without decoding
     is_ragged = state.settings.traits.is_ragged and bool((keep < 0).any())
     if state.settings.traits.is_ragged:
         span = span.without("valid")
-    stays = span.gather(keep.clamp_min(0) if is_ragged else keep)
+    retained = span.gather(keep.clamp_min(0) if is_ragged else keep)
     if is_ragged:
-        stays = stays.joined(TokenTable({"valid": keep >= 0}))
+        retained = retained.joined(TokenTable({"valid": keep >= 0}))
     if moves(state.settings):
-        stays = side_by_side(state, stays, keep, len(span))
-    return stays, Room(room.nbytes, to_follow)
+        retained = side_by_side(state, retained, keep, len(span))
+    return retained, Room(room.nbytes, headroom)
 
 
 def _room(state: LayerState, rows: list[int], new: int) -> Room:
-    """The bytes of room for more when `new` tokens of `rows` are sealed; < 0 = too many are sealed."""
+    """Return the room that is left when `new` tokens of `rows` are sealed; < 0 = too many."""
     limit, spare = page_bytes(state), spare_bytes(state)
     if limit is None:
         return Room(nbytes=spare)
@@ -85,12 +85,12 @@ def _room(state: LayerState, rows: list[int], new: int) -> Room:
 def _candidates(
     state: LayerState, rows: list[int], new: TokenTable, scheduler: Scheduler
 ) -> TokenTable:
-    """The sealed tokens of `rows`, which leave their pages, and `new` behind them."""
+    """Take the sealed tokens of `rows` out of their pages, and put `new` behind them."""
     pages, needs = state.pages, state.settings.needs
     take = functools.partial(pages.take, rows, with_values="values" in needs.inputs)
     is_small = len(new) <= pages.page_size and pages.held(rows[0]) is not None
     if is_small and pages.codec.is_lossless and needs.statistics is None:
-        # Pages mostly have room: then nothing is copied to stand in one piece.
+        # Pages mostly have room for `new`, so that the tokens need not be copied into one piece.
         with naming(state):
             pages.append(new, rows, state.tail.batch)
         span = take()
@@ -106,29 +106,31 @@ def _candidates(
     return new if sealed is None else sealed.then(new)
 
 
-def _fits(state: LayerState, row: int, new: int, budget: int, scheduler: Scheduler) -> bool:
-    """Whether `new` tokens more of each KV head are within the budget."""
+def _is_within_budget(
+    state: LayerState, row: int, new: int, budget: int, scheduler: Scheduler
+) -> bool:
+    """Return True if `new` more tokens of each KV head are within the budget."""
     held = state.pages.held(row)
     held = torch.zeros(1) if held is None else held.double()
     if scheduler.traits.has_lengths:
-        most = scheduler.lengths(state.layer_idx, state.num_departed[row], budget)
-        return bool((held + new <= most).all())
+        max_lengths = scheduler.lengths(state.layer_idx, state.num_departed[row], budget)
+        return bool((held + new <= max_lengths).all())
     return math.ceil(held.mean()) + new <= budget
 
 
-def _to_follow(state: LayerState, seen: int, budget: int) -> int:
-    """How many tokens less than the `budget` of pages stay, so that others are not due at once.
+def _headroom(state: LayerState, seen: int, budget: int) -> int:
+    """Return the places per KV head that an eviction leaves free, for the next `interval` tokens.
 
-    0 while a prompt is read, which is to keep what it may.
+    While a prompt is read this is 0: the prompt may use its whole `budget`.
     """
     if not state.num_generated:
         return 0
     page_size, interval = state.settings.page_size, state.settings.interval
     pages = math.ceil(interval / page_size) if interval else 0
     pages = pages or (budget + row_window(state, seen)) // (INTERVALS * page_size)
-    # A page is about to be sealed: the others are to follow.
-    least = max(state.settings.num_sinks, budget // 2)
-    return max(min((pages - 1) * page_size, budget - least), 0)
+    # The first of these pages is being sealed now.
+    min_kept = max(state.settings.num_sinks, budget // 2)
+    return max(min((pages - 1) * page_size, budget - min_kept), 0)
 
 
 def _candidates_of(
@@ -138,7 +140,7 @@ def _candidates_of(
     count: int,
     inputs: frozenset[str],
 ) -> Candidates:
-    """`span` and what else of the layer the scheduler asks for, `inputs` among it."""
+    """Return `span` as candidates, with `inputs` and all else that the scheduler needs."""
     index, needs = torch.tensor(rows), state.settings.needs
     keys, values = state.tail.view()
     opened = TokenTable({"keys": keys, "values": values})

@@ -1,11 +1,11 @@
-"""From `update` to the attention function that the model calls next: which layer it is about."""
+"""Handover of a layer from its `update` to the attention function that the model calls next."""
 
 import threading
 from typing import Any
 
 
 class _Slot(threading.local):
-    """One slot in each thread; a compiler guards on its attribute."""
+    """A slot for a layer in each thread; a compiler guards on its attribute."""
 
     def __init__(self) -> None:
         self.layer: Any = None
@@ -20,6 +20,6 @@ def hand_over(layer: Any) -> None:
 
 
 def take_layer() -> Any:
-    """The layer whose `update` ran last and whose attention did not, or None; it is taken away."""
+    """Take out the layer whose `update` ran last, if its attention did not run yet; else None."""
     layer, SLOT.layer = SLOT.layer, None
     return layer

@@ -1,4 +1,4 @@
-"""A warning when sealed pages differ much from what they were made of."""
+"""A warning when sealed pages differ much from their original keys and values."""
 
 import contextlib
 import dataclasses
@@ -15,10 +15,10 @@ from ..storage.token_table import TokenTable
 LIMIT = 0.2
 """Relative root mean square error of keys, or of values, above which a layer warns.
 
-On ordinary numbers 8 bits leave .01 (`int8`) to .05 (`fp8` e5m2), 4 bits .10 to .13, 3 bits .17,
-2 bits .34 and more. `int4` without rotation exceeds it where a few channels outweigh the others.
+On ordinary numbers 8 bits lose .01 (`int8`) to .05 (`fp8` e5m2), 4 bits .10 to .13, 3 bits .17,
+2 bits .34 and more. `int4` without rotation loses more where a few channels outweigh the others.
 """
-MOST_PAGES = 8
+MAX_PAGES = 8
 
 
 class LossWarning(UserWarning):
@@ -28,8 +28,8 @@ class LossWarning(UserWarning):
 class Guard:
     """Compares pages of one layer with their originals, a few at a time, and warns once.
 
-    It looks when the layer seals for the first time, and then whenever its sealed tokens have
-    doubled: most seals cost nothing. Tokens that a scheduler drops at once are looked at, too.
+    It compares at the first seal, and then whenever the sealed tokens have doubled, so that most
+    seals cost nothing. Tokens that a scheduler evicts at once are compared, too.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Guard:
         self.has_warned = False
 
     def reset(self) -> None:
-        """Look at the first seal again; who was warned stays so."""
+        """Compare at the next seal; a layer that has warned does not warn again."""
         self.due_at = 1
 
     def check(
@@ -49,10 +49,9 @@ class Guard:
         sealed: int,
         layer_idx: int,
     ) -> None:
-        """Warn if need be of `compressor`, as whose codes `table` is given `span`.
+        """Warn if `compressor` loses much of `span`, tokens for `table`, which is not changed.
 
-        `sealed` tokens have been sealed so far; `queries` as for `PageTable.append`. The table is not
-        changed.
+        `sealed` tokens have been sealed so far; `queries` as for `PageTable.append`.
         """
         if self.has_warned or sealed < self.due_at or compressor.is_lossless:
             return
@@ -70,18 +69,18 @@ class Guard:
 
 
 def _sample(span: TokenTable, page_size: int) -> TokenTable:
-    """Whole pages of the first row, evenly spread: all heads, about `MOST_PAGES` in all."""
+    """Return whole pages of the first row, evenly spread: all heads, about `MAX_PAGES` in all."""
     first = span.rows(torch.tensor([0]))
     whole = len(span) // page_size
     if whole == 0:
         return first
-    count = max(1, min(whole, MOST_PAGES // span["keys"].shape[1]))
+    count = max(1, min(whole, MAX_PAGES // span["keys"].shape[1]))
     pages = (2 * torch.arange(count) + 1) * whole // (2 * count)
     return first.tokens((pages[:, None] * page_size + torch.arange(page_size)).flatten())
 
 
 def _losses(sample: TokenTable, pages: PageTable) -> dict[str, float]:
-    """Relative root mean square errors of `keys` and of `values`, if there are any."""
+    """Return the relative root mean square errors of `keys` and of `values`, if these have dims."""
     spans, names = pages.spans([0]), [n for n in ("keys", "values") if sample[n].shape[-1]]
     found = []
     for name in names:
@@ -94,13 +93,13 @@ def _losses(sample: TokenTable, pages: PageTable) -> dict[str, float]:
 def _advice(
     compressor: Compressor, sample: TokenTable, page_size: int, names: Iterable[str]
 ) -> dict[str, float]:
-    """Compressors that lose less than the limit of `names` in `sample`, and how much they lose.
+    """Return compressors that lose less than the limit of `names` in `sample`, and their losses.
 
-    `Int8` always does: it leaves at most 1/127 of the largest number of a token.
+    `Int8` always does: its error is at most 1/127 of the largest number of a token.
     """
     found: dict[str, float] = {}
     for other in (*compressor.alternatives(), Int8()):
-        with contextlib.suppress(ValueError):  # head dims that it cannot pack
+        with contextlib.suppress(ValueError):  # raised for head dims that it cannot pack
             left = _losses(sample, PageTable(other, page_size).apart(sample))
             worst = max(left[name] for name in names)
             if worst <= LIMIT:
@@ -109,7 +108,7 @@ def _advice(
 
 
 def _in_code(compressor: Compressor) -> str:
-    """As one would write it, without the defaults."""
+    """Return the call that makes `compressor`, without default arguments."""
     fields = dataclasses.fields(compressor)  # ty: ignore[invalid-argument-type]
     values = ((f.name, getattr(compressor, f.name), f.default) for f in fields if f.repr)
     given = ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)

@@ -1,4 +1,4 @@
-"""What storing tokens in pages does to the output of attention, measured as they are sealed.
+"""The error that pages cause in attention outputs, measured as tokens are sealed.
 
 Shapes: R rows, H KV heads, T tokens, Q queries, D key dim, Dv value dim.
 """
@@ -13,15 +13,15 @@ from ..storage.page_table import PageTable
 from ..storage.row_map import Partial
 from ..storage.token_table import TokenTable
 
-_QUERIES = 16  # newest tokens whose queries are asked
+_QUERIES = 16  # newest tokens whose queries are used
 _BLOCK = 2048  # tokens copied in float32 at a time
 
 
 class Probe:
     """Sums of squares of one layer: of the error of attention outputs, and of the exact outputs.
 
-    They stay on the device of the layer until `error` is asked for. `observed_queries` is how many
-    of the newest tokens are to be observed, 0 if nothing is measured.
+    The sums stay on the device of the layer until `error` is read. `observed_queries`: number of
+    newest tokens whose queries are to be observed, 0 if nothing is measured.
     """
 
     def __init__(self, is_on: bool) -> None:
@@ -34,10 +34,10 @@ class Probe:
     def measure(
         self, span: TokenTable, pages: PageTable, query: Tensor, scale: float, rank: int | None
     ) -> None:
-        """Ask `query` [R, H, Q, D] of the tokens `span` and of `pages`, which hold nothing else.
+        """Compare attention of `query` [R, H, Q, D] over `span` and over `pages` of these tokens.
 
-        `rank`: of latents, the dims that are values; None for keys with values. Zero queries, which
-        stand for padding, do not count.
+        `rank`: of latents, the number of dims that are values; None for keys with values. Zero
+        queries, which stand for padding, do not count.
         """
         exact, stored = _exact(query, span, scale), _start(query, span)
         for slab in pages.slabs:
@@ -50,7 +50,7 @@ class Probe:
 
     @property
     def error(self) -> float | None:
-        """Root of the first sum over the second: relative; None before anything was measured."""
+        """Relative error, the root of the first sum over the second; None before `measure`."""
         if self._sums is None:
             return None
         wrong, whole = self._sums.tolist()
@@ -62,7 +62,7 @@ class Probe:
 
 
 def _start(query: Tensor, span: TokenTable) -> Partial:
-    """The result over no key: of a log-sum-exp that every other outweighs."""
+    """Return the result over no key: zeros, and a log-sum-exp that any other outweighs."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     dim = span["values"].shape[-1] or span["keys"].shape[-1]
     lse = query.new_full(query.shape[:3], torch.finfo(dtype).min / 2, dtype=dtype)
@@ -70,7 +70,7 @@ def _start(query: Tensor, span: TokenTable) -> Partial:
 
 
 def _exact(query: Tensor, span: TokenTable, scale: float) -> Partial:
-    """Attention over the tokens themselves, computed in float32 or float64."""
+    """Return attention over the tokens themselves, computed in float32 or float64."""
     result = _start(query, span)
     dtype = result[0].dtype
     for start in range(0, len(span), _BLOCK):

@@ -1,4 +1,4 @@
-"""The queries of one layer, for methods that ask what is attended to."""
+"""Queries and token statistics of one layer, for methods that need to know its attention."""
 
 from collections.abc import Iterator
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from ..schedulers import Needs
 
 EVERY = 2**62
-# At most 1/4 of the queries that are kept are older than they need be.
+# Up to 1/4 more queries than needed are held, so that they are not copied at every step.
 SLACK = 4
 # Drafted tokens whose queries may have to be taken back.
 DRAFTED = 256
 
 
 class Trail:
-    """The newest queries [B, H, G, n, D], put side by side when they are read and not at every step."""
+    """The newest queries [B, H, G, n, D], concatenated when they are read, not at every step."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
@@ -23,7 +23,7 @@ class Trail:
         self._count = 0
 
     def append(self, newer: Tensor, most: int) -> None:
-        """A copy of `newer`; of all, the newest `most` are kept."""
+        """Append a copy of `newer`, and keep the newest `most` of all queries."""
         self._parts.append(newer[:, :, :, -most:].clone())
         self._most = most
         self._count += self._parts[-1].shape[3]
@@ -38,7 +38,7 @@ class Trail:
         return self._parts[0] if self._parts else None
 
     def __len__(self) -> int:
-        """How many times something was appended since all was read."""
+        """Return the number of parts that `read` would concatenate."""
         return len(self._parts)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -50,15 +50,16 @@ class Trail:
 
 
 class Observations:
-    """Queries [B, H, G, n, D] of the newest n tokens, at most `most`, of each KV head's G heads.
+    """Copies of the newest queries of one layer, and token statistics as schedulers need them.
 
-    Those of padding are zeros. Copies: nothing keeps the prompt's queries alive. `control`
-    [B, controls] is what schedulers keep of each row.
-
-    For schedulers that keep a record of `width` numbers of each token, `pending` are the queries that
-    records do not contain yet, and `record` [B, H, t, width] those of the oldest t open tokens. If
-    attention itself has added the pending queries, `counted` [B, H, T, width] are the records of all
-    tokens held with them. If `is_marked` a record is one number that only a repetition changes.
+    Attributes:
+        queries: [B, H, G, n, D] of the newest n <= `most` tokens, of G query heads; padding: zeros.
+        control: [B, controls], the row state of the scheduler.
+        width: numbers of a record, the statistics of a token; 0 if queries change none.
+        pending: queries that the records do not include yet.
+        record: [B, H, t, width], the records of the oldest t tail tokens.
+        counted: [B, H, T, width], all records with the pending queries, if attention added them.
+        is_marked: True if a record is one number that only a repetition changes.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Observations:
 
     @classmethod
     def for_needs(cls, needs: Needs) -> "Observations":
-        """Observations as methods need them."""
+        """Make observations that provide `needs`."""
         width = 0 if needs.statistics is None else needs.statistics.num_statistics
         row_state = 0 if needs.row_state is None else needs.row_state.num_row_state
         return cls(needs.queries, width, row_state, is_marked=needs.repetition is not None)
@@ -91,46 +92,46 @@ class Observations:
         return len(self._pending) > 0
 
     def is_pending(self, generated: int, page_size: int) -> bool:
-        """Whether queries are to be settled without sealing: of a prompt, or of as many tokens as a page."""
+        """Return True if queries must be settled without sealing: a prompt's, or a page's."""
         return self.has_pending and (not generated or len(self._pending) >= page_size)
 
     def set_record(self, record: Tensor) -> None:
-        """The records [B, H, t, width] of the oldest t tokens of the tail."""
+        """Set the records [B, H, t, width] of the oldest t tail tokens."""
         self.record = record
 
     def count(self, counted: Tensor) -> None:
-        """Attention has added the pending queries: the records [B, H, T, width] of all tokens."""
+        """Set the records [B, H, T, width] of all tokens, with the pending queries."""
         self.counted = counted
 
     def forget_counted(self) -> None:
-        """The pending queries are not counted: they are asked again when tokens are sealed."""
+        """Forget `counted`: the pending queries are used when tokens are sealed."""
         self.counted = None
 
     def begin_drafting(self) -> None:
-        """More queries are kept, of which some may be taken back."""
+        """Keep more queries from now on, as some may be taken back."""
         self.is_drafting = True
 
     def settle(self) -> None:
-        """The records contain all queries."""
+        """Forget the pending queries, which the records include now."""
         self._pending.set(None)
         self.counted = None
 
     def anew(self) -> "Observations":
-        """Nothing observed yet."""
+        """Return observations for the same needs, without any query."""
         return Observations(self.most, self.width, self.controls, is_marked=self.is_marked)
 
     @property
     def numbers(self) -> int:
-        """How many numbers a record has."""
+        """Numbers of a record."""
         return self.width or int(self.is_marked)
 
     @property
     def limit(self) -> int:
-        """How many of the newest queries are wanted."""
+        """Number of newest queries that are needed."""
         return EVERY if self.width else self.most and self.most + DRAFTED * self.is_drafting
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:
-        """`queries` [B, H, G, q, D] of new tokens, `visible` [B or 1, q] where they are no padding."""
+        """Append `queries` [B, H, G, q, D]; `visible` [B or 1, q] is False at padding."""
         newest = queries[:, :, :, -self.limit :].detach()
         if visible is not None:
             seen = visible[:, None, None, -self.limit :, None]
@@ -141,12 +142,12 @@ class Observations:
             self._pending.append(newest, EVERY)
 
     def drop(self, tokens: int) -> None:
-        """The oldest `tokens` open tokens are open no more."""
+        """Forget the records of the oldest `tokens` tail tokens, which leave the tail."""
         if self.record is not None:
             self.record = self.record[:, :, tokens:].clone()
 
     def truncate(self, removed: int, opened: int) -> None:
-        """Forget the newest `removed` tokens; `opened` stay open."""
+        """Forget the newest `removed` tokens; `opened` tokens are left in the tail."""
         if removed:
             for trail in (self._queries, self._pending):
                 trail.set(_without_newest(trail.read(), removed))
@@ -166,7 +167,7 @@ class Observations:
                 setattr(self, name, held.index_select(0, index.to(held.device)))
 
     def of_rows(self, rows: list[int], newest: int) -> Tensor | None:
-        """Those of at most `newest` tokens, [R, H, G, n, D]; None before any, or for 0."""
+        """Return queries [R, H, G, n, D] of at most `newest` tokens; None if there are none."""
         queries = self.queries if newest else None
         if queries is None:
             return None
@@ -176,19 +177,19 @@ class Observations:
         return queries.index_select(0, torch.tensor(rows, device=queries.device))
 
     def most_bytes(self, owners: int, opened: int, sealed: int) -> int:
-        """Bytes held at most, the records of pages apart, for the KV heads of all rows, `owners`.
+        """Return the maximum of bytes, without records of pages, for `owners` KV heads of all rows.
 
-        `opened` tokens are open at most; after every `sealed` ones records are settled.
+        The tail has at most `opened` tokens; queries are settled after every `sealed` tokens.
         """
         size = 4 * owners * opened * (self.numbers + self.width)
         size += 0 if self.control is None else self.control.nbytes
-        kept = self.most + DRAFTED * self.is_drafting
-        for held, most in ((self.queries, kept + kept // SLACK), (self.pending, sealed)):
-            size += 0 if held is None else held[:, :, :, 0].nbytes * most
+        needed = self.most + DRAFTED * self.is_drafting
+        for held, count in ((self.queries, needed + needed // SLACK), (self.pending, sealed)):
+            size += 0 if held is None else held[:, :, :, 0].nbytes * count
         return size
 
     def control_of(self, rows: list[int], like: Tensor) -> Tensor:
-        """The controls [R, controls] of batch rows, made on the device of `like` [B, ...]."""
+        """Return the row state [R, controls], at first zeros on the device of `like` [B, ...]."""
         if self.control is None:
             self.control = like.new_zeros(like.shape[0], self.controls, dtype=torch.float32)
         return self.control[rows]

@@ -1,4 +1,4 @@
-"""Which of the tokens that have left the tail were padding: a later mask must say the same."""
+"""Padding among the tokens that have left the tail, which later masks must hide as well."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +15,8 @@ _INSTEAD = "call `cache.reset()` and pass the full token ids with this mask"
 class Padding:
     """The columns of the sequence that were hidden when they left the tail, and so are in no page.
 
-    Of the first `length` columns, which have left the tail, `hidden` [B, c] are hidden; all behind
-    the first c were visible. None = all were. The paged layers of a cache have one in common.
+    The first `length` columns have left the tail. `hidden` [B, c] is True where one of the first c
+    was hidden; all others were visible. None = all were. The paged layers of a cache share it.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Padding:
         self.length, self.hidden = 0, None
 
     def append(self, start: int, visible: Tensor | None, count: int) -> None:
-        """Note `count` columns from `start` on, once for all layers; `visible` [B, count], None = all."""
+        """Add `count` columns from `start` on, unless known; `visible` [B, count], None = all."""
         if start < self.length:
             return
         self.length = start + count
@@ -58,16 +58,16 @@ class Padding:
             self._set(self.hidden.index_select(0, index.cpu()))
 
     def visible(self, rows: int) -> Tensor:
-        """[rows, length] bool: the columns whose tokens were sealed, or dropped by a scheduler."""
+        """Return [rows, length] bool, True for columns whose tokens were sealed or evicted."""
         shown = torch.ones(rows, self.length, dtype=torch.bool)
         if self.hidden is not None:
             shown[:, : self.hidden.shape[1]] = ~self.hidden
         return shown
 
     def changed(self, mask: Any, total: int) -> Tensor | None:
-        """[B, n] bool: where `mask`, which a model is given for `total` columns, says something else.
+        """Return [B, n] bool, True where `mask` for `total` columns differs from earlier masks.
 
-        None if there is nothing to compare. Nothing waits for a device.
+        None if there is nothing to compare. Does not wait for a device.
         """
         if mask is None:
             return self.hidden

@@ -19,12 +19,12 @@ from .state import LayerState
 
 
 class PagedLayer(DenseStates):
-    """Keys and values of one attention layer, as a tail in model dtype and sealed pages.
+    """Keys and values of one attention layer: a tail in the model's dtype, and sealed pages.
 
-    The order of the steps of a layer: `update` appends tokens and returns the new ones only, the
-    attention function reads the rest from `state`, `observe` keeps queries, `finish` and `label` seal.
-    In a layer that turns out not to be ours to read (`state.unpaged_reason`), everything stays in the
-    tail and `update` returns all of it.
+    The steps of a forward pass are: `update` appends tokens and returns the new ones only, the
+    attention function reads the rest from `state`, `observe` keeps queries, `finish` or `label`
+    seals. A layer that our attention function cannot read (`state.unpaged_reason`) keeps all tokens
+    in the tail, and `update` returns all of them.
     """
 
     def __init__(self, state: LayerState) -> None:
@@ -33,7 +33,7 @@ class PagedLayer(DenseStates):
 
     @property
     def record_past(self) -> bool:
-        """Whether drafted tokens may be taken back; transformers sets it."""
+        """True if drafted tokens may be taken back; transformers sets it."""
         return self.state.is_drafting
 
     @record_past.setter
@@ -45,7 +45,7 @@ class PagedLayer(DenseStates):
     ) -> tuple[Tensor, Tensor]:
         """Append `key_states` [B, H, T, Dk] and `value_states` [B, H, T, Dv].
 
-        Returns the new tokens alone, which the attention function completes, or everything in an
+        Return the new tokens alone, as the attention function reads the others, or all tokens of an
         unpaged layer. Stored tensors carry no gradient.
 
         Raises:
@@ -87,19 +87,19 @@ class PagedLayer(DenseStates):
         self.is_initialized = True
 
     def observe(self, query: Tensor, mask: Tensor | None, scale: float) -> None:
-        """Keep the newest of the queries [B, Hq, q, D] that are asked of this layer's keys.
+        """Keep the newest of the queries [B, Hq, q, D] of this layer; `mask` hides padding.
 
-        `scale` is the factor of their products.
+        `scale` is the factor of queries times keys.
         """
         self.state.set_scale(scale)
         keep_queries(self.state, query, mask)
 
     def finish(self, mask: Tensor | None) -> None:
-        """Attention has run with `mask`: seal, or wait for the labels that come before sealing."""
+        """End attention, which ran with `mask`: seal, or wait for the labels that sealing needs."""
         state = self.state
         state.set_mask(mask)
         if not state.seals and mask is not None:
-            # Of a whole prompt's mask only what its newest query sees is kept.
+            # Of a prompt's mask only the row of its newest query is kept.
             key = (mask, state.tail.length)
             state.set_mask(state.step.remember("held", key, lambda: newest_columns(*key)))
         if state.reading.is_held and state.observed.pending is not None:
@@ -112,7 +112,7 @@ class PagedLayer(DenseStates):
             self.seal()
 
     def label(self, experts: Tensor, weights: Tensor) -> None:
-        """Experts [B, q, k] and weights [B, q, k] of the newest tokens; then seal."""
+        """Store experts [B, q, k] and weights [B, q, k] of the newest tokens; then seal."""
         labels = {"experts": experts.to(torch.int16)[:, None], "weights": weights[:, None]}
         self.state.tail.label(TokenTable(labels))
         self.state.wait_for(None)
@@ -130,17 +130,17 @@ class PagedLayer(DenseStates):
         state.set_mask(None)
 
     def compress(self) -> None:
-        """Seal what was held back."""
+        """Seal tokens that were held back."""
         if self.is_initialized and self.state.seals:
             self.state.begin_compression()
             self.seal()
 
     def get_seq_length(self) -> int:
-        """Tokens ever seen, evicted ones included: positions stay true."""
+        """Return the number of tokens ever seen, evicted ones included, as positions require."""
         return self.state.num_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask's columns: the tail and the new tokens."""
+        """Return length and offset of the mask's columns: the tail and the new tokens."""
         state = self.state
         if state.neighbours.read_full_mask:
             return state.num_seen + query_length, 0
@@ -148,14 +148,14 @@ class PagedLayer(DenseStates):
         return tail + query_length, state.num_seen - tail
 
     def activate_past_recording(self) -> None:
-        """Until the next `crop` nothing is sealed, so that drafted tokens can be taken back."""
+        """Stop sealing until the next `crop`, so that drafted tokens can be taken back."""
         self.state.begin_drafting()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` tokens; 0 only ends a verification.
+        """Remove the newest `-tokens_to_remove` tokens; 0 only ends a verification.
 
         Raises:
-            ValueError: tokens that are not in the tail any more are among them.
+            ValueError: some of these tokens have left the tail.
         """
         check_crop(self.state, tokens_to_remove)
         target = self.state.num_seen + tokens_to_remove
@@ -166,7 +166,7 @@ class PagedLayer(DenseStates):
         self.state.crop(target)
 
     def seal_verified(self) -> None:
-        """Seal, after a `crop` that ended a verification."""
+        """Seal after a `crop` that ended a verification."""
         if self.state.is_drafting:
             self.state.set_drafting(False)
             self.compress()
@@ -193,7 +193,7 @@ class PagedLayer(DenseStates):
 
 @without_autocast
 def keep_queries(state: LayerState, query: Tensor, mask: Tensor | None) -> None:
-    """Keep the newest of the queries [B, Hq, q, D]; padding, which `mask` hides, as zeros."""
+    """Keep the newest of the queries [B, Hq, q, D], zeros where `mask` hides padding."""
     visible, length = None, query.shape[2]
     if length > 1 and mask is not None:
         key = (mask, length)
@@ -203,7 +203,7 @@ def keep_queries(state: LayerState, query: Tensor, mask: Tensor | None) -> None:
 
 
 def stored(keys: Tensor, values: Tensor, latent_rank: int | None) -> tuple[Tensor, Tensor]:
-    """Keys and values as they are stored: a latent and its rotary key are one key without a value."""
+    """Return keys and values as stored: a latent and its rotary key as one key without value."""
     keys, values = alike(keys, values)
     if latent_rank is None:
         return keys, values
@@ -211,7 +211,7 @@ def stored(keys: Tensor, values: Tensor, latent_rank: int | None) -> tuple[Tenso
 
 
 def capacity(state: LayerState, held: int) -> int:
-    """Tokens a tail's buffer is made for, to hold `held` tokens and more."""
+    """Return the size in tokens of a tail's buffer that is to hold `held` tokens and more."""
     tokens = roomy(held, max(state.num_seen, held), state.tail.token_bytes)
     settings = state.settings
     return min(tokens, settings.window + settings.page_size) if state.seals else tokens

@@ -1,15 +1,15 @@
-"""Which part of a text is the prompt, and whether it is held back."""
+"""The part of a text that is the prompt, and whether sealing is held back."""
 
 import contextlib
 from collections.abc import Generator
 
 
 class Reading:
-    """How the text of a cache is read.
+    """The state of reading the text of a cache.
 
-    `is_held`: nothing is sealed, for the time being. `is_block`: within a block of `holding()`, where
-    all that is read is one text. `prompt_length`: tokens of the text, cached ones included, before
-    the running `generate` makes its first; None = unknown.
+    `is_held`: nothing is sealed at present. `is_block`: within a block of `holding()`, in which all
+    tokens are one text. `prompt_length`: tokens, cached ones included, before the first one that
+    the running `generate` makes; None = unknown.
     """
 
     def __init__(self) -> None:
@@ -26,12 +26,12 @@ class Reading:
         self.is_held = self.is_block = True
 
     def end_block(self) -> None:
-        """The block is over; the text stays held until `release`."""
+        """End the block; the text is held until `release`."""
         self.is_block = False
 
     @contextlib.contextmanager
     def prompt(self, length: int | None) -> Generator[None, None, None]:
-        """Within the block the first `length` tokens of the text are its prompt."""
+        """Treat the first `length` tokens of the text as its prompt, within a block."""
         outer, self.prompt_length = self.prompt_length, length
         try:
             yield
@@ -39,14 +39,14 @@ class Reading:
             self.prompt_length = outer
 
     def is_prompt(self, seen: int, length: int) -> bool:
-        """Whether `length` tokens behind `seen` others are of a prompt, and not generated.
+        """Return True if `length` tokens behind `seen` others are of a prompt, not generated.
 
-        Outside of `generate` and of `holding()` one token alone is taken for a generated one.
+        Outside of `generate` and `holding()`, a single token counts as generated.
         """
         if self.is_block or self.prompt_length is None:
             return self.is_block or length > 1
         return seen < self.prompt_length
 
     def __getstate__(self) -> dict[str, bool | None]:
-        """What runs around this cache does not run around a copy."""
+        """Leave out what runs around this cache, as it does not run around a copy."""
         return {"is_held": self.is_held, "is_block": False, "prompt_length": None}

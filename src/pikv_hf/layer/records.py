@@ -1,5 +1,6 @@
-"""What the queries of a layer say of each of its tokens, for schedulers that keep count.
+"""Records: token statistics that the queries of a layer update, for schedulers that need them.
 
+Queries are settled when they have been added to all records.
 Shapes: R rows, H KV heads, G query heads of each, m queries, T tokens, c numbers of a record.
 """
 
@@ -18,9 +19,9 @@ from .state import LayerState
 
 
 def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> TokenTable | None:
-    """`sealed`, all sealed tokens of `rows`, with records that the pending queries have added to.
+    """Return `sealed`, all sealed tokens of `rows`, with records that include pending queries.
 
-    Those of the tail are added to in place.
+    Records of tail tokens are updated in place.
     """
     statistics, tail, observed = state.settings.needs.statistics, state.tail, state.observed
     assert statistics is not None, "queries are pending for them"
@@ -30,8 +31,8 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
     index = torch.tensor(rows, device=queries.device)
     if observed.counted is None:
         opened = _opened(state).rows(index)
-        every = opened if sealed is None else sealed.then(opened)
-        record = recorded(statistics, every, queries[index], state.num_seen, state.scale)
+        tokens = opened if sealed is None else sealed.then(opened)
+        record = recorded(statistics, tokens, queries[index], state.num_seen, state.scale)
     else:
         record = observed.counted[index]
     before = record.shape[2] - tail.length
@@ -42,7 +43,7 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
 
 
 def _opened(state: LayerState) -> TokenTable:
-    """The open tokens of all rows: keys, records, positions, and which of them are seen."""
+    """Return keys, records, positions and `valid`, False at padding, of all tail tokens."""
     tail = state.tail
     device = tail.keys.device
     visible = visible_columns(state.mask, tail.length)
@@ -58,7 +59,7 @@ def _opened(state: LayerState) -> TokenTable:
 
 
 def with_record(state: LayerState, rows: list[int], new: TokenTable) -> TokenTable:
-    """`new`, open tokens of `rows`, with their records."""
+    """Return `new`, tail tokens of `rows`, with their records."""
     record = TokenTable({"record": tail_record(state)}).rows(torch.tensor(rows))
     first = state.first_in_tail
     return new.joined(record.tokens(new["positions"][0, 0] - first))
@@ -66,7 +67,7 @@ def with_record(state: LayerState, rows: list[int], new: TokenTable) -> TokenTab
 
 @without_autocast
 def settle_held(state: LayerState) -> None:
-    """Settle a layer that does not seal: what is pending is too much to keep."""
+    """Add pending queries, which take much memory, to the records of a layer that does not seal."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row in range(state.tail.batch):
         groups.setdefault(state.pages.signature(row), []).append(row)
@@ -78,7 +79,7 @@ def settle_held(state: LayerState) -> None:
 
 
 def tail_record(state: LayerState) -> Tensor:
-    """The records of the open tokens [B, H, n, c]; new tokens start with zeros."""
+    """Return the records [B, H, n, c] of the tail tokens; new tokens start with zeros."""
     observed, tail = state.observed, state.tail
     shape = *tail.keys.shape[:2], tail.length, observed.numbers
     record = observed.record
@@ -94,9 +95,9 @@ def tail_record(state: LayerState) -> Tensor:
 def recorded(
     statistics: TokenStatistics, tokens: TokenTable, queries: Tensor, seen: int, scale: float
 ) -> Tensor:
-    """The records [R, H, T, c] of `tokens` after the newest `queries` [R, H, G, m, D].
+    """Return the records [R, H, T, c] of `tokens` after the newest `queries` [R, H, G, m, D].
 
-    No matrix of all queries is held.
+    Attention weights are computed block by block, to save memory.
     """
     record, keys = tokens["record"], tokens["keys"]
     newest = tokens["positions"].to(keys.device).expand(record.shape[:3])
@@ -108,12 +109,12 @@ def recorded(
 
 
 def write_counted(state: LayerState) -> bool:
-    """Write what was counted to where records are kept, in place; False if there is nothing, or if
-    others have the same pages, or inference mode made them."""
+    """Write counted records in place, and return True, if there are any and pages allow it."""
     observed, slabs = state.observed, state.pages.slabs
     counted = observed.counted
     if counted is None:
         return False
+    # Pages that batch rows share, or that inference mode made, are not written to.
     if any(slab.is_forked or not is_writable(slab.meta["record"]) for slab in slabs):
         return False
     start = 0

@@ -1,4 +1,4 @@
-"""Kept tokens that move to where dropped ones have been, so that they stand side by side."""
+"""Rerotation: kept tokens move to the positions of evicted ones, so that they are side by side."""
 
 import torch
 from torch import Tensor
@@ -8,20 +8,20 @@ from ..storage.token_table import TokenTable
 from .settings import Settings
 from .state import LayerState
 
-# Parts of half the distance between two numbers that a rest counts.
+# Steps of a rest in half the distance between two neighbouring numbers of the keys' dtype.
 STEPS = 127
 
 
 def moves(settings: Settings) -> bool:
-    """Whether kept tokens close the gaps between them."""
+    """Return True if kept tokens close the gaps between them."""
     return "rerotate" in settings.needs.inputs
 
 
 def with_rest(state: LayerState, span: TokenTable) -> TokenTable:
-    """`span` of tokens that have not moved yet, with room for what rounding will take from them.
+    """Return `span`, tokens that have not moved yet, with zeros as the rests of their keys.
 
-    Moved again and again in 16 bits, keys would drift: a quarter of the way after some hundred
-    times. `rest` [R, H, T, turning dims] int8 is what the dtype of the keys cannot hold of them.
+    Keys moved again and again in 16 bits would drift: a quarter of the way after some hundred
+    moves. `rest` [R, H, T, turning dims] int8 is the part of the keys that their dtype cannot hold.
     """
     keys, rotary = span["keys"], state.turning
     if keys.dtype == torch.float32:
@@ -31,16 +31,16 @@ def with_rest(state: LayerState, span: TokenTable) -> TokenTable:
 
 
 def rest_bytes(state: LayerState) -> int:
-    """Bytes of the `rest` of a token."""
+    """Return the bytes of the `rest` of a token."""
     if not moves(state.settings) or state.tail.keys.dtype == torch.float32:
         return 0
     return state.tail.keys[..., state.turning.turning].shape[-1]
 
 
 def side_by_side(state: LayerState, stays: TokenTable, kept: Tensor, places: int) -> TokenTable:
-    """Tokens `stays`, which stood at `kept` [R, H, K] of `places`, with keys that close the gaps.
+    """Return `stays`, tokens from `kept` [R, H, K] of `places`, with keys that close the gaps.
 
-    `kept` ascends, with -1 for none behind. The newest token comes to stand at the last place.
+    `kept` ascends, and is -1 behind the last token. The newest token moves to the last place.
     """
     rotary = state.turning
     order = torch.arange(kept.shape[2], device=kept.device)
@@ -59,19 +59,19 @@ def side_by_side(state: LayerState, stays: TokenTable, kept: Tensor, places: int
 
 
 def _unit(dtype: torch.dtype) -> float:
-    """What one step of a rest is, in relation to its number."""
+    """Return one step of a rest as a fraction of its number."""
     return torch.finfo(dtype).eps / 2 / STEPS
 
 
 def _exact(keys: Tensor, rest: Tensor, rotary: Rotary) -> Tensor:
-    """Float32 keys: those that are held and their `rest`."""
+    """Return float32 keys: the held `keys` with their `rest`."""
     exact = keys.float()
     exact[..., rotary.turning] *= 1 + rest * _unit(keys.dtype)
     return exact
 
 
 def _rest(exact: Tensor, held: Tensor, rotary: Rotary) -> Tensor:
-    """What is lost of float32 keys in the dtype of `held`, in steps."""
+    """Return the part of float32 keys that the dtype of `held` loses, in steps."""
     exact = exact[..., rotary.turning]
     rounded = exact.to(held.dtype).float()
     steps = torch.where(rounded == 0, 0.0, (exact / rounded - 1) / _unit(held.dtype))

@@ -1,4 +1,4 @@
-"""From the tail into pages: the tokens of each batch row that are seen and worth keeping."""
+"""Sealing: the oldest visible tokens of each batch row that are kept move from tail to pages."""
 
 import torch
 from torch import Tensor
@@ -9,17 +9,17 @@ from ..storage.token_table import TokenTable
 from .allowance import excess, spare_bytes
 from .autocast import without_autocast
 from .checks import naming
-from .eviction import kept
+from .eviction import select_tokens
 from .records import settle_held, settled
 from .state import LayerState
 
-# Batch rows that are alike, and the columns of the tail that they see: None = all.
+# Batch rows that are sealed together, and the columns of the tail that they see: None = all.
 Groups = list[tuple[list[int], Tensor | None]]
 
 
 @without_autocast
 def seal_excess(state: LayerState) -> int:
-    """Seal what is due of the layer's tail, and return how many of its oldest tokens that were."""
+    """Seal the oldest tokens of the tail that are due, and return their number."""
     count, due = excess(state) if state.num_seen >= state.due else (0, state.due)
     if count > 0:
         state.step.note_sealed()
@@ -49,9 +49,9 @@ def seal_oldest(state: LayerState, count: int) -> None:
         new, room = span, Room(spare_bytes(state))
         state.note_departed(rows, len(span))
         if state.settings.scheduler is not None:
-            span, room = kept(state, rows, span, count, state.settings.scheduler)
+            span, room = select_tokens(state, rows, span, count, state.settings.scheduler)
         if not len(span):
-            continue  # nothing stays
+            continue  # no token is kept
         queries = state.observed.of_rows(rows, state.compressor.observed_queries)
         if queries is not None:
             queries = queries.flatten(2, 3) * state.scale
@@ -64,7 +64,7 @@ def seal_oldest(state: LayerState, count: int) -> None:
 
 
 def _note_padding(state: LayerState, count: int, groups: Groups) -> None:
-    """Note which of the oldest `count` open tokens are in none of `groups`."""
+    """Note which of the oldest `count` tail tokens are in none of `groups`: they are padding."""
     batch, visible = state.tail.batch, None
     if sum(len(rows) for rows, _ in groups) < batch or any(c is not None for _, c in groups):
         visible = torch.zeros(batch, count, dtype=torch.bool)
@@ -75,7 +75,7 @@ def _note_padding(state: LayerState, count: int, groups: Groups) -> None:
 
 
 def _end_records(state: LayerState, count: int, groups: Groups) -> None:
-    """Settle the rows that sealed nothing, too; `count` tokens are open no more."""
+    """Settle the rows that sealed nothing, too, and forget records of `count` tail tokens."""
     if state.observed.pending is not None:
         busy = {row for rows, _ in groups for row in rows}
         for row in set(range(state.tail.batch)) - busy:
@@ -85,23 +85,24 @@ def _end_records(state: LayerState, count: int, groups: Groups) -> None:
 
 
 def _examine(state: LayerState, rows: list[int], new: TokenTable, queries: Tensor | None) -> None:
-    """Guard and probe look at what sealing does to the tokens `new`, dropped ones included.
+    """Let guard and probe compare `new`, evicted tokens included, with their pages.
 
-    Not at what was sealed: that may hold tokens which were decoded, so that no original is left.
+    Sealed tokens are not compared, as some of them may have been decoded: no original is left.
     """
     state.guard.check(
         state.compressor, state.pages, new, queries, state.num_departed[rows[0]], state.layer_idx
     )
-    asked = state.observed.of_rows(rows, state.probe.observed_queries)
-    if asked is not None:
+    probes = state.observed.of_rows(rows, state.probe.observed_queries)
+    if probes is not None:
         pages = state.pages.apart(new, queries)
-        state.probe.measure(new, pages, asked.flatten(2, 3), state.scale, state.latent_rank)
+        state.probe.measure(new, pages, probes.flatten(2, 3), state.scale, state.latent_rank)
 
 
 def _groups(state: LayerState, count: int) -> Groups:
-    """Batch rows whose first `count` tail columns are alike: (rows, visible columns or None).
+    """Group batch rows by the columns that they see of the first `count` in the tail.
 
-    A column that the newest query may not see is padding, which never enters a page.
+    A column that the newest query may not see is padding, which never enters a page. For a
+    scheduler the rows of a group have equal pages, too.
     """
     key = (state.mask, state.tail.length, count, state.tail.batch)
     groups = state.step.remember("groups", key, lambda: rows_by_visibility(*key))
@@ -110,6 +111,6 @@ def _groups(state: LayerState, count: int) -> Groups:
     split: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
     for number, (rows, _) in enumerate(groups):
         for row in rows:
-            alike = number, state.num_departed[row], state.pages.signature(row)
-            split.setdefault(alike, []).append(row)
+            key_of_row = number, state.num_departed[row], state.pages.signature(row)
+            split.setdefault(key_of_row, []).append(row)
     return [(rows, groups[number][1]) for (number, *_), rows in split.items()]

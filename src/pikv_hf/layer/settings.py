@@ -9,7 +9,7 @@ from ..routers import Router
 from ..schedulers import Needs, Scheduler, Traits
 from .budget import Budget
 
-# What of a scheduler's `needs` moves keys or queries to other positions.
+# Inputs of a scheduler that move keys or queries to other positions.
 MOVING = {"rotary", "rerotate"}
 
 
@@ -18,18 +18,18 @@ class Settings:
     """The methods and numbers of one cache, which never change.
 
     Args:
-        compressor: how sealed pages are stored.
-        scheduler: which tokens stay; None = all.
-        router: which pages a query reads; None = all, and tokens carry no labels.
-        placement: where pages live.
+        compressor: encoding of sealed pages.
+        scheduler: choice of the tokens to keep; None = all.
+        router: choice of the pages that a query reads; None = all, and tokens carry no labels.
+        placement: choice of the memory of pages.
         page_size: tokens of a page.
-        window: newest tokens that stay in the tail.
-        has_given_window: whether `window` was given by the user.
-        budget: how much may be held; None = what the scheduler says.
+        window: newest tokens that are always in the tail.
+        has_given_window: True if the user gave `window`.
+        budget: limit of what is held; None = the scheduler's own.
         sinks: first tokens of each row that are never evicted.
         interval: generated tokens between two evictions; an eviction frees room for that many.
-        holds_prompts: whether a prompt is held whole until its first generated token.
-        probe: whether the error of attention over compressed pages is measured.
+        holds_prompts: True if a prompt is held whole until its first generated token.
+        probe: True if the error of attention over compressed pages is measured.
     """
 
     compressor: Compressor
@@ -47,37 +47,37 @@ class Settings:
 
     @functools.cached_property
     def needs(self) -> Needs:
-        """What the scheduler asks for."""
+        """Needs of the scheduler."""
         return Needs() if self.scheduler is None else self.scheduler.needs
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """How the scheduler chooses."""
+        """Properties of the scheduler's choice."""
         return Traits() if self.scheduler is None else self.scheduler.traits
 
     @functools.cached_property
     def needs_rotary(self) -> bool:
-        """Whether keys or queries are moved to other positions."""
+        """True if keys or queries are moved to other positions."""
         return not self.needs.inputs.isdisjoint(MOVING)
 
     @functools.cached_property
     def needs_labels(self) -> bool:
-        """Whether tokens carry the experts that the model's gates chose for them."""
+        """True if tokens carry the experts that the model's gates chose for them."""
         return "experts" in self.needs.inputs or self.router is not None
 
     @functools.cached_property
     def num_sinks(self) -> int:
-        """First tokens of each row that stay whatever the budget is: the user's or the scheduler's."""
+        """Number of first tokens of each row that are always kept, by the user or the scheduler."""
         return max(self.sinks, self.needs.sinks)
 
     @functools.cached_property
     def has_share(self) -> bool:
-        """Whether a budget grows with the tokens that are seen, and the tail with it."""
+        """True if a budget is a share of the tokens seen, with which the tail grows, too."""
         return self.budget is not None and self.budget.has_share
 
     @property
     def methods(self) -> list[str]:
-        """The arguments by which something happens to pages."""
+        """Names of the arguments that change pages."""
         changes = {
             "scheduler": self.scheduler,
             "budget": self.budget,
@@ -89,5 +89,5 @@ class Settings:
 
     @property
     def saves_memory(self) -> bool:
-        """Whether sealing makes tokens smaller or fewer."""
+        """True if sealing makes tokens smaller or fewer."""
         return self.scheduler is not None or self.compressor != Identity()

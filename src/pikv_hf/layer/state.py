@@ -24,30 +24,30 @@ from .step import Step
 
 
 class Neighbours(ABC):
-    """What a layer asks of the cache that it stands in."""
+    """The other layers of its cache, as a paged layer sees them."""
 
     @property
     @abstractmethod
     def read_full_mask(self) -> bool:
-        """Whether a layer that is not paged reads the same mask, which then spans all tokens."""
+        """True if a layer that is not paged reads the same mask, which then spans all tokens."""
 
     @property
     @abstractmethod
     def num_unpaged(self) -> int:
-        """How many layers were to be paged and turned out not to be ours to read."""
+        """Number of layers that were to be paged, but that our attention function cannot read."""
 
     @abstractmethod
     def nbytes(self, state: "LayerState") -> int:
-        """Bytes that are not for paged layers, as many as there can be when `state` seals again."""
+        """Return the bytes outside of paged layers, as there may be when `state` seals again."""
 
     @abstractmethod
     def read_ahead(self, paged_index: int) -> None:
-        """The pages of paged layer number `paged_index`, or of the first one, are read next."""
+        """Announce that paged layer `paged_index` is read next; the first follows the last."""
 
 
 @dataclass(frozen=True)
 class CacheParts:
-    """What the layers of one cache have in common; each part changes by its own methods only."""
+    """The objects that the layers of one cache share; each changes by its own methods only."""
 
     settings: Settings
     step: Step
@@ -58,10 +58,10 @@ class CacheParts:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What the model says of one of its attention layers.
+    """The properties of an attention layer of the model.
 
-    `paged_index` of `num_paged` paged layers; `has_gate`: a gate runs behind its attention;
-    `latent_rank`: the width of the latent that it may cache, None = keys and values as such.
+    `paged_index` of `num_paged` is its number among paged layers. `has_gate`: a gate runs behind
+    attention. `latent_rank`: width of the latent that it may cache, None = keys and values.
     """
 
     layer_idx: int
@@ -72,29 +72,29 @@ class LayerFacts:
 
 
 class LayerState:
-    """What one paged layer holds and knows. The steps of the layer read it, and call its methods.
+    """The data of one paged layer. The steps of the layer read it, and call its methods.
 
     Shapes: B rows, H KV heads, T tokens, D head dim.
 
     Attributes:
-        facts: what the model says of the layer.
-        settings, step, reading, padding, neighbours: what it has in common with other layers.
-        module, rotary: the attention module, and how its keys turn with their position; None while
-            the cache is not attached, or if they are not asked for.
+        facts: properties of the layer in the model.
+        settings, step, reading, padding, neighbours: objects shared with the other layers.
+        module, rotary: the attention module, and the rotation of its keys; None while the cache is
+            not attached, or if no method needs them.
         pages: the sealed tokens.
-        observed: queries and token statistics, as methods ask for them.
+        observed: queries and token statistics that methods need.
         num_seen: tokens ever seen, evicted ones included.
         prompt_end: `num_seen` at the end of the newest prompt; what came later was generated.
-        due: `num_seen` from which on some of the tail may have to be sealed.
+        due: `num_seen` from which on tail tokens may have to be sealed.
         num_departed: tokens of each row, padding not counted, that are no longer in the tail.
-        unpaged_reason: why all tokens stay in the tail; None = the layer is paged.
-        latent_rank: width of the latents that are cached; None = keys and values as such.
+        unpaged_reason: why all tokens are kept in the tail; None = the layer is paged.
+        latent_rank: width of the cached latents; None = keys and values.
         scale: the factor of queries times keys.
         mask: the newest mask of the model, until it has been used.
-        is_first: the newest tokens are the first ones.
+        is_first: True if the newest tokens are the first ones.
         geometry: heads, key dim, value dim and dtype of the tokens.
-        awaits: what has to come before the next tokens: "attention", "experts" or None.
-        is_drafting: nothing is sealed until the next `crop`, which may take drafted tokens back.
+        awaits: the step needed before the next tokens: "attention", "experts" or None.
+        is_drafting: True if sealing waits for the next `crop`, which may remove drafted tokens.
     """
 
     def __init__(self, facts: LayerFacts, config: PreTrainedConfig, parts: CacheParts) -> None:
@@ -128,7 +128,7 @@ class LayerState:
 
     @property
     def is_written(self) -> bool:
-        """Whether there is a tail."""
+        """True if there is a tail."""
         return self._tail is not None
 
     @property
@@ -139,23 +139,23 @@ class LayerState:
 
     @property
     def turning(self) -> Rotary:
-        """How keys turn with their position, for a scheduler that asks for it."""
+        """Rotation of keys by their position, for a scheduler that needs it."""
         assert self.rotary is not None, "it is bound where `needs` has it"
         return self.rotary
 
     @property
     def first_in_tail(self) -> int:
-        """The column of the oldest token in the tail: as many are sealed or evicted."""
+        """Column of the oldest token in the tail: the number of tokens before it."""
         return self.num_seen - self.tail.length
 
     @property
     def num_generated(self) -> int:
-        """Tokens behind the prompt."""
+        """Number of tokens behind the prompt."""
         return self.num_seen - self.prompt_end
 
     @property
     def seals(self) -> bool:
-        """Whether the tail is kept short."""
+        """True if the tail is kept short."""
         is_paged = self.unpaged_reason is None
         return is_paged and not self.is_drafting and not self.reading.is_held
 
@@ -173,13 +173,13 @@ class LayerState:
     # ---- tokens ---------------------------------------------------------------------------------
 
     def bind(self, module: Any, rotary: Rotary | None) -> None:
-        """The cache is attached to the model of `module`; None = it is detached."""
+        """Attach the layer to `module` of a model; None detaches it."""
         self.module = module
         if rotary is not None:
             self.rotary = rotary
 
     def fix_geometry(self, keys: Tensor, values: Tensor) -> None:
-        """All tokens to come are like `keys` [B, H, T, Dk] and `values`, but for the batch."""
+        """Fix heads, dims and dtype of all tokens, as in `keys` [B, H, T, Dk] and `values`."""
         self.geometry = keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
 
     def open(self, keys: Tensor, values: Tensor, latent_rank: int | None) -> None:
@@ -188,9 +188,9 @@ class LayerState:
         self.num_departed = [0] * keys.shape[0]
 
     def note_update(self, length: int, *, is_first: bool) -> None:
-        """`length` tokens were written to the tail: of the prompt, or generated.
+        """Note that `length` tokens were written to the tail: of the prompt, or generated.
 
-        Drafted tokens are not of the prompt, if that is known.
+        While drafting, only the first tokens are of the prompt, unless its length is known.
         """
         before, known = self.num_seen, self.reading.prompt_length
         self.num_seen, self.is_first = before + length, is_first
@@ -200,7 +200,7 @@ class LayerState:
             self.due = 0
 
     def wait_for(self, what: str | None) -> None:
-        """Before the next tokens come `what`: "attention", "experts" or None."""
+        """Require `what` before the next tokens: "attention", "experts" or None."""
         self.awaits = what
 
     def judge(self, unpaged_reason: str | None) -> None:
@@ -216,16 +216,16 @@ class LayerState:
     # ---- sealing --------------------------------------------------------------------------------
 
     def expect_sealing(self, due: int) -> None:
-        """Nothing has to be sealed before `due` tokens were seen."""
+        """Skip sealing until `due` tokens were seen."""
         self.due = due
 
     def note_departed(self, rows: Iterable[int], count: int) -> None:
-        """`count` tokens of each of `rows` leave the tail."""
+        """Note that `count` tokens of each of `rows` leave the tail."""
         for row in rows:
             self.num_departed[row] += count
 
     def begin_compression(self) -> None:
-        """Seal as behind the first tokens: the tail's buffer was made for more than a tail."""
+        """Seal as after the first tokens: the tail's buffer was made for more than a tail."""
         self.is_first = True
 
     def begin_drafting(self) -> None:
@@ -238,7 +238,7 @@ class LayerState:
     # ---- taking tokens back, rows ---------------------------------------------------------------
 
     def crop(self, target: int) -> None:
-        """Keep the oldest `target` tokens, of those seen."""
+        """Keep the oldest `target` of the tokens seen."""
         removed, first = self.num_seen - target, self.first_in_tail
         if target < first:
             self.pages.crop(target)
@@ -249,7 +249,7 @@ class LayerState:
             self.mask = self.mask[..., :-removed]
 
     def drop_unread(self, seen: int) -> None:
-        """Drop the tokens of a failed pass behind `seen` others that no attention has read."""
+        """Drop tokens of a failed pass, behind the first `seen`, if attention has not read them."""
         sealed = 0 if self.unpaged_reason is not None else self.padding.length
         if self.awaits == "attention":
             self.tail.truncate(min(self.tail.length, seen - sealed))
@@ -266,7 +266,7 @@ class LayerState:
         self.is_drafting, self.awaits, self.mask = False, None, None
 
     def map_rows(self, source: list[int], index: Tensor, *, free: bool) -> None:
-        """New batch row i continues old batch row `source[i]`; `index` is the same as a tensor."""
+        """Let new batch row i continue old row `source[i]`; `index` is `source` as a tensor."""
         if self.num_seen:
             self.tail.map_rows(index)
             self.num_departed = [self.num_departed[row] for row in source]
@@ -276,11 +276,11 @@ class LayerState:
     # ---- a repetition, which is taken back ------------------------------------------------------
 
     def listen(self, listener: Observations) -> None:
-        """Until `restore`, `listener` observes in the place of what observes now."""
+        """Let `listener` replace the observations until `restore`."""
         self.observed = listener
 
     def saved(self) -> tuple[Observations, Tensor | None, int]:
-        """What `restore` brings back."""
+        """Return the attributes that `restore` sets again."""
         return self.observed, self.mask, self.prompt_end
 
     def restore(self, saved: tuple[Observations, Tensor | None, int]) -> None:
@@ -290,14 +290,14 @@ class LayerState:
     # ---- what it holds --------------------------------------------------------------------------
 
     def held_tokens(self) -> int:
-        """Tokens of the fullest row and KV head."""
+        """Return the tokens held by the fullest row and KV head."""
         if self._tail is None:
             return 0
         sealed = [self.pages.held(row) for row in range(self.tail.batch)]
         return self.tail.length + max(0 if held is None else int(held.max()) for held in sealed)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything this layer holds."""
+        """Yield all tensors that this layer holds."""
         if self._tail is not None:
             yield from self.tail.tensors()
         yield from self.pages.tensors()
@@ -308,11 +308,16 @@ class LayerState:
             yield self.mask
 
     def scheduler_tensors(self) -> Iterable[Tensor]:
-        """What the scheduler holds for this layer, or reads of it."""
+        """Return the tensors that the scheduler holds for this layer, or reads of it."""
         scheduler = self.settings.scheduler
         held = () if scheduler is None else scheduler.tensors(self.layer_idx)
         return (*held, *(() if self.rotary is None else (self.rotary.frequencies,)))
 
     def __getstate__(self) -> dict[str, Any]:
+<<<<<<< HEAD
         """Without the model, which is copied or saved by itself; the cache of a copy joins it again."""
         return vars(self) | {"module": None, "_neighbours": None}
+=======
+        """Leave out the model, which is copied or saved by itself."""
+        return vars(self) | {"module": None}
+>>>>>>> prose-b

@@ -1,4 +1,4 @@
-"""One step of a cache: a forward pass, or sealing by itself."""
+"""A step of a cache: a forward pass, or sealing by itself."""
 
 import contextlib
 from collections.abc import Callable, Generator
@@ -11,15 +11,15 @@ from torch import Tensor
 from ..storage.memory import trim_heap
 from ..storage.prompt_buffer import PromptBuffer
 
-# Bytes of keys and values that are sealed until the heap is trimmed: rarely enough to cost little.
+# Bytes of keys and values sealed before the heap is trimmed: large, as trimming takes time.
 TRIMMED = 2**26
 
 
 @dataclass
 class Change:
-    """What is being done to a cache of `seen` tokens: a forward pass of `length` more, or sealing (0).
+    """A change of a cache of `seen` tokens: a forward pass of `length` tokens, or sealing (0).
 
-    While it is half done, some layers hold what others do not.
+    While it is half done, layers hold different tokens.
     """
 
     seen: int
@@ -33,7 +33,7 @@ class Change:
 
 
 class Step:
-    """The step that runs on a cache, or that has failed; its layers share what they compute in it.
+    """The step of a cache that runs or has failed, and what its layers compute for each other.
 
     `change` is None between steps. `buffer` is lent to one layer after the other.
     """
@@ -43,35 +43,35 @@ class Step:
         self.buffer = PromptBuffer()
         self._memo: dict[str, tuple[Any, Any]] = {}
         self._notes: dict[tuple[int, ...], dict[Any, Any]] = {}
-        # The user masks each query, and may hide a token from some queries and not from others.
+        # True if the user masks each query, and may hide a token from some queries alone.
         self._has_own_mask = False
         # Keys and values on the CPU that were sealed since the heap was trimmed.
         self._sealed_bytes = 0
 
     def begin(self, change: Change, mask: Tensor | None = None) -> None:
-        """A forward pass begins; `mask` is the full-attention mask that the model was given."""
+        """Begin a forward pass; `mask` is the full-attention mask that the model was given."""
         self.forget()
         self._has_own_mask = mask is not None and mask.dim() == 4
         self.change = change
 
     def end(self) -> None:
-        """The forward pass has succeeded."""
+        """End a forward pass that has succeeded."""
         self.change = None
 
     @contextlib.contextmanager
     def sealing(self, seen: int) -> Generator[None, None, None]:
-        """Within the block a cache of `seen` tokens seals; the change stays if the block fails."""
+        """Mark a block that seals a cache of `seen` tokens; `change` remains if it fails."""
         self.change = Change(seen)
         yield
         self.change = None
 
     def note_written(self) -> None:
-        """A layer is being written to."""
+        """Note that a layer is being written to."""
         if self.change is not None:
             self.change.has_written = True
 
     def note_sealed(self) -> None:
-        """Pages, or token statistics, are changing: this cannot be taken back."""
+        """Note that pages or token statistics are changing, which cannot be undone."""
         if self.change is not None:
             self.change.has_sealed = True
 
@@ -80,15 +80,15 @@ class Step:
         self._sealed_bytes += nbytes
 
     def release(self) -> None:
-        """Free what served one forward pass only."""
+        """Free the memory of a single forward pass."""
         self.forget()
-        self.buffer = PromptBuffer()  # which would count as held
+        self.buffer = PromptBuffer()  # the old buffer would count as held
         if self._sealed_bytes >= TRIMMED:
             self._sealed_bytes = 0
             trim_heap()
 
     def reset(self) -> None:
-        """Forget everything, a change that has failed too."""
+        """Forget everything, including a change that has failed."""
         self.release()
         self.change = None
 
@@ -98,7 +98,7 @@ class Step:
         self._notes.clear()
 
     def remember(self, name: str, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-        """`compute()`, once per `key` (compared by identity of its parts) for all layers."""
+        """Return `compute()`, called once per `key` (parts compared by identity) for all layers."""
         held = self._memo.get(name)
         if held is not None and all(
             a is b or (isinstance(a, int | torch.device) and a == b)
@@ -110,13 +110,13 @@ class Step:
         return value
 
     def notes(self, rows: list[int]) -> dict[Any, Any]:
-        """What earlier layers left for later ones about these batch rows; write to it."""
+        """Return the notes on these batch rows, which earlier layers write for later ones."""
         return self._notes.setdefault(tuple(rows), {})
 
     def over_queries(self, mask: Tensor | None) -> Tensor | None:
-        """`mask` as the model made it, or what any query sees, of a user's own [B, H, q, columns].
+        """Return `mask`; of a user's own [B, H, q, columns], the columns that any query sees.
 
-        The newest query sees all but padding in the masks that models make.
+        In masks that models make, the newest query sees all but padding.
         """
         if mask is None or not self._has_own_mask or mask.dim() == 2:
             return mask

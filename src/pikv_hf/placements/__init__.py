@@ -1,4 +1,4 @@
-"""Where pages live; `PLACEMENTS` lists what a user can name."""
+"""Placements, which choose the memory of pages; `PLACEMENTS` has the names for users."""
 
 from .base import Placement
 from .local import Local

@@ -1,4 +1,4 @@
-"""Where a page lives."""
+"""The base class of placements, which choose the memory of pages."""
 
 from abc import ABC, abstractmethod
 
@@ -9,23 +9,23 @@ from ..storage.tiers import Near, Tier
 
 
 class Placement(ABC):
-    """Chooses the device of a layer's pages. A frozen dataclass without run state."""
+    """Chooses the memory of a layer's pages. A frozen dataclass without run state."""
 
     @abstractmethod
     def pool_of(self, key_states: Tensor) -> torch.device:
-        """The device for the pages of a layer whose keys arrive as `key_states` [B, H, T, D]."""
+        """Return the device for the pages of a layer whose keys are `key_states` [B, H, T, D]."""
 
     def tiers_of(self, layers: int, like: Tensor) -> list[Tier]:
-        """`tiers` where a tensor like `like` of a layer belongs."""
+        """Return the tiers of a layer with tensors like `like`, one of `layers` layers."""
         return self.tiers(self.pool_of(like), layers)
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether tiers want to know of pages before they are read."""
+        """True if tiers are to be told of pages before these are read."""
         return False
 
     def tiers(self, device: torch.device, layers: int) -> list[Tier]:
-        """The kinds of memory for pages that are read on `device`, in one of so many layers.
+        """Return the kinds of memory for pages read on `device`, for one of `layers` layers.
 
         They are filled in this order; the last one has no limit.
         """

@@ -1,4 +1,4 @@
-"""Each layer's own device."""
+"""Pages on the device of their layer."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from .base import Placement
 
 @dataclass(frozen=True)
 class Local(Placement):
-    """Each layer's own device: where accelerate (`device_map`, cpu and disk offload) runs it.
+    """Keeps pages where accelerate (`device_map`, cpu and disk offload) runs their layer.
 
-    The device of the keys is the truth: `hf_device_map` names the weights' place, which for an
+    That is the device of the keys. `hf_device_map` names the place of the weights, which for an
     offloaded layer is not where it runs.
     """
 

@@ -1,4 +1,4 @@
-"""Near memory first, then the CPU's, then files."""
+"""Pages in the memory of their layer's device first, then in the CPU's, then in files."""
 
 import os
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from .local import Local
 
 @dataclass(frozen=True)
 class Offload(Local):
-    """Pages beyond `device_bytes` live in the CPU's memory, and beyond `ram_bytes` on disk.
+    """Keeps pages beyond `device_bytes` in the CPU's memory, and beyond `ram_bytes` on disk.
 
-    Each layer has an equal part of both amounts (bytes, or text such as "2GiB"), so that what has to
-    be copied is spread over a forward pass. They count the encoded keys and values of sealed pages,
-    with the room made for more; open tokens (`window`), positions and labels stay on the layer's
-    device. `offload_folder` is a folder that exists, on a disk of its own speed; pages lie there in
-    mapped files that have no name and vanish with the pages, the cache or the process.
+    Each layer has an equal part of both amounts (bytes, or text such as "2GiB"), so that copies are
+    spread over a forward pass. The amounts count the encoded keys and values of sealed pages, with
+    the room made for more. Tail tokens (`window`), positions and labels are always on the layer's
+    device. `offload_folder` exists, and its disk sets the speed; pages are there in mapped files
+    without names, which vanish with the pages, the cache or the process.
 
     The tiers are those of FlexGen (Sheng et al., arXiv 2303.06865), whose policy is shares, too: a
-    decode step reads every page, so only how many are near matters, not which. A page stays where
-    it was put when it was sealed. Fetching it when it is read, as LRU does (with everything read,
-    LRU is FIFO), would find none near: each is given up before its turn comes again.
+    decode step reads every page, so that only the number of near pages matters. A page is never
+    moved once it is sealed. Fetching pages as they are read, as LRU does (with everything read, LRU
+    is FIFO), would find none near: each would be given up before its turn comes again.
 
-    Far pages are read block by block: copied to an accelerator from pinned memory, the next block
-    while attention reads this one; in place by a CPU, for which the files of the next layer are read
-    ahead. On a CPU `device_bytes` and `ram_bytes` are the same memory.
+    Far pages are read block by block. An accelerator copies them from pinned memory, the next block
+    while attention reads the current one. A CPU reads them in place; files of the next layer are
+    read ahead. On a CPU `device_bytes` and `ram_bytes` are the same memory.
     """
 
     device_bytes: int | str = 0

@@ -1,4 +1,4 @@
-"""Which experts a page belongs to, which pages a query reads: one file per method."""
+"""Routers, which select the pages that a query reads: one file per method."""
 
 from .all import All
 from .base import Router

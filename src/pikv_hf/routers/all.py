@@ -8,7 +8,7 @@ from .base import Router
 
 @dataclass(frozen=True)
 class All(Router):
-    """Every query reads every page: exact. Pages are labelled, which no page selection uses."""
+    """Lets every query read every page: exact. Tokens are labelled, but the labels are not used."""
 
     def select(self, query: Tensor, meta: TokenTable, pages: int) -> Tensor | None:
         return None

@@ -1,4 +1,4 @@
-"""Which experts a page belongs to, and which pages a query reads."""
+"""The base class of routers, which select pages by the experts of their tokens."""
 
 from abc import ABC, abstractmethod
 
@@ -8,18 +8,17 @@ from ..storage.token_table import TokenTable
 
 
 class Router(ABC):
-    """Reads the labels that the model's own gates gave to tokens, and selects pages for a query.
+    """Selects pages for a query by the labels that the model's own gates gave to tokens.
 
-    A router is a frozen dataclass: its own configuration, without run state. A cache with a router
-    records labels: `experts` int16 and `weights` of each token. The tail is always read, whatever
-    is selected.
+    A router is a frozen dataclass: its configuration, without run state. A cache with a router
+    records labels: `experts` int16 and `weights` of each token. The tail is always read.
     """
 
     @abstractmethod
     def select(self, query: Tensor, meta: TokenTable, pages: int) -> Tensor | None:
-        """Indices [R, H, K] int64 of the pages that `query` [R, H, G, D] reads, out of `pages`.
+        """Return indices [R, H, K] int64 of the pages that `query` [R, H, G, D] reads, of `pages`.
 
-        `meta` is what is known of the tokens of these pages, [R or 1, H or 1, pages * P, ...]:
+        `meta` has columns [R or 1, H or 1, pages * P, ...] of the tokens of these pages:
         `positions`, and `experts` and `weights` [..., k] in a layer with a gate. None reads all
         pages, in place. Changes nothing.
         """

@@ -1,4 +1,4 @@
-"""Which tokens stay: one file per method."""
+"""Schedulers, which choose the tokens that a cache keeps: one file per method."""
 
 from .adakv import AdaKV
 from .base import (

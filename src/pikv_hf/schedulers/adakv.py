@@ -11,15 +11,15 @@ from .wrapper import Wrapper
 
 @dataclass(frozen=True)
 class AdaKV(Wrapper):
-    """KV heads share a layer's budget by need (Feng et al., arXiv 2407.11550, algorithm 1).
+    """Shares a layer's budget among its KV heads (Feng et al., arXiv 2407.11550, algorithm 1).
 
-    The best tokens of all heads together stay, so that a head whose scores are spread keeps more
-    than one whose attention goes to few tokens; but every head keeps `alpha` of the mean budget.
-    The tokens of a head that are not kept are freed.
+    The best tokens of all heads together are kept, so that a head whose scores are spread keeps
+    more than a head whose attention is on few tokens. Every head keeps `alpha` of the mean budget.
+    The memory of evicted tokens is freed.
 
     Args:
-        scorer: whose scores decide; they must be of each head alone, and comparable between heads.
-        alpha: share of the budget that all heads have alike, in [0, 1].
+        scorer: scheduler whose scores depend on one head alone and are comparable between heads.
+        alpha: share of the budget that every head gets, in [0, 1].
     """
 
     scorer: Scheduler = field(default_factory=SnapKV)
@@ -44,13 +44,13 @@ class AdaKV(Wrapper):
         heads, places = ranked.shape[1:]
         safe = mask_of_best(ranked, min(int(budget * self.alpha), places))
         shared = ranked.masked_fill(safe, torch.inf)
-        if tokens.valid is not None:  # a head with fewer tokens than are safe
+        if tokens.valid is not None:  # a head may hold fewer tokens than are safe
             shared = shared.masked_fill(~tokens.valid, -torch.inf)
-        # Of equal scores the later tokens stay, whatever their heads: places before heads.
+        # Places before heads, so that of equal scores the later tokens are kept in any head.
         flat = shared.transpose(1, 2).flatten(1)
-        stays = mask_of_best(flat, min(budget * heads, flat.shape[1]))
-        stays = stays.unflatten(1, (places, heads)).transpose(1, 2)
+        is_kept = mask_of_best(flat, min(budget * heads, flat.shape[1]))
+        is_kept = is_kept.unflatten(1, (places, heads)).transpose(1, 2)
         if tokens.valid is not None:
-            stays = stays & tokens.valid
-        counts = stays.sum(-1)
+            is_kept = is_kept & tokens.valid
+        counts = is_kept.sum(-1)
         return best_of_each_head(self.reranked(tokens, shared, counts), counts)

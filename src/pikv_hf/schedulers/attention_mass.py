@@ -1,4 +1,4 @@
-"""What the newest queries attend to."""
+"""The attention that the newest queries pay to keys."""
 
 from collections.abc import Iterator
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from .base import Candidates
 
-# Numbers of one block of attention weights, 4 MiB in float32, and the fewest queries of one: a block
-# stays in a CPU's cache while it is worked on, and its product is not one of vectors.
-BLOCK, FEWEST = 2**20, 16
-# Elsewhere each block is kernels to launch.
+# Numbers in a block of attention weights, 4 MiB in float32, which fits into a CPU's cache; and the
+# fewest queries of a block, so that its product is one of matrices.
+BLOCK, MIN_QUERIES = 2**20, 16
+# On accelerators blocks are larger, because each of them launches kernels.
 BLOCK_ON_ACCELERATORS = 2**24
 
 
 def attention_mass(tokens: Candidates) -> Tensor:
-    """The attention that each candidate gets from each query head, [R, H, G, T] in float32.
+    """Return the attention [R, H, G, T] float32 that each candidate gets from each query head.
 
-    The mean over the observed queries of softmax(scale * q k^T) over the candidates and the open
-    tokens, causal. Without an observed query all are equal.
+    It is the mean over the observed queries of softmax(scale * q k^T), causal, over the candidates
+    and the tail tokens. Without an observed query all candidates get the same.
     """
     queries, opened = tokens.queries, tokens.open_keys.shape[2]
     count = tokens.keys.shape[2]
@@ -41,35 +41,35 @@ def attention_mass(tokens: Candidates) -> Tensor:
 def attention_weights(
     queries: Tensor, keys: Tensor, newest: Tensor, seen: int, scale: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """How the newest `queries` [R, H, G, m, D] of `seen` attend to `keys` [R, H, T, D], some at a time:
+    """Yield the attention of `queries` [R, H, G, m, D] to `keys` [R, H, T, D], block by block.
 
-    weights [R, H, G, n, T] in float32 of n queries, and their positions [n]. A query attends to tokens
-    that are not newer than itself; `newest` [R or 1, H or 1, t] are the positions of the last t keys,
-    the others being older than every query. Those of padding, which are zero, attend to nothing, like
-    those that see no token. What is yielded is overwritten by the next.
+    A block is the weights [R, H, G, n, T] float32 of n queries, and their positions [n]. The next
+    block overwrites the weights. The queries are those of the newest m of `seen` tokens, and attend
+    to no newer token: `newest` [R or 1, H or 1, t] are the positions of the last t keys; all other
+    keys are older than every query. Queries that are zero (padding) or see no token get weights 0.
     """
     dtype = queries.dtype if is_fast_bfloat16(queries) else torch.float32
-    # A dense copy costs less than products with keys that are not.
+    # A dense copy costs less than products with keys that are not dense.
     keys = keys.detach().to(dtype).contiguous().mT
-    most = BLOCK if keys.device.type == "cpu" else BLOCK_ON_ACCELERATORS
-    rows = max(FEWEST, most // max(keys[:, :, 0].numel(), 1))
+    max_numbers = BLOCK if keys.device.type == "cpu" else BLOCK_ON_ACCELERATORS
+    rows = max(MIN_QUERIES, max_numbers // max(keys[:, :, 0].numel(), 1))
     size = -(-rows // queries.shape[2])
     at = torch.arange(seen - queries.shape[3], seen, device=queries.device)
-    least = torch.full(
+    lowest = torch.full(
         (), torch.finfo(torch.float32).min, dtype=torch.float32, device=queries.device
     )
     products = scores = keys.new_empty(0)
     for first in range(0, queries.shape[3], size):
         block, asked_at = queries[:, :, :, first : first + size], at[first : first + size]
-        # The query heads of a KV head stand side by side: its keys are not copied for each.
+        # The query heads of a KV head are side by side, so that its keys are not copied for each.
         packed = block.flatten(2, 3).to(dtype)
-        if products.shape[:-1] != packed.shape[:-1]:  # large ones, made once
+        if products.shape[:-1] != packed.shape[:-1]:  # large, so made once
             products = keys.new_empty(*packed.shape[:-1], keys.shape[-1])
             scores = products.float()
         scores.copy_(torch.matmul(packed, keys, out=products)).mul_(scale)
         weights = scores.unflatten(2, block.shape[2:4])
         hidden = newest[:, :, None, None] > asked_at[:, None]
-        weights[..., -hidden.shape[-1] :] += torch.where(hidden, least, torch.zeros_like(least))
+        weights[..., -hidden.shape[-1] :] += torch.where(hidden, lowest, torch.zeros_like(lowest))
         torch.softmax(scores, -1, out=scores)
         attends = block.ne(0).any(-1, keepdim=True)
         if hidden.shape[-1] == keys.shape[-1]:

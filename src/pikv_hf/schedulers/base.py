@@ -1,4 +1,4 @@
-"""Which tokens stay."""
+"""The base class of schedulers, and what a cache and a scheduler tell each other."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ from .top_tokens import best_places
 
 @dataclass(frozen=True)
 class Candidates:
-    """The tokens to choose from: of R rows, T places for each of their H KV heads, oldest first.
+    """The tokens that a scheduler chooses from, oldest first, and what it may read of its layer.
 
-    `positions` [R, H, T] int64: columns of the sequence, padding included, ascending. `keys`
-    [R, H, T, D] are those that the cache holds: after their rotary embedding, or latents. `valid` [R, H, T]: which places hold a token, the
-    last ones of each head; None = all. The oldest `sinks` tokens stay in any case. `seen`: tokens
-    that layer `layer_idx` has ever been given, `padding` of them before the first of these rows.
+    Shapes: R rows, H KV heads, T places in each head, D key dim, Dv value dim. Tail tokens are no
+    candidates: they are kept in any case. Inputs that `Scheduler.needs` does not ask for are None.
 
-    `open_keys` [R, H, n, D] are those of the newest n tokens, which stay in any case. Where
-    keys are latents, `latent_rank` of their dims are the value, too. `queries` [R, H, G, m, D], asked with the factor `scale`, are those of the newest m tokens and of the G
-    query heads of each KV head: as many as the scheduler needs, or fewer at first;
-    zeros stand for padding. None if it asks for none.
-
-    `statistics` [R, H, T, c]: the numbers that are kept of each token, after all queries so far;
-    `constants` [R, H, T, c]: numbers of each token that never change; `row_state` [R, c]: numbers of
-    each row, as the last decision left them; None if the scheduler needs none.
-
-    What is among the `inputs` that a scheduler needs, else None: `values` [R, H, T, Dv] and `open_values`, beside latents with
-    Dv = 0; `experts` [R, 1 or H, T, k] and `weights`, the choice of the
-    model's gate for each candidate, `open_experts` [R, 1, n, k] and `open_weights` those of the open
-    tokens (None, too, in a layer without a gate); `output` [hidden, Hq * Dv], the weight of the
-    layer's output projection; `module`, its attention module; `rotary`, how its keys and queries turn
-    with their position (a difference of columns is one of positions).
-
-    `notes` is empty at the first layer of each forward pass: what earlier layers left for later ones.
+    Attributes:
+        positions: [R, H, T] int64, ascending: columns of the sequence, padding included.
+        keys: [R, H, T, D] as the cache holds them: after their rotary embedding, or latents.
+        values, open_values: [R, H, T, Dv] and [R, H, n, Dv]; Dv = 0 beside latents.
+        open_keys: [R, H, n, D] of the newest n tokens, those in the tail.
+        seen: tokens that layer `layer_idx` has ever been given.
+        queries: [R, H, G, m, D] of the newest m tokens and the G query heads of each KV head, zeros
+            at padding: as many as the scheduler needs, or fewer at first.
+        scale: the factor of queries times keys.
+        statistics: [R, H, T, c] numbers of each token, after all queries so far.
+        constants: [R, H, T, c] numbers of each token that never change.
+        row_state: [R, c] numbers of each row, as the last decision left them.
+        valid: [R, H, T], True where a place holds a token, the last ones of each head; None = all.
+        sinks: oldest tokens of each row that are kept in any case.
+        padding: how many of the `seen` tokens are padding before the first token of these rows.
+        latent_rank: if keys are latents, the number of their dims that are the value, too.
+        experts, weights: [R, 1 or H, T, k], the choice of the model's gate; None without a gate.
+        open_experts, open_weights: [R, 1, n, k], the same choice for the tail tokens.
+        output, module: output projection's weight [hidden, Hq * Dv], and the attention module.
+        rotary: the rotation of keys and queries; a difference of columns is one of positions.
+        notes: what earlier layers left for later ones; empty at the first layer of a forward pass.
     """
 
     positions: Tensor
@@ -69,75 +71,75 @@ class Candidates:
     notes: dict[Any, Any] = field(default_factory=dict)
 
     def number(self) -> Tensor:
-        """Of each place, how many tokens of its head are older: [R or 1, H or 1, T]; < 0 = no token."""
+        """Count the older tokens in the head of each place: [R or 1, H or 1, T]; < 0 = no token."""
         if self.valid is None:
             return torch.arange(self.keys.shape[2], device=self.keys.device)[None, None]
         return self.valid.cumsum(-1).masked_fill(~self.valid, 0) - 1
 
     def asked_by_newest(self, count: int) -> Candidates:
-        """The same with the queries of at most `count` tokens, the newest."""
+        """Return these candidates with the queries of the newest `count` tokens; 0 = of all."""
         if self.queries is None or not count:
             return self
         return replace(self, queries=self.queries[:, :, :, -count:])
 
 
 class TokenStatistics(ABC):
-    """Numbers that are kept of each token, which every later query may change."""
+    """Numbers kept with each token that every later query may change."""
 
     @property
     @abstractmethod
     def num_statistics(self) -> int:
-        """How many numbers."""
+        """Numbers of each token."""
 
     @abstractmethod
     def updated(self, statistics: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
-        """`statistics` [R, H, T, n] of tokens, zeros at first, after m more queries.
+        """Return `statistics` [R, H, T, n], which begin as zeros, after m more queries.
 
-        `weights` [R, H, G, m, T]: how the queries of positions `asked_at` [m] attend to the tokens,
-        in float32; zeros stand for padding. Changes nothing.
+        `weights` [R, H, G, m, T] float32: attention of queries at positions `asked_at` [m] to the
+        tokens, zeros at padding. Changes nothing.
         """
 
 
 class TokenConstants(ABC):
-    """Numbers that are computed of each token once, when it leaves the tail, and kept with it."""
+    """Numbers computed once for each token, when it leaves the tail, and kept with it."""
 
-    #: How many numbers.
+    #: Numbers of each token.
     num_constants: ClassVar[int] = 1
 
-    #: Which of `values`, `output` and `module` `constants` finds in the candidates.
+    #: The fields among `values`, `output` and `module` that `constants` reads of the candidates.
     constant_inputs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def constants(self, tokens: Candidates) -> Tensor:
-        """The numbers [R, H, T, n] of tokens that leave the tail. Changes nothing."""
+        """Return the numbers [R, H, T, n] of tokens that leave the tail. Changes nothing."""
 
 
 class RowState(ABC):
-    """Numbers that are kept of each row of a layer from one decision to the next."""
+    """Numbers kept for each row of a layer from one decision to the next."""
 
-    #: How many numbers.
+    #: Numbers of each row.
     num_row_state: ClassVar[int] = 1
 
     @abstractmethod
     def next_row_state(self, tokens: Candidates, keep: Tensor) -> Tensor:
-        """The numbers [R, n] after it was decided that `keep` stays; zeros at first."""
+        """Return the numbers [R, n], zeros at first, after the decision to keep `keep`."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a scheduler asks the cache for. The cache reads it once, and fills `Candidates` with it.
+    """The inputs of a scheduler. The cache reads them once, and fills `Candidates` accordingly.
 
     Args:
-        queries: newest tokens to keep the queries of.
-        inputs: which of `values`, `experts`, `output`, `module` and `rotary` to hand over; and
+        queries: number of newest tokens whose queries the cache keeps.
+        inputs: fields to fill, among `values`, `experts`, `output`, `module` and `rotary`; and
             `rerotate`, if kept keys are to close the gaps between them.
-        sinks: first tokens of each row that stay even if the tail fills the budget.
+        sinks: first tokens of each row that are kept even if the tail fills the budget.
         statistics: numbers of each token that queries change, and how.
         constants: numbers of each token that never change, and how to compute them.
         row_state: numbers of each row, and how a decision changes them.
-        repetition: how the model is to repeat what a cache held back, which marks tokens, with
-            `prompt_ids`, `chunk_size`, `overlap` and `sinks` (KVzip). The statistics [R, H, T, 1] are
-            then the largest attention that each token got, 0 if it was not repeated.
+        repetition: how the model repeats a text that the cache held back: an object with
+            `prompt_ids`, `chunk_size`, `overlap` and `sinks` (KVzip). The statistics [R, H, T, 1]
+            are then the largest attention that each token got, 0 if it was not repeated.
     """
 
     queries: int = 0
@@ -149,7 +151,7 @@ class Needs:
     repetition: Any = None
 
     def __or__(self, other: Needs) -> Needs:
-        """The needs of two schedulers that share one cache; of things to compute `other` has its own."""
+        """Return the combined needs; where both compute the same kind of number, `other` does."""
         return Needs(
             queries=max(self.queries, other.queries),
             inputs=self.inputs | other.inputs,
@@ -163,12 +165,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Traits:
-    """How a scheduler chooses, as far as others must know.
+    """The properties of a scheduler's choice that the cache and other schedulers must know.
 
     Args:
         is_ragged: KV heads may keep different numbers of tokens.
-        is_per_head: the scores of a KV head depend on nothing of the others.
-        decides_by_scores: a KV head keeps its highest scores, and what is `protected`; no more decides.
+        is_per_head: the scores of a KV head do not depend on other heads.
+        decides_by_scores: a KV head keeps its highest scores and `protected` tokens, nothing else.
         exceeds_budget: some layers keep more than their share, on top of the budget.
         has_lengths: KV heads have `lengths` of their own; a cache is given no budget.
     """
@@ -181,69 +183,73 @@ class Traits:
 
 
 class Scheduler(ABC):
-    """Decides, whenever tokens leave the tail, which sealed and newly sealed tokens stay.
+    """Chooses, whenever tokens leave the tail, the sealed and newly sealed tokens to keep.
 
-    A scheduler is a frozen dataclass: its own configuration, without run state. It defines `scores`
-    and says what it `needs` for them; everything else has a default.
+    A scheduler is a frozen dataclass: its configuration, without run state. It defines `scores`,
+    and `needs` if scores read more than keys and positions; everything else has a default. Its
+    methods change nothing, except that `scores` may write to `notes`.
     """
 
-    #: Whether it must be given a file that was made for the model.
+    #: True if it must be given a file that was made for the model.
     needs_file: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:
-        """What it asks the cache for."""
+        """Inputs that the cache has to provide."""
         return Needs()
 
     @property
     def traits(self) -> Traits:
-        """What others must know of how it chooses."""
+        """Properties of the choice that the cache must know."""
         return Traits()
 
     def check(self, model: PreTrainedModel, layers: int) -> None:
-        """Raise ValueError if it cannot serve `model`, of which `layers` layers are paged, as when its
-        file is of another one. Called before a cache is attached."""
+        """Check, before a cache is attached, if it can serve `model`, `layers` layers of it paged.
+
+        Raises:
+            ValueError: it cannot, as when its file was made for another model.
+        """
         return
 
     def tensors(self, layer_idx: int) -> Iterable[Tensor]:
-        """What it holds for a layer: a part of the bytes of a cache."""
+        """Return the tensors that it holds for a layer, which count as bytes of the cache."""
         return ()
 
     def lengths(self, layer_idx: int, left: int, budget: int) -> Tensor:
-        """Candidates [H] that each KV head of layer `layer_idx` may hold in pages.
+        """Return the numbers [H] of tokens that KV heads of layer `layer_idx` may hold in pages.
 
-        Of each head `left` tokens have left the tail; `budget` is the scheduler's own, without those
-        that stay open. Only called where `traits.has_lengths`.
+        `left` tokens of each head have left the tail; `budget` is the scheduler's own, less the
+        tail tokens. Called only if `traits.has_lengths`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no lengths.")
 
     def budget(self, seen: int) -> int | None:
-        """Candidates per row and KV head to hold after `seen` tokens, the tail included.
+        """Return the tokens to hold per row and KV head after `seen` tokens, the tail included.
 
-        None: the scheduler has none of its own, a cache must be given one.
+        None: the scheduler has no budget of its own, so that the cache must be given one.
         """
         return None
 
     def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
-        """How many tokens paged layer `layer` of `layers` may hold in pages.
+        """Return how many tokens paged layer `layer` of `layers` may hold in pages.
 
-        `budget` is the mean over the layers, `available` what it would hold had it dropped none.
+        `budget` is the mean over the layers, `available` the number if no token had been evicted.
         """
         return budget
 
     @abstractmethod
     def scores(self, tokens: Candidates) -> Tensor:
-        """[R, H, T] float; the highest stay, of equal ones the later. Changes `notes` alone.
+        """Return scores [R, H, T]: the highest are kept, of equal ones the later tokens.
 
         Scores of places without a token are never read.
         """
 
     def protected(self, tokens: Candidates, budget: int) -> Tensor | None:
-        """Places [T] that stay within `budget` whatever their scores; None = none. Changes nothing."""
+        """Return True at places [T] to keep within `budget` whatever their scores; None = none."""
         return None
 
     def ranked(self, tokens: Candidates, budget: int) -> Tensor:
-        """`scores`, with sinks and protected tokens above all, places without a token below all."""
+        """Return `scores`, but inf at sinks and protected tokens, -inf at empty places."""
         scores, number = self.scores(tokens), tokens.number()
         if tokens.sinks:
             scores = scores.masked_fill((number >= 0) & (number < tokens.sinks), torch.inf)
@@ -253,13 +259,13 @@ class Scheduler(ABC):
         return scores if tokens.valid is None else scores.masked_fill(number < 0, -torch.inf)
 
     def reranked(self, tokens: Candidates, ranked: Tensor, counts: Tensor) -> Tensor:
-        """`ranked` [R, H, T] as it is for heads that keep `counts` [R, H] tokens; changes nothing."""
+        """Return `ranked` [R, H, T], adapted to heads that keep `counts` [R, H] tokens."""
         return ranked
 
     def keep(self, tokens: Candidates, budget: int) -> Tensor:
-        """Indices [R, H, K] of the places that stay, ascending; changes nothing.
+        """Return the indices [R, H, K] of the places to keep, ascending.
 
-        A mean of at most `budget` tokens for each KV head. Where a head keeps fewer than K, -1
-        stands behind its own (ragged schedulers only).
+        KV heads keep at most `budget` tokens on average. Only a ragged scheduler may keep fewer
+        than K tokens of a head: its last indices are then -1.
         """
         return best_places(self.ranked(tokens, budget), budget)

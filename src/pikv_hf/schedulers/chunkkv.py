@@ -10,14 +10,14 @@ from .wrapper import Wrapper
 
 @dataclass(frozen=True)
 class ChunkKV(Wrapper):
-    """Whole chunks of neighbours stay or go (Liu et al., arXiv 2502.00299, section 3.2).
+    """Keeps or evicts whole chunks of tokens (Liu et al., arXiv 2502.00299, section 3.2).
 
-    Candidates are cut into chunks of `chunk_length`, oldest first; a chunk's score is the mean of
-    its tokens', over all KV heads, so that every head keeps the same chunks. Of the last chunk that
-    the budget reaches, only the newest tokens may stay.
+    Candidates are cut into chunks of `chunk_length`, oldest first. The score of a chunk is the mean
+    over its tokens and all KV heads, so that every head keeps the same chunks. If the budget ends
+    within a chunk, its newest tokens are kept.
 
     Args:
-        scorer: whose scores are averaged.
+        scorer: scheduler whose scores are averaged.
         chunk_length: tokens of a chunk.
     """
 

@@ -11,30 +11,30 @@ from .snapkv import SnapKV
 from .top_tokens import best_places, mask_of_best
 from .wrapper import Wrapper
 
-# Numbers of one block of projected values, which stays in a CPU's cache.
+# Numbers in a block of projected values, which fits into a CPU's cache.
 BLOCK = 2**19
-# Elsewhere each block is kernels to launch.
+# On accelerators blocks are larger, because each of them launches kernels.
 BLOCK_ON_ACCELERATORS = 2**24
 
 
 @dataclass(frozen=True)
 class CriticalKV(Wrapper, TokenConstants):
-    """Attention times what it would add to the output (Feng et al., arXiv 2502.03805, algorithm 1).
+    """Keeps tokens that change the output most (Feng et al., arXiv 2502.03805, algorithm 1).
 
-    Of the tokens that a KV head keeps, `first_stage_ratio` are those of the highest scores; the
-    others those whose score, plus `epsilon`, times the L1 norm of the value as the layer's output
-    projection leaves it is highest. The norm is the mean over the query heads of the KV head. The
-    paper's bound of the error that dropping makes needs both stages. Norms are made once, when a token
-    leaves the tail, and kept with it: 4 bytes for each KV head.
+    A KV head chooses in two stages. `first_stage_ratio` of its tokens are those with the highest
+    scores. The rest are those with the highest (score + `epsilon`) times the L1 norm of the value
+    behind the layer's output projection, averaged over the query heads of the KV head. The
+    paper's bound of the error needs both stages. Norms are computed once, when a token leaves the
+    tail, and kept with it: 4 bytes for each KV head.
 
-    The budget is that of the tokens that may go: open ones have no part in it. In
-    `AdaKV(CriticalKV(...))` the scores alone share the budget among heads, each of which then
-    chooses in two stages, but keeps what AdaKV keeps safe.
+    Tail tokens have no part in the budget of the stages. In `AdaKV(CriticalKV(...))` the scores
+    alone share the budget among heads; each head then chooses in two stages, beyond its share
+    `alpha`.
 
     Args:
-        scorer: whose scores decide, attention or what stands for it.
-        first_stage_ratio: share that the scores alone choose, in [0, 1].
-        epsilon: what is added to every score in the second stage, >= 0.
+        scorer: scheduler whose scores are attention or stand for it.
+        first_stage_ratio: share of tokens that the scores alone choose, in [0, 1].
+        epsilon: addend of every score in the second stage, >= 0.
     """
 
     constant_inputs: ClassVar[frozenset[str]] = frozenset({"values", "output", "module"})
@@ -74,7 +74,7 @@ class CriticalKV(Wrapper, TokenConstants):
         first = (counts.double() * self.first_stage_ratio).long()
         assert tokens.constants is not None, "they are among the needs"
         second = (ranked + self.epsilon) * tokens.constants[..., 0]
-        # Sinks and what is no token stay above and below all others.
+        # Sinks remain above all other places, and places without a token below.
         second = torch.where(ranked.isfinite(), second, ranked)
         return second.masked_fill(mask_of_best(ranked, first), torch.inf)
 
@@ -85,10 +85,10 @@ class CriticalKV(Wrapper, TokenConstants):
 
 
 def projected_norms(tokens: Candidates) -> Tensor:
-    """How long the output projection leaves each value: its L1 norm [R, H, T], in float32.
+    """Return the L1 norm [R, H, T] float32 of each value behind the output projection.
 
-    The mean over the query heads of each KV head; one of them and a block of tokens at a time. Of
-    latents (MLA) the values are those that each query head expands from them.
+    It is the mean over the query heads of each KV head. Memory is needed for one head and one block
+    of tokens at a time. The values of latents (MLA) are those that each query head expands.
     """
     assert tokens.output is not None and tokens.values is not None, "they are the constant inputs"
     output, values, up = tokens.output, tokens.values, None
@@ -101,13 +101,13 @@ def projected_norms(tokens: Candidates) -> Tensor:
         values, up = tokens.keys[..., :rank], latent.weight[:, latent.nope_dim :].to(dtype).mT
     rows, heads, count = values.shape[:3]
     groups = output.shape[1] // dim // heads
-    most = BLOCK if values.device.type == "cpu" else BLOCK_ON_ACCELERATORS
+    max_numbers = BLOCK if values.device.type == "cpu" else BLOCK_ON_ACCELERATORS
     norms = torch.zeros(heads, rows * count, dtype=torch.float32, device=values.device)
     flat = values.transpose(0, 1).flatten(1, 2)
     for head, weight in enumerate(output.split(dim, dim=1)):
-        mine = norms[head // groups]
-        size = max(1, most // len(output))
-        for block, sums in zip(flat[head // groups].split(size), mine.split(size), strict=True):
+        target = norms[head // groups]
+        size = max(1, max_numbers // len(output))
+        for block, sums in zip(flat[head // groups].split(size), target.split(size), strict=True):
             states = block.to(dtype) if up is None else block.to(dtype) @ up[head]
             sums += (states @ weight.to(dtype).T).float().abs_().sum(-1)
     return (norms / groups).unflatten(1, (rows, count)).transpose(0, 1)

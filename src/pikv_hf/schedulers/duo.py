@@ -17,22 +17,22 @@ SCORES = "scores."
 
 @dataclass(frozen=True)
 class Duo(Scheduler):
-    """Retrieval heads keep every token, streaming heads sinks and recent tokens (DuoAttention,
-    Xiao et al., arXiv 2410.10819, section 2).
+    """Keeps all tokens in some heads, few in others (Xiao et al., arXiv 2410.10819, section 2).
 
-    Of all KV heads of the model the share `sparsity` of those with the lowest scores in the profile
-    streams. `pikv profile` makes the profile. The paper learns its scores by distillation; ours are
-    how much the output of a layer's attention changes when the head streams.
+    DuoAttention: retrieval heads keep every token, streaming heads sinks and recent tokens. The
+    share `sparsity` of the model's KV heads streams: the heads with the lowest scores in the
+    profile. The paper learns scores by distillation; `pikv profile` measures how much the output of
+    the layer's attention changes when the head streams.
 
-    Heads have lengths of their own: the cache is given no `budget`. Candidates leave in pages, so that a
-    streaming head holds up to `page_size - 1` more. Each time, the layer's pages are read and written
-    once: a larger `interval` of the cache is faster.
+    The heads set their lengths, so that the cache is given no `budget`. Tokens are evicted in
+    pages: a streaming head holds up to `page_size - 1` more. An eviction reads and writes the
+    layer's pages once, so that a larger `interval` of the cache is faster.
 
     Args:
         profile: the file that `pikv profile` made for the model.
         sparsity: share of all KV heads that stream, in [0, 1].
         sinks: first tokens that a streaming head keeps, >= 0.
-        recent: newest tokens that it keeps, >= 1; not less than the cache's `window`, which stays.
+        recent: newest tokens that it keeps, >= 1; not less than the cache's `window`.
     """
 
     needs_file: ClassVar[bool] = True
@@ -41,15 +41,15 @@ class Duo(Scheduler):
     sparsity: float = 0.5
     sinks: int = 64
     recent: int = 256
-    # Which KV heads of a layer stream, as the profile and `sparsity` say it.
+    # By layer: True for KV heads [H] that stream.
     _streams: dict[int, Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("sinks", 0), ("recent", 1)):
+        for name, minimum in (("sinks", 0), ("recent", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(
-                    f"`{name}` is {value!r}; it must be a whole number, {least} or more."
+                    f"`{name}` is {value!r}; it must be a whole number, {minimum} or more."
                 )
         share = self.sparsity
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
@@ -85,7 +85,7 @@ class Duo(Scheduler):
         return Traits(is_ragged=True, has_lengths=True, decides_by_scores=False)
 
     def budget(self, seen: int) -> int:
-        """Of a streaming head."""
+        """Return the tokens that a streaming head holds."""
         return self.sinks + self.recent
 
     def lengths(self, layer_idx: int, left: int, budget: int) -> Tensor:
@@ -109,22 +109,22 @@ class Duo(Scheduler):
 
 
 def read_profile(path: str | PathLike[str]) -> dict[int, Tensor]:
-    """The scores [H] of the KV heads of each layer, by layer.
+    """Read the scores [H] of the KV heads of each layer, by layer.
 
     Raises:
-        ValueError: there is no such file, or it is not one of `pikv profile`.
+        ValueError: there is no such file, or `pikv profile` did not make it.
     """
     read_metadata(path, PROFILE)
     return {int(layer): scores for layer, scores in read_factors(path, SCORES).items()}
 
 
 def streaming_heads(scores: dict[int, Tensor], sparsity: float) -> dict[int, Tensor]:
-    """Which heads [H] of each layer are among the share `sparsity` of lowest scores of all."""
+    """Return masks [H], by layer, of the heads in the share `sparsity` of lowest scores."""
     if not scores:
         return {}
     layers = sorted(scores)
-    every = torch.cat([scores[layer] for layer in layers]).double()
-    lowest = every.argsort(stable=True)[: round(sparsity * len(every))]
-    streams = torch.zeros(len(every), dtype=torch.bool).index_fill(0, lowest, True)
+    joined = torch.cat([scores[layer] for layer in layers]).double()
+    lowest = joined.argsort(stable=True)[: round(sparsity * len(joined))]
+    streams = torch.zeros(len(joined), dtype=torch.bool).index_fill(0, lowest, True)
     parts = streams.split([len(scores[layer]) for layer in layers])
     return dict(zip(layers, parts, strict=True))

@@ -12,23 +12,22 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class ExpectedAttention(Scheduler):
-    """What future queries are expected to attend to stays (Devoto et al., arXiv 2510.00636, sec. 3).
+    """Keeps tokens that future queries will attend to (Devoto et al., arXiv 2510.00636, sec. 3).
 
     Queries without their positions are taken for normally distributed, with the mean m and the
-    covariance S of the newest `window_size` ones, turned to the mean of the next `future` positions.
-    The expected exp(scale * q k) is exp(scale * m k + scale^2 * k S k / 2): its share among all
-    tokens but the sinks, averaged over the query heads of a KV head, plus `epsilon`, times the norm
-    of the value. Of latents (MLA) that is the norm of the part that is a value, too.
-
-    The paper asks all queries of the prompt; those that are held for it take memory.
+    covariance S of the newest `window_size` queries, turned to the mean of the next `future`
+    positions. The expected exp(scale * q k) is exp(scale * m k + scale^2 * k S k / 2). The score is
+    its share among all tokens but the sinks, averaged over the query heads of a KV head, plus
+    `epsilon`, times the norm of the value. For latents (MLA) the norm is that of the dims that are
+    the value, too. The paper uses all queries of the prompt; a larger `window_size` takes memory.
 
     Args:
         window_size: newest tokens whose queries count.
         future: positions ahead over which the rotation is averaged.
-        sinks: first tokens of each row, which stay, and whose queries do not count; >= 0.
+        sinks: first tokens of each row, which are kept, and whose queries do not count; >= 0.
         use_covariance: False: as if S were 0.
         use_vnorm: False: not times the norm of the value.
-        epsilon: what is added to every share, >= 0.
+        epsilon: addend of every share, >= 0.
     """
 
     window_size: int = 256
@@ -39,11 +38,11 @@ class ExpectedAttention(Scheduler):
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("window_size", 1), ("future", 1), ("sinks", 0)):
+        for name, minimum in (("window_size", 1), ("future", 1), ("sinks", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(
-                    f"`{name}` is {value!r}; it must be a whole number, {least} or more."
+                    f"`{name}` is {value!r}; it must be a whole number, {minimum} or more."
                 )
         for name in ("use_covariance", "use_vnorm"):
             if not isinstance(getattr(self, name), bool):
@@ -68,12 +67,12 @@ class ExpectedAttention(Scheduler):
         return shares.masked_fill((number >= 0) & (number < self.sinks), torch.inf)
 
     def _shares(self, tokens: Candidates, hidden: Tensor) -> Tensor:
-        """The mean share [R, H, T] of the expected attention; 0 where `hidden` [R, H, T]."""
+        """Return the mean share [R, H, T] of the expected attention; 0 where `hidden` [R, H, T]."""
         blocks = *tokens.keys.split(BLOCK, dim=2), tokens.open_keys
         rotary, free, weight = self._free_queries(tokens)
         total = weight.sum(2, keepdim=True).clamp_min(1)
         shares = torch.zeros(hidden.shape, device=hidden.device)
-        for queries in free.unbind(2):  # one query head of each KV head, [R, H, m, D]
+        for queries in free.unbind(2):  # [R, H, m, D] of one query head of each KV head
             mean = (queries * weight).sum(2, keepdim=True) / total
             turned = tokens.scale * rotary.ahead(mean, tokens.seen, self.future)
             covariance = None
@@ -87,10 +86,10 @@ class ExpectedAttention(Scheduler):
         return shares / free.shape[2]
 
     def _free_queries(self, tokens: Candidates) -> tuple[Rotary, Tensor, Tensor]:
-        """Queries [R, H, G, m, D] without their positions, and which of them count, [R, 1, m, 1]."""
+        """Return queries [R, H, G, m, D] without positions, and weights [R, 1, m, 1], 0 or 1."""
         queries, rotary = tokens.queries, tokens.rotary
         assert rotary is not None, "it is among the needs"
-        if queries is None:  # none yet: any attention is as likely
+        if queries is None:  # none yet: all tokens are equally likely
             queries = tokens.keys.new_zeros(*tokens.keys.shape[:2], 1, 1, tokens.keys.shape[3])
         columns = torch.arange(tokens.seen - queries.shape[3], tokens.seen, device=queries.device)
         number = tokens.number().expand(tokens.positions.shape)
@@ -100,7 +99,7 @@ class ExpectedAttention(Scheduler):
 
 
 def _exponents(keys: Tensor, mean: Tensor, covariance: Tensor | None) -> Tensor:
-    """m k + k S k / 2 [R, H, T] of `keys` [R, H, T, D], m = `mean` [R, H, 1, D], in float32."""
+    """Return m k + k S k / 2 [R, H, T] of `keys` [R, H, T, D], m = `mean` [R, H, 1, D], float32."""
     keys = keys.float()
     exponents = (keys @ mean.transpose(-1, -2))[..., 0]
     if covariance is not None:

@@ -13,29 +13,28 @@ TERMS = ("spread", "confidence", "popularity", "agreement")
 
 @dataclass(frozen=True)
 class Expert(Wrapper):
-    """What the model's gate says of a token, beside another scheduler's scores (PiKV's own).
+    """Adds terms of the model's gate to the scores of another scheduler (PiKV's own).
 
-    The score is the weighted sum of ranks: for each KV head the share of its candidates that are
-    lower, by the scorer and by each term, ties in the middle. So no scale matters, and a term of
-    weight 0 is not asked. The terms of a token, with shares p, the weights of its k experts over
-    their sum:
+    The score of a token is a weighted sum of ranks, by the scorer and by each term, so that scales
+    do not matter. A rank is the share of candidates of the KV head that are lower, ties in the
+    middle. With p, the weights of a token's k experts over their sum, its terms are:
 
     - spread: the entropy of p. Always 0 with one expert a token.
-    - confidence: the largest weight as the gate gave it. With two experts whose weights add up to 1
-      its order is that of the spread, reversed.
+    - confidence: the largest weight as the gate gave it. With two experts whose weights add up to
+      1 it orders tokens as the spread does, reversed.
     - popularity: how often its experts are chosen among the candidates, the mean by p.
-    - agreement: the same among the open tokens, the newest, each expert counted by its share there.
+    - agreement: how often its experts are chosen among the tail tokens, each choice weighted by the
+      p of the tail token, the mean by p.
 
-    By default tokens stay whose experts the newest ones do not use: what helped on the bundled model
-    (docs/benchmarks), where the other terms did little, or harm. Another model may want another sign.
-
-    A layer without a gate keeps what the scorer says. What it keeps in any case (its sinks) stays,
-    unless its ranks do not count.
+    By default tokens are kept whose experts the tail tokens do not use. That helped on the bundled
+    model (docs/benchmarks), where the other terms did little, or harm. Another model may need
+    another sign. A layer without a gate uses the scorer alone. Tokens of infinite score, such as
+    the scorer's sinks, are kept unless `weight` is 0.
 
     Args:
-        scorer: whose scores count, too.
-        weight: of the scorer's ranks; 0 = the terms alone.
-        spread, confidence, popularity, agreement: weights of the terms; negative ones turn them round.
+        scorer: scheduler whose scores are added to.
+        weight: weight of the scorer's ranks; 0 = the terms alone.
+        spread, confidence, popularity, agreement: weights of the terms; a negative one reverses it.
     """
 
     scorer: Scheduler = field(default_factory=KeyDiff)
@@ -74,18 +73,18 @@ class Expert(Wrapper):
             return self.scorer.scores(tokens)
         shape = tokens.keys.shape[:3]
         total = torch.zeros(shape, device=tokens.keys.device)
-        stays = None
+        is_infinite = None
         if self.weight:
             scores = self.scorer.scores(tokens)
             total += self.weight * ranks(scores, tokens.valid)
-            stays = scores == torch.inf
+            is_infinite = scores == torch.inf
         for name, weight in terms.items():
             total += weight * ranks(expert_term(name, tokens), tokens.valid)
-        return total if stays is None else total.masked_fill(stays, torch.inf)
+        return total if is_infinite is None else total.masked_fill(is_infinite, torch.inf)
 
 
 def expert_term(name: str, tokens: Candidates) -> Tensor:
-    """A term of `Expert` for each candidate, [R, 1 or H, T] in float32."""
+    """Return a term of `Expert` for each candidate: [R, 1 or H, T] float32."""
     experts, weights = tokens.experts, tokens.weights
     assert experts is not None and weights is not None
     if name == "confidence":
@@ -102,8 +101,8 @@ def expert_term(name: str, tokens: Candidates) -> Tensor:
     if valid is not None:
         counted = counted * valid[..., None]
         chosen = chosen.expand(counted.shape)
-    most = torch.cat([experts.flatten(), chosen.flatten()]).max()
-    load = own.new_zeros(*chosen.shape[:2], int(most) + 1)
+    max_expert = torch.cat([experts.flatten(), chosen.flatten()]).max()
+    load = own.new_zeros(*chosen.shape[:2], int(max_expert) + 1)
     load.scatter_add_(2, chosen.flatten(2), counted.flatten(2))
     heads = max(load.shape[1], experts.shape[1])
     load, index = (t.expand(-1, heads, -1) for t in (load, experts.flatten(2)))
@@ -111,14 +110,14 @@ def expert_term(name: str, tokens: Candidates) -> Tensor:
 
 
 def shares(weights: Tensor) -> Tensor:
-    """`weights` [..., k] of a gate over their sum; equal ones where there is nothing to divide."""
+    """Return `weights` [..., k] of a gate over their sum; equal shares where the sum is 0."""
     positive = weights.float().clamp_min(0)
     total = positive.sum(-1, keepdim=True)
     return torch.where(total > 0, positive / total, 1 / weights.shape[-1])
 
 
 def ranks(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Which share of the tokens of its head is lower, [R, H, T]; of equal ones half are."""
+    """Return the share [R, H, T] of tokens of the head that are lower; equal ones count half."""
     if valid is not None:
         scores = scores.expand(valid.shape).masked_fill(~valid, -torch.inf)
     scores = scores.contiguous()

@@ -11,16 +11,16 @@ NOTE = "fastv"
 
 @dataclass(frozen=True)
 class FastV(Scheduler):
-    """Layer `layer` chooses for all later ones (Chen et al., arXiv 2403.06764, section 4.1).
+    """Lets layer `layer` choose for all later ones (Chen et al., arXiv 2403.06764, section 4.1).
 
-    It ranks tokens by the attention that the last ones pay them, averaged over heads; this layer
-    and all behind it keep the same tokens. Earlier layers keep everything, on top of the budget,
-    which is that of the others: R = 50 % in the paper is a budget of 0.5. The paper prunes a prompt
-    once; here the choice is made anew whenever tokens are sealed.
+    It ranks tokens by the attention that the newest tokens pay them, averaged over heads; this
+    layer and all later ones keep the same tokens. Earlier layers keep everything, on top of the
+    budget, which the other layers share: R = 50 % in the paper is a budget of 0.5. The paper prunes
+    a prompt once; here the choice is made anew whenever tokens are sealed.
 
     Args:
-        layer: the first layer that drops, of those that the cache pages; at least 1.
-        window_size: last tokens whose attention counts.
+        layer: the first layer that evicts, among the paged layers; at least 1.
+        window_size: newest tokens whose attention counts.
     """
 
     layer: int = 2
@@ -51,7 +51,7 @@ class FastV(Scheduler):
         return available if layer < self.layer else budget
 
     def scores(self, tokens: Candidates) -> Tensor:
-        # Layers that keep everything never ask: the first that does is layer `layer`.
+        # Layers that keep everything never call this: layer `layer` is the first that does.
         if NOTE not in tokens.notes:
             tokens.notes[NOTE] = attention_mass(tokens).mean(dim=(1, 2))
         ranks = tokens.notes[NOTE].to(tokens.keys.device)

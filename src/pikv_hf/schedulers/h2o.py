@@ -8,17 +8,16 @@ from .base import Candidates, Needs, Scheduler, TokenStatistics
 
 @dataclass(frozen=True)
 class H2O(Scheduler, TokenStatistics):
-    """Heavy hitters and recent tokens stay (Zhang et al., arXiv 2306.14048, algorithm 1).
+    """Keeps heavy hitters and recent tokens (Zhang et al., arXiv 2306.14048, algorithm 1).
 
-    The score is the attention that a token has ever got, from every query while it was held, summed
-    over the query heads of its KV head. A generated token adds its own as it attends, where pages are
-    stored as they are or as codes with scales; that of a prompt, and of tokens that may be taken back,
-    is computed a second time, a few queries at a time.
+    The score is the sum of the attention that a token got from all queries while it was held, and
+    from all query heads of its KV head. While decoding it is added up within attention itself, if
+    pages are stored uncompressed or as codes with scales. For a prompt, and for tokens that may be
+    taken back, it is computed a second time, a few queries at a time.
 
     Args:
-        recent_ratio: share of the budget, in [0, 1], for the newest tokens, the open ones included;
-            the paper's half.
-        mean: divide the sum by the number of queries that could see the token, so that early tokens
+        recent_ratio: share of the budget, in [0, 1], for newest tokens and tail; the paper: 0.5.
+        mean: divide the sum by the number of queries that could see the token, so that old tokens
             have no advantage.
     """
 

@@ -10,10 +10,10 @@ from .knorm import BLOCK
 
 @dataclass(frozen=True)
 class KeyDiff(Scheduler):
-    """Keys that differ most from the others stay (Park et al., arXiv 2504.15364, section 3).
+    """Keeps keys that differ most from other keys (Park et al., arXiv 2504.15364, section 3).
 
     The score is minus the cosine between a key and the mean direction of all keys of its KV head,
-    those of the open tokens included. Needs no queries.
+    tail tokens included. Needs no queries.
     """
 
     def scores(self, tokens: Candidates) -> Tensor:

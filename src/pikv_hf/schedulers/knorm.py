@@ -5,22 +5,22 @@ from torch import Tensor
 
 from .base import Candidates, Scheduler
 
-# Candidates that are copied to float32 at a time: copies of all would not fit into the CPU's caches.
+# Candidates that are copied to float32 at a time, so that copies fit into the CPU's caches.
 BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Knorm(Scheduler):
-    """Keys of small norm stay (Devoto et al., arXiv 2406.11430, section 3).
+    """Keeps keys of small norm (Devoto et al., arXiv 2406.11430, section 3).
 
     In many language models a key of small L2 norm gets much attention. That is a property of the
-    model, not of attention: in the bundled one it is the other way round.
+    model, not of attention: in the bundled model keys of large norm do.
     """
 
     def scores(self, tokens: Candidates) -> Tensor:
         norms, wide = [], None
         for block in tokens.keys.split(BLOCK, dim=2):
-            if wide is None or wide.shape != block.shape:  # one for all: new memory costs more
+            if wide is None or wide.shape != block.shape:  # reused, as new memory costs more
                 wide = torch.empty_like(block, dtype=torch.float32)
             norms.append(wide.copy_(block).norm(dim=-1))
         return -torch.cat(norms, dim=-1)

@@ -8,24 +8,23 @@ from .base import Candidates, Needs, Scheduler
 
 @dataclass(frozen=True)
 class KVzip(Scheduler):
-    """What the model needs to repeat the text stays (Kim et al., arXiv 2505.23416, section 3).
+    """Keeps tokens that help to repeat the text (Kim et al., arXiv 2505.23416, section 3).
 
     A document is read within `with cache.holding():`, or a prompt with `hold_prompt=True`. Before
-    anything of it is dropped, the model reads it a second time behind itself, in chunks, and takes
-    the repetition back. The score of a token is the largest attention that it gets from any query
-    of its chunk's repetition and any query head of its KV head, beside the chunk, the repetition
-    itself and the sinks. So it does not depend on a question. That costs about what reading the
-    document did.
+    its tokens are evicted, the model reads it a second time behind itself, in chunks, which are
+    then removed. The score of a token is the largest attention that it gets from any query of
+    its chunk's repetition and any query head of its KV head; the softmax is over the chunk, its
+    repetition and the sinks. Scores do not depend on a question, and cost about one more prefill.
 
-    Questions and answers behind it are not repeated. They stay before all other tokens, and of them
-    the newest, until a second text is held: then those that are still open are repeated with it.
+    Questions and answers behind the text are not repeated. They are kept before all other tokens,
+    the newest first, until a second text is held, which is repeated with those still in the tail.
     In the paper heads and layers share one budget; `AdaKV(KVzip(), alpha=0)` shares each layer's.
 
     Args:
-        prompt_ids: tokens that ask the model to repeat the text, in front of each chunk.
+        prompt_ids: tokens in front of each chunk that ask the model to repeat the text.
         chunk_size: tokens that are repeated at a time.
-        overlap: last tokens of the chunk before, in front of each but the first.
-        sinks: first tokens of each row that the softmax has beside each chunk.
+        overlap: last tokens of the previous chunk, in front of each chunk but the first.
+        sinks: first tokens of each row that the softmax includes beside each chunk.
     """
 
     prompt_ids: tuple[int, ...] = ()
@@ -37,11 +36,11 @@ class KVzip(Scheduler):
         ids = self.prompt_ids
         if not isinstance(ids, tuple) or not all(type(i) is int and i >= 0 for i in ids):
             raise ValueError(f"`prompt_ids` is {ids!r}; it must be a tuple of token ids.")
-        for name, least in (("chunk_size", 1), ("overlap", 0), ("sinks", 0)):
+        for name, minimum in (("chunk_size", 1), ("overlap", 0), ("sinks", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(
-                    f"`{name}` is {value!r}; it must be a whole number, {least} or more."
+                    f"`{name}` is {value!r}; it must be a whole number, {minimum} or more."
                 )
 
     @property

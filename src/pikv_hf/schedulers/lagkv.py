@@ -11,19 +11,18 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class LagKV(Scheduler):
-    """Candidates that stand out from those which follow them stay (arXiv 2504.04704, section 2.2).
+    """Keeps tokens that stand out from the tokens behind them (arXiv 2504.04704, section 2.2).
 
-    Behind the first `sinks` tokens the sequence, open tokens included, is cut into partitions of
-    `lag_size`. Each dim of keys and values is scaled by its least and greatest value in the next
-    partition; a token's score is the standard deviation over its dims, as a softmax over its
-    partition, the mean of keys' and values'. Every partition keeps the same share of its tokens,
-    the last full one and what is behind it all of them. Latents (MLA) count as keys. Needs no
-    queries.
+    Behind the first `sinks` tokens the sequence, tail tokens included, is cut into partitions of
+    `lag_size`. Each dim of keys and values is scaled by its minimum and maximum in the next
+    partition. The score of a token is the standard deviation over its dims, as a softmax over its
+    partition, averaged over keys and values. Every partition keeps the same share of its tokens,
+    but the last full one and the rest keep all. Latents (MLA) count as keys. Needs no queries.
 
     Args:
         sinks: first tokens kept, >= 0.
         lag_size: tokens of a partition, > 1.
-        cross_scoring: compare the scores of all partitions, not ranks within each.
+        cross_scoring: compare scores between all partitions, instead of ranks within each.
     """
 
     sinks: int = 4
@@ -31,11 +30,11 @@ class LagKV(Scheduler):
     cross_scoring: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("sinks", 0), ("lag_size", 2)):
+        for name, minimum in (("sinks", 0), ("lag_size", 2)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(
-                    f"`{name}` is {value!r}; it must be a whole number, {least} or more."
+                    f"`{name}` is {value!r}; it must be a whole number, {minimum} or more."
                 )
         if not isinstance(self.cross_scoring, bool):
             raise TypeError(f"`cross_scoring` is {self.cross_scoring!r}; it must be True or False.")
@@ -53,7 +52,7 @@ class LagKV(Scheduler):
         length = states[0].shape[2]
         at = torch.arange(length, device=number.device)
         held = number.amax(-1, keepdim=True) + 1
-        if tokens.valid is not None:  # the oldest token of each head comes first
+        if tokens.valid is not None:  # shift each head so that its oldest token is first
             missing = tokens.keys.shape[2] - held
             index = (at + missing).clamp_max(length - 1)[..., None]
             states = [t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in states]
@@ -71,7 +70,7 @@ class LagKV(Scheduler):
         return scores.gather(-1, number.clamp_min(0))
 
     def _information(self, states: Tensor) -> Tensor:
-        """[R, H, N - 1, lag_size] of all but the last of N full partitions of [R, H, T, D]."""
+        """Score all but the last of N full partitions of [R, H, T, D]: [R, H, N - 1, lag_size]."""
         lag = self.lag_size
         full = (states.shape[2] - self.sinks) // lag
         if full < 2:
@@ -82,7 +81,7 @@ class LagKV(Scheduler):
         step = max(BLOCK // lag, 1)
         blocks = (t.split(step, dim=2) for t in (parts[:, :, :-1], low, width))
         deviations = [
-            torch.where(size > 0, (part.float() - least) / size, 0.0).std(dim=-1)
-            for part, least, size in zip(*blocks, strict=True)
+            torch.where(size > 0, (part.float() - base) / size, 0.0).std(dim=-1)
+            for part, base, size in zip(*blocks, strict=True)
         ]
         return torch.cat(deviations, dim=2).softmax(dim=-1)

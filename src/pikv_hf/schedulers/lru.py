@@ -8,11 +8,11 @@ from .base import Candidates, Needs, Scheduler, TokenStatistics
 
 @dataclass(frozen=True)
 class LRU(Scheduler, TokenStatistics):
-    """The least recently used tokens go (PiKV, arXiv 2508.06526, table of schedulers: u = -r).
+    """Evicts least recently used tokens (PiKV, arXiv 2508.06526, table of schedulers: u = -r).
 
-    r is the number of tokens since one was used: since a query head of its KV head gave it at least
-    `threshold` of its attention, or since it came. Were every token that is read a used one, as with
-    pages that are all read, the oldest would go.
+    r is the number of tokens since a token was used: since a query head of its KV head gave it at
+    least `threshold` of its attention, or since it was cached. If every token that is read counted
+    as used, the oldest would be evicted, because all pages are read.
 
     Args:
         threshold: attention in (0, 1] that counts as use.
@@ -41,10 +41,10 @@ class LRU(Scheduler, TokenStatistics):
         return torch.maximum(tokens.statistics[..., 0].double(), tokens.positions.double())
 
     def _is_used(self, weights: Tensor) -> Tensor:
-        """Whether each of m queries uses a token: [R, H, m, T]."""
+        """Return [R, H, m, T], True where one of m queries uses a token."""
         return weights.amax(dim=2) >= self.threshold
 
 
 def last_use(before: Tensor, is_used: Tensor, asked_at: Tensor) -> Tensor:
-    """When tokens were last used [R, H, T], by queries of positions `asked_at` [m] or `before`."""
+    """Return the last use [R, H, T] of tokens: `before`, or by queries at `asked_at` [m]."""
     return torch.maximum(before, (is_used * asked_at[:, None].float()).amax(dim=2))

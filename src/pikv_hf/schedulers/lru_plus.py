@@ -9,13 +9,13 @@ from .lru import LRU, last_use
 
 @dataclass(frozen=True)
 class LRUPlus(LRU):
-    """As LRU, but frequent use makes up for late use (PiKV, arXiv 2508.06526: u = -r + weight * f).
+    """Evicts tokens of old and rare use (PiKV, arXiv 2508.06526: u = -r + weight * f).
 
-    f is the number of queries that have used the token.
+    r is defined as in `LRU`. f is the number of queries that have used the token.
 
     Args:
         threshold: attention in (0, 1] that counts as use.
-        weight: how many tokens later a use more is worth, >= 0.
+        weight: tokens of recency that one use is worth, >= 0.
     """
 
     weight: float = 16.0

@@ -13,16 +13,15 @@ from .wrapper import Wrapper
 class PiKVAdaKV(Wrapper, RowState):
     """Keeps as much of the budget as attention needs (PiKV's "AdaKV", arXiv 2508.06526).
 
-    A controller for each row and layer moves the share theta of the budget that is kept, which is
-    all of it at first: theta <- theta + rate * (target - recall). The recall is the share of the
-    newest queries' attention that goes to tokens which stay. Not the algorithm of the paper named
-    Ada-KV, which is `adakv`.
+    A controller for each row and layer moves theta, the share of the budget that is used, which is
+    1 at first: theta <- theta + rate * (target - recall). The recall is the share of the newest
+    queries' attention that kept tokens get. The algorithm of the paper named Ada-KV is `adakv`.
 
     Args:
-        scorer: whose scores decide which tokens stay.
-        target: recall to keep, in (0, 1).
+        scorer: scheduler whose scores choose the tokens to keep.
+        target: recall to reach, in (0, 1).
         rate: step of the controller, in (0, 1].
-        window_size: newest tokens whose queries tell the recall.
+        window_size: newest tokens whose queries measure the recall.
     """
 
     scorer: Scheduler = field(default_factory=SnapKV)
@@ -36,9 +35,9 @@ class PiKVAdaKV(Wrapper, RowState):
             raise ValueError(
                 f"`scorer` is {self.scorer!r}; it must be one whose heads keep equally many tokens."
             )
-        for name, value, most in (("target", self.target, 0.999), ("rate", self.rate, 1)):
-            if not isinstance(value, int | float) or not 0 < value <= most:
-                raise ValueError(f"`{name}` is {value!r}; it must be a number in (0, {most}].")
+        for name, value, maximum in (("target", self.target, 0.999), ("rate", self.rate, 1)):
+            if not isinstance(value, int | float) or not 0 < value <= maximum:
+                raise ValueError(f"`{name}` is {value!r}; it must be a number in (0, {maximum}].")
         size = self.window_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"`window_size` is {size!r}; it must be a positive whole number.")
@@ -55,7 +54,7 @@ class PiKVAdaKV(Wrapper, RowState):
         assert tokens.row_state is not None, "it is among the needs"
         scored = tokens.asked_by_newest(self.scorer.needs.queries)
         ranked = self.ranked(scored, budget)
-        theta = 1 - tokens.row_state  # zeros at first
+        theta = 1 - tokens.row_state  # the row state is zero at first
         counts = (theta * budget).ceil().long().clamp(1, budget).expand(ranked.shape[:2])
         if tokens.valid is not None:
             counts = counts.minimum(tokens.valid.sum(-1))

@@ -11,12 +11,12 @@ NOTE = "pikv_layer_sum"
 
 @dataclass(frozen=True)
 class PiKVLayerSum(Scheduler):
-    """What all layers together attend to (PiKV, arXiv 2508.06526, "Duo": u_i = sum of a_i^(l)).
+    """Keeps tokens that all layers attend to (PiKV, arXiv 2508.06526, "Duo": u_i = sum of a_i^(l)).
 
-    a_i is the attention that the newest `window_size` tokens pay token i, averaged over them and
-    over all heads of a layer, so that its heads keep the same tokens. A layer chooses as soon as it
-    has run: layer l knows the layers up to l, the sum over all of them decides in the last layer
-    only. A layer that has dropped a token adds nothing to its sum, nor does one within its budget.
+    a_i is the attention that the newest `window_size` tokens pay token i, averaged over these
+    tokens and over all heads of a layer, so that its heads keep the same tokens. A layer chooses as
+    soon as it has run: layer l sums over the layers up to l; only the last layer knows the whole
+    sum. A layer adds nothing for tokens that it has evicted, and nothing at all within its budget.
 
     Args:
         window_size: newest tokens whose attention counts.
@@ -25,9 +25,9 @@ class PiKVLayerSum(Scheduler):
     window_size: int = 64
 
     def __post_init__(self) -> None:
-        asked = self.window_size
-        if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
-            raise ValueError(f"`window_size` is {asked!r}; it must be a positive whole number.")
+        size = self.window_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"`window_size` is {size!r}; it must be a positive whole number.")
 
     @property
     def traits(self) -> Traits:
@@ -39,8 +39,8 @@ class PiKVLayerSum(Scheduler):
 
     def scores(self, tokens: Candidates) -> Tensor:
         mass = attention_mass(tokens).mean(dim=(1, 2))
-        at = tokens.positions[:, 0]  # the same in all heads
-        before = tokens.notes.get(NOTE)  # of every column of the sequence
+        at = tokens.positions[:, 0]  # heads have equal positions
+        before = tokens.notes.get(NOTE)  # [R, columns of the sequence]
         total = torch.zeros_like(mass[:, :1]).expand(-1, tokens.seen) if before is None else before
         total = total.to(mass.device).scatter_add(1, at, mass)
         tokens.notes[NOTE] = total

@@ -15,20 +15,19 @@ NAME = "pikv_quest"
 # Candidates whose keys and values are copied to float32 at a time.
 BLOCK = 1024
 
-Network = dict[str, Tensor]
+Network = dict[str, Tensor]  # `hidden` [H, D, m], `bias` [H, m], `out` [H, m]
 
 
 @dataclass(frozen=True)
 class PiKVQuest(Scheduler, TokenConstants):
-    """What a small network expects to be attended to stays (PiKV's "QUEST", arXiv 2508.06526: the
-    utility of a token is u = MLP([K, V])). Not Quest, the selection of pages (arXiv 2406.10774).
+    """Keeps tokens chosen by a small network (PiKV's "QUEST", arXiv 2508.06526: u = MLP([K, V])).
 
-    Each KV head of each layer has a network of one hidden layer, which reads the value of a token and
-    its key without its position: turned back to position 0. (Of keys as they are cached, a network
-    learns where in the texts of its calibration the tokens stood.) Of latents (MLA) it reads the
-    latent and the rotary key. `pikv calibrate --method pikv_quest` fits it to how later queries share
-    their attention out among the tokens of a text, which the softmax of u over the candidates stands
-    for: the score.
+    u is the utility of a token. Not Quest, which selects pages for a query (arXiv 2406.10774). Each
+    KV head of each layer has a network of one hidden layer. It reads the value of a token and its
+    key, turned back to position 0: from keys as cached it would learn where tokens stood in the
+    texts of the calibration. For latents (MLA) it reads the latent and the rotary key. The score is
+    the softmax of u over the candidates. `pikv calibrate --method pikv_quest` fits it to the
+    distribution of later queries' attention over the tokens of a text.
 
     Args:
         calibration: the file that `pikv calibrate` made for the model.
@@ -38,7 +37,7 @@ class PiKVQuest(Scheduler, TokenConstants):
     constant_inputs: ClassVar[frozenset[str]] = frozenset({"values"})
 
     calibration: str | PathLike[str] | None = None
-    # By layer: on the device last used.
+    # By layer, on the device that used it last.
     _networks: dict[int, Network] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +85,7 @@ class PiKVQuest(Scheduler, TokenConstants):
         return utilities.masked_fill(tokens.number() < 0, lowest).softmax(-1)
 
     def _network(self, layer_idx: int, keys: Tensor) -> Network:
-        """That of a layer, on the device of `keys` [R, H, T, D] from now on."""
+        """Return the network of a layer, moved to the device of `keys` [R, H, T, D] for good."""
         network = self._networks.get(layer_idx)
         heads = 0 if network is None else len(network["out"])
         if network is None or heads != keys.shape[1]:
@@ -101,10 +100,10 @@ class PiKVQuest(Scheduler, TokenConstants):
 
 
 def read_networks(path: str | PathLike[str]) -> dict[int, Network]:
-    """The networks of a calibration file, by layer; none if it was made for other methods.
+    """Read the networks of a calibration file, by layer; none if it is for other methods.
 
     Raises:
-        ValueError: there is no such file, or it is not one of `pikv calibrate`.
+        ValueError: there is no such file, or `pikv calibrate` did not make it.
     """
     read_metadata(path)
     networks: dict[int, Network] = {}
@@ -115,12 +114,14 @@ def read_networks(path: str | PathLike[str]) -> dict[int, Network]:
 
 
 def position_free(keys: Tensor, values: Tensor, places: Tensor, rotary: Rotary) -> Tensor:
-    """Keys [..., T, D] of positions `places` [..., T], turned back to position 0, and values
-    [..., T, Dv] beside them: [..., T, D + Dv] in float32."""
+    """Return [..., T, D + Dv] float32: keys turned back to position 0, and values beside them.
+
+    `keys` [..., T, D] are at positions `places` [..., T]; `values` are [..., T, Dv].
+    """
     return torch.cat([rotary.unrotate(keys, places), values.float()], dim=-1)
 
 
 def utility(states: Tensor, network: Network) -> Tensor:
-    """u [..., H, T] of `states` [..., H, T, D]: `hidden` [H, D, m], `bias` [H, m], `out` [H, m]."""
+    """Return the utilities u [..., H, T] of `states` [..., H, T, D]."""
     units = (states @ network["hidden"] + network["bias"][:, None]).relu()
     return (units @ network["out"][..., None])[..., 0]

@@ -9,15 +9,14 @@ from .wrapper import Wrapper
 
 @dataclass(frozen=True)
 class PyramidKV(Wrapper):
-    """Lower layers keep more tokens (Cai et al., arXiv 2406.02069, section 4.1).
+    """Keeps more tokens in lower layers (Cai et al., arXiv 2406.02069, section 4.1).
 
-    Budgets fall linearly from layer to layer, their mean is the budget of the cache; the last layer
-    keeps 1/`beta` of that mean (or more, if the first has no more tokens to keep). Which tokens stay
-    is decided by the `scorer`.
+    Budgets decrease linearly from layer to layer; their mean is the budget of the cache. The last
+    layer keeps 1/`beta` of this mean, or more if the first layer has too few tokens for its budget.
 
     Args:
-        scorer: whose scores decide.
-        beta: mean budget over that of the last layer, > 1.
+        scorer: scheduler that chooses the tokens of each layer.
+        beta: mean budget over the budget of the last layer, > 1.
     """
 
     scorer: Scheduler = field(default_factory=SnapKV)

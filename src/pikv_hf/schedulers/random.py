@@ -11,10 +11,9 @@ MULTIPLIERS = (-49064778989728563, -4265267296055464877)
 
 @dataclass(frozen=True)
 class Random(Scheduler):
-    """Candidates stay at random: the control that every policy must beat.
+    """Keeps tokens at random: the control that every policy must beat.
 
-    A score is a hash of `seed`, layer, KV head and position, so that a token has the same one
-    whenever it is asked for, in every row.
+    A score is a hash of `seed`, layer, KV head and position, the same in every row and eviction.
     """
 
     seed: int = 0

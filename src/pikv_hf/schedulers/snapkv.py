@@ -9,15 +9,15 @@ from .base import Candidates, Needs, Scheduler
 
 @dataclass(frozen=True)
 class SnapKV(Scheduler):
-    """What the last tokens attend to stays (Li et al., arXiv 2404.14469, section 4).
+    """Keeps tokens that the newest tokens attend to (Li et al., arXiv 2404.14469, section 4).
 
-    The score is their mean attention, smoothed over `kernel_size` neighbours so that a token stays
-    with its surroundings, and averaged over the query heads of a KV head. The observing tokens are
-    a part of the open ones, which stay. The paper compresses a prompt once; here the scores are
-    taken anew whenever tokens are sealed, by the queries that are then the newest.
+    The score is the mean attention of the newest tokens, smoothed over `kernel_size` neighbours so
+    that a token is kept with its surroundings, and averaged over the query heads of a KV head. The
+    paper compresses a prompt once; here scores are computed anew whenever tokens are sealed, from
+    the queries that are then the newest.
 
     Args:
-        window_size: observing tokens; the cache's own `window` should not be shorter.
+        window_size: newest tokens whose queries count; the cache's `window` should not be shorter.
         kernel_size: tokens that are averaged, odd.
     """
 
@@ -25,9 +25,9 @@ class SnapKV(Scheduler):
     kernel_size: int = 5
 
     def __post_init__(self) -> None:
-        asked = self.window_size
-        if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
-            raise ValueError(f"`window_size` is {asked!r}; it must be a positive whole number.")
+        window = self.window_size
+        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+            raise ValueError(f"`window_size` is {window!r}; it must be a positive whole number.")
         size = self.kernel_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
             raise ValueError(f"`kernel_size` is {size!r}; it must be an odd positive number.")

@@ -8,19 +8,19 @@ from .base import Candidates, Needs, Scheduler
 
 @dataclass(frozen=True)
 class StreamingLLM(Scheduler):
-    """Attention sinks and a recent window (Xiao et al., arXiv 2309.17453, section 3.2).
+    """Keeps attention sinks and a recent window (Xiao et al., arXiv 2309.17453, section 3.2).
 
-    Keeps the first `sinks` tokens of each row and the last `window` tokens. Candidates leave in pages:
-    between two evictions up to `page_size - 1` more are held.
+    The first `sinks` tokens of each row and the last `window` tokens are kept. Tokens are evicted
+    in pages: between two evictions up to `page_size - 1` more are held.
 
-    As published, positions are those in the cache: with `rerotate` the sinks move up to the recent
-    tokens whenever something between is dropped. Their keys would drift by rounding: in 16 bits one
-    byte more is held of each dim that turns. Without, kept keys keep their RoPE phase.
+    The paper counts positions within the cache: with `rerotate` the sinks move up to the recent
+    tokens whenever a token between is evicted. Since keys of 16 bits would drift by rounding, one
+    more byte is held for each dim that turns. Without `rerotate`, kept keys keep their RoPE phase.
 
     Args:
         sinks: first tokens kept, >= 0.
-        window: recent tokens kept, > 0; not less than the cache's own `window`, which never leaves.
-        rerotate: whether kept tokens close the gaps that dropped ones leave.
+        window: recent tokens kept, > 0; not less than the cache's own `window`.
+        rerotate: True if kept tokens close the gaps that evicted ones leave.
     """
 
     sinks: int = 4

@@ -8,10 +8,10 @@ from .base import Candidates, Needs, Scheduler, Traits
 
 @dataclass(frozen=True)
 class Tova(Scheduler):
-    """What the newest token attends to stays (TOVA, Oren et al., arXiv 2401.06104, section 3.2).
+    """Keeps tokens that the newest one attends to (Oren et al., arXiv 2401.06104, section 3.2).
 
-    The score is the attention of the newest token, averaged over all heads of the layer, so that
-    every KV head keeps the same tokens.
+    TOVA: the score is the attention of the newest token, averaged over all heads of the layer, so
+    that every KV head keeps the same tokens.
     """
 
     @property

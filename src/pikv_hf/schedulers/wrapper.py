@@ -9,10 +9,10 @@ from .base import Candidates, Needs, Scheduler, Traits
 
 @dataclass(frozen=True)
 class Wrapper(Scheduler):
-    """A scheduler that changes what another one's scores lead to.
+    """A scheduler that forwards to another one; subclasses change how its scores are used.
 
     Args:
-        scorer: whose scores decide.
+        scorer: scheduler whose scores are used.
     """
 
     scorer: Scheduler
