@@ -314,10 +314,5 @@ class LayerState:
         return (*held, *(() if self.rotary is None else (self.rotary.frequencies,)))
 
     def __getstate__(self) -> dict[str, Any]:
-<<<<<<< HEAD
-        """Without the model, which is copied or saved by itself; the cache of a copy joins it again."""
+        """Leave out the model and the cache: a copy of the cache joins its layers again."""
         return vars(self) | {"module": None, "_neighbours": None}
-=======
-        """Leave out the model, which is copied or saved by itself."""
-        return vars(self) | {"module": None}
->>>>>>> prose-b
