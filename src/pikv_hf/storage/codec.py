@@ -17,8 +17,8 @@ class PageCodec(ABC):
     """An encoding of pages: they are encoded once, when sealed, and decoded when read.
 
     For pages that are sealed together storage calls `assign` once, then `encode` or
-    `encode_observed` of the members. To read pages it calls `attend`, `attend_weighted` or `decode`.
-    No method changes its arguments.
+    `encode_observed` of the members. To read pages it calls `attend`, `attend_weighted` or
+    `decode`. No method changes its arguments.
     """
 
     #: Tokens of a row and KV head that attention decodes at a time; None = pages are read in place.

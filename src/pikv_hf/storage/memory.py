@@ -70,7 +70,7 @@ def own(tensor: Tensor) -> Tensor:
 
 
 def empty_like(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Allocate a dense tensor with the dtype and device of `tensor` and its shape or `shape`.
+    """Allocate an unwritten dense tensor like `tensor`, of `shape` if that is given.
 
     On Linux a large tensor on the CPU is placed in huge pages, if the system has any: the kernel
     finds and clears them several times as fast at the first write.

@@ -1,4 +1,4 @@
-"""Copies of offloaded pages to an accelerator: block by block, while the last block is read."""
+"""Copies of offloaded pages to an accelerator: block by block, each while another is read."""
 
 import itertools
 from collections.abc import Iterator

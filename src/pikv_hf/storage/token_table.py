@@ -16,10 +16,10 @@ CODE = "code of "
 class TokenTable:
     """T consecutive tokens of R rows and H KV heads: tensors [R or 1, H or 1, T, ...] by name.
 
-    A size of 1 means that all rows, or all heads, share the entries. Names in use: `keys`, `values`;
-    `positions`, columns of the sequence; `valid`, True where there is a token (absent = everywhere);
-    `experts` and `weights`, the k experts that the model's gate chose for the token and their
-    weights as the gate returned them. Only `write` changes tensors.
+    A size of 1 means that all rows, or all heads, share the entries. Names in use: `keys`,
+    `values`; `positions`, columns of the sequence; `valid`, True where there is a token (absent =
+    everywhere); `experts` and `weights`, the k experts that the model's gate chose for the token
+    and their weights as the gate returned them. Only `write` changes tensors.
     """
 
     tensors: dict[str, Tensor]
