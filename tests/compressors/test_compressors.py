@@ -298,7 +298,7 @@ def test_kernel_against_its_reference(name, dtype) -> None:
 @pytest.mark.parametrize("most", [1, 2 * 2 * 48 * 4, 2 * 2 * 48 * 32])
 def test_scores_of_a_few_queries_at_a_time(name, most, monkeypatch) -> None:
     """One, four or all but one of 33 queries."""
-    monkeypatch.setattr(import_module("pikv_kernels.quantized_attention"), "MOST_SCORES", most)
+    monkeypatch.setattr(import_module("pikv_kernels.quantized_attention"), "MAX_SCORES", most)
     check_attention(VARIANTS[name], (64, 64), torch.float32, 48, 33)
 
 

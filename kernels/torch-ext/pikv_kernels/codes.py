@@ -1,7 +1,7 @@
 """Signed integer codes of 8, 4 or 2 bits, packed into bytes along the last dim.
 
 Byte j of a packed row holds the codes of dims j, j + D/n, j + 2D/n, ... (n codes a byte), the first
-in its lowest bits: each n-th of a row unpacks by the same shift, without interleaving.
+in its lowest bits: each n-th part of a row unpacks by one shift, without interleaving.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """`codes` int8 `[..., D]` in [-2^(bits-1), 2^(bits-1)) as int8 `[..., D * bits / 8]`."""
+    """Pack int8 `codes` `[..., D]`, in [-2^(bits-1), 2^(bits-1)), into `[..., D * bits / 8]`."""
     if bits == 8:
         return codes
     mask = (1 << bits) - 1
@@ -20,16 +20,16 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_codes`: int8 `[..., D]`."""
+    """Invert `pack_codes`: return int8 `[..., D]`."""
     if bits == 8:
         return packed
-    # Up, so that each code is the highest of its byte, and down again, which extends the sign.
+    # Shifted up, so that each code is highest in its byte, then down, which extends the sign.
     raised = [packed << (8 - bits * (number + 1)) for number in range(8 // bits)]
     return torch.cat(raised, dim=-1).bitwise_right_shift_(8 - bits)
 
 
 def unpack_codes_reference(packed: Tensor, bits: int) -> Tensor:
-    """`unpack_codes` in plain arithmetic."""
+    """Do the work of `unpack_codes` in plain arithmetic."""
     size, unsigned = 1 << bits, packed.long() % 256
     parts = [unsigned // size**number % size for number in range(8 // bits)]
     codes = torch.cat(parts, dim=-1)

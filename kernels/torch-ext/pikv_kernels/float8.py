@@ -1,4 +1,4 @@
-"""Numbers of 8 bits in a wider dtype."""
+"""Conversion of 8-bit numbers to a wider dtype."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ _LAYOUT = {torch.float8_e4m3fn: (3, 120), torch.float8_e5m2: (2, 112)}
 
 
 def read_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """`codes` float8_e4m3fn or float8_e5m2, finite, in `dtype`: exact for bfloat16 and wider.
+    """Convert finite `codes`, float8_e4m3fn or float8_e5m2, exactly to bfloat16 or a wider dtype.
 
-    On CPU torch converts one number at a time. Shifted into the bits of a bfloat16 they differ from
-    the true values by a power of two, subnormal ones too; this is 6 times faster.
+    On CPU torch converts one number at a time. The bits of a number, shifted into a bfloat16,
+    differ from its value by a power of two, also if it is subnormal; this is 6 times faster.
     """
     if codes.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32, torch.float64):
         return read_float8_reference(codes, dtype)
@@ -23,5 +23,5 @@ def read_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def read_float8_reference(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """`read_float8` by torch's own conversion."""
+    """Do the work of `read_float8` by torch's own conversion."""
     return codes.to(dtype)

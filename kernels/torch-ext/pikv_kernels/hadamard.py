@@ -1,4 +1,4 @@
-"""An orthonormal rotation that spreads what stands out in one dim over many.
+"""An orthonormal rotation that spreads an outlier in one dim over many dims.
 
 Multiplying queries and keys by the same orthonormal matrix leaves their products as they are.
 """
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def hadamard_block(dim: int) -> int:
-    """The largest power of two that divides `dim`: the size of the blocks that are rotated."""
+    """Return the size of rotated blocks: the largest power of two that divides `dim`."""
     return dim & -dim
 
 
 def hadamard(states: Tensor) -> Tensor:
-    """The last dim times a block-diagonal orthonormal Hadamard matrix, which is its own inverse.
+    """Multiply the last dim by a block-diagonal orthonormal Hadamard matrix, its own inverse.
 
     Args:
         states: `[..., D]`, floating point. For an odd D this is the identity.
@@ -30,7 +30,7 @@ def hadamard(states: Tensor) -> Tensor:
 
 
 def hadamard_reference(states: Tensor) -> Tensor:
-    """`hadamard` by sums and differences of pairs, log2(block) times."""
+    """Do the work of `hadamard` by sums and differences of pairs, log2(block) times."""
     dim = states.shape[-1]
     block, width = hadamard_block(dim), 1
     while width < block:

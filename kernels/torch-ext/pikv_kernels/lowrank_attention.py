@@ -1,4 +1,4 @@
-"""Partial attention over pages of low rank: the basis of a page meets the query, never its tokens.
+"""Partial attention over low-rank pages: bases are multiplied with queries, not with tokens.
 
 Shapes: B rows, H KV heads, R query rows per KV head, S pages of P tokens, T tokens, r rank, D key
 dim, Dv value dim.
@@ -16,15 +16,15 @@ Factors = tuple[Tensor, Tensor]
 def lowrank_attention(
     query: Tensor, keys: Factors, values: Factors, tokens: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * query key^T) value over the first `tokens` tokens, and its log-sum-exp.
+    """Return softmax(scale * query key^T) value over `tokens` tokens, and its log-sum-exp.
 
-    Fewer operations than over the pages themselves where R is less than P: a basis is multiplied
-    with the queries, and with what they weigh, instead of with the tokens.
+    If R is less than P this is less work than attention over the decoded pages: a basis is
+    multiplied with the queries and with the weighted coefficients instead of with the tokens.
 
     Args:
         query: `[B, H, R, D]`.
         keys, values: factors of the same dtype.
-        tokens: how many tokens of the pages are valid, > 0.
+        tokens: number of valid tokens, the first of the pages, > 0.
         scale: factor of the scores.
 
     Returns:
@@ -46,7 +46,7 @@ def lowrank_attention(
 def lowrank_attention_reference(
     query: Tensor, keys: Factors, values: Factors, tokens: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`lowrank_attention` over the pages themselves."""
+    """Do the work of `lowrank_attention` over the pages themselves."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     key, value = (
         (coefficients.to(dtype) @ basis.to(dtype)).flatten(2, 3)[:, :, :tokens]

@@ -1,11 +1,11 @@
-"""Merging partial attention results whose number differs from row to row."""
+"""Merging of partial attention results whose number differs between rows."""
 
 import torch
 from torch import Tensor
 
 
 def merge_segments(out: Tensor, lse: Tensor, owner: Tensor, owners: int) -> tuple[Tensor, Tensor]:
-    """One result for each owner, from partial results over disjoint keys in any order.
+    """Merge partial results over disjoint keys, in any order, into one result per owner.
 
     Args:
         out: `[N, R, Dv]`.
@@ -14,8 +14,8 @@ def merge_segments(out: Tensor, lse: Tensor, owner: Tensor, owners: int) -> tupl
         owners: number of owners.
 
     Returns:
-        `[owners, R, Dv]` in the dtype of `lse`, and `[owners, R]`: zeros and -inf for an owner of
-        no result.
+        `[owners, R, Dv]` in the dtype of `lse`, and `[owners, R]`: zeros and -inf for an owner
+        without results.
     """
     shape = owners, *lse.shape[1:]
     index = owner[:, None].expand_as(lse)
@@ -31,11 +31,11 @@ def merge_segments(out: Tensor, lse: Tensor, owner: Tensor, owners: int) -> tupl
 def merge_segments_reference(
     out: Tensor, lse: Tensor, owner: Tensor, owners: int
 ) -> tuple[Tensor, Tensor]:
-    """`merge_segments` owner by owner."""
-    merged, together = [], []
+    """Do the work of `merge_segments` owner by owner."""
+    outs, lses = [], []
     for number in range(owners):
-        mine, their_lse = out[owner == number].to(lse.dtype), lse[owner == number]
-        together.append(torch.logsumexp(their_lse, dim=0))
-        weight = torch.exp(their_lse - together[-1])
-        merged.append((mine * weight[..., None]).sum(0))
-    return torch.stack(merged), torch.stack(together)
+        own_out, own_lse = out[owner == number].to(lse.dtype), lse[owner == number]
+        lses.append(torch.logsumexp(own_lse, dim=0))
+        weight = torch.exp(own_lse - lses[-1])
+        outs.append((own_out * weight[..., None]).sum(0))
+    return torch.stack(outs), torch.stack(lses)

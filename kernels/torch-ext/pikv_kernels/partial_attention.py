@@ -6,21 +6,21 @@ Shapes: B rows, H KV heads, R query rows per KV head, T keys, D key dim, Dv valu
 import torch
 from torch import Tensor
 
-# Torch's fused kernel that also gives the log-sum-exp; None in a torch that has none.
+# Torch's fused kernel that also returns the log-sum-exp; None in a torch without it.
 _flash_cpu = getattr(torch, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def partial_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * query key^T + mask) value, and the log-sum-exp of the scores.
+    """Return softmax(scale * query key^T + mask) value, and the log-sum-exp of the scores.
 
-    The queries of one KV head stand side by side in R, so that a key is read once for all of them.
+    All queries of one KV head are rows of R, so that a key is read once for all of them.
 
     Args:
         query: `[B, H, R, D]`.
-        key: `[B, H, T, D]`, T > 0; last dimension dense, the others of any stride.
-        value: `[B, H, T, Dv]`, same dtype.
+        key: `[B, H, T, D]`, T > 0; last dimension dense, other dimensions of any stride.
+        value: `[B, H, T, Dv]`, dtype of the key.
         mask: additive, dtype of the query, broadcastable to `[B, H, R, T]`; masked = the dtype's
             minimum and not -inf, so that a fully masked row has a weight of zero and no NaN.
         scale: factor of the scores.
@@ -40,9 +40,9 @@ def partial_attention(
 def partial_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`partial_attention` in plain torch; the products run in the dtype of the inputs.
+    """Do the work of `partial_attention` in plain torch, with products in the dtype of the inputs.
 
-    Those of queries and keys in float16 could overflow, and are widened.
+    Products of queries and keys in float16 could overflow and are computed in float32.
     """
     wide = _accumulate_dtype(query)
     dtype = wide if query.dtype == torch.float16 else query.dtype
@@ -57,7 +57,7 @@ def partial_attention_reference(
 def merge_partial(
     out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One partial result from two over disjoint keys: exact up to rounding in float32.
+    """Merge two partial results over disjoint keys: exact up to rounding in float32.
 
     Args:
         out, more_out: `[B, H, R, Dv]`.
@@ -74,7 +74,7 @@ def merge_partial(
 
 
 def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-    """The result when the softmax has one more key, of logit `sink` and value zero (gpt-oss)."""
+    """Return the output if the softmax has another key, of logit `sink` and value 0 (gpt-oss)."""
     return (out * torch.sigmoid(lse - sink)[..., None]).to(out.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Partial attention over codes: the scales meet the query, the scores and the weights, never K or V.
+"""Partial attention over codes: query, scores and weights are scaled, but never K or V.
 
 Shapes: B rows, H KV heads, R query rows per KV head, S pages of P tokens, T tokens, D key dim, Dv
 value dim, g groups of the head dim.
@@ -14,9 +14,9 @@ from .codes import unpack_codes
 from .float8 import read_float8
 from .partial_attention import partial_attention_reference
 
-# Scores computed at a time. Those of a long chunk of a prompt would be larger than what they are asked
-# of, and slower: these stay in a CPU's cache.
-MOST_SCORES = 2**21
+# Scores computed at a time, which stay in a CPU's cache. All scores of a long chunk of a prompt
+# would be larger than the pages, and slower.
+MAX_SCORES = 2**21
 
 
 class Quantized(NamedTuple):
@@ -24,7 +24,7 @@ class Quantized(NamedTuple):
 
     codes: `[..., P, D * bits / 8]`, int8 (packed by `pack_codes`) or a float8 dtype.
     scale, zero: `[..., P or 1, g]`, for each token (or page) and group of dims; `[..., 1, D]`, for
-        each channel of a page. `zero` None is 0.
+        each channel of a page. `zero` = None means 0.
     """
 
     codes: Tensor
@@ -42,14 +42,14 @@ class Quantized(NamedTuple):
         return self.scale.shape[-2] == 1 and self.scale.shape[-1] == self.dim > 1
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The codes themselves in `dtype`, `[..., P, D]`."""
+        """Convert the codes to `dtype`, `[..., P, D]`."""
         if self.codes.dtype.is_floating_point:
             return read_float8(self.codes, dtype)
         return unpack_codes(self.codes, self.bits).to(dtype)
 
 
 def dequantize(numbers: Quantized, dtype: torch.dtype) -> Tensor:
-    """The numbers `[..., P, D]`, computed in `dtype`."""
+    """Return the numbers `[..., P, D]`, computed in `dtype`."""
     codes, groups = numbers.read(dtype), max(numbers.scale.shape[-1], 1)
     if numbers.offset:
         codes = codes + numbers.offset
@@ -63,21 +63,21 @@ def dequantize(numbers: Quantized, dtype: torch.dtype) -> Tensor:
 def quantized_attention(
     query: Tensor, keys: Quantized, values: Quantized | None, tokens: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * query key^T) value over the first `tokens` tokens, and its log-sum-exp.
+    """Return softmax(scale * query key^T) value over `tokens` tokens, and its log-sum-exp.
 
     Args:
-        query: `[B, H, R, D]`; its dtype, bfloat16, float32 or float64, is that of the products.
-        keys: of pages `[B, H, S, P, ...]`.
-        values: the same with scales per token or page; None = the keys are their own values, then
-            they have no scales per channel.
-        tokens: how many tokens of the pages are valid, > 0.
+        query: `[B, H, R, D]`; products have its dtype, bfloat16, float32 or float64.
+        keys: pages `[B, H, S, P, ...]`.
+        values: pages with scales per token or page; None = the keys are their own values and have
+            no scales per channel.
+        tokens: number of valid tokens, the first of the pages, > 0.
         scale: factor of the scores.
 
     Returns:
         `[B, H, R, Dv]` and `[B, H, R]`, in float32 (float64 for float64).
     """
     codes, numbers = _read(query, keys, values)
-    step = max(1, MOST_SCORES // max(1, query.shape[0] * query.shape[1] * tokens))
+    step = max(1, MAX_SCORES // max(1, query.shape[0] * query.shape[1] * tokens))
     if query.shape[2] <= step:
         return _attend(query, codes, numbers, tokens, scale)[:2]
     parts = [_attend(part, codes, numbers, tokens, scale)[:2] for part in query.split(step, dim=2)]
@@ -93,9 +93,9 @@ def quantized_weights(
     scale: float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantized_attention` of a few query rows, and the weights `[B, H, R, tokens]`, of sum 1.
+    """Attend with a few query rows; return also the weights `[B, H, R, tokens]`, of sum 1.
 
-    `mask` is added to the scores, as in `partial_attention`.
+    Arguments as in `quantized_attention`; `mask` is added to the scores as in `partial_attention`.
     """
     out, lse, weights, total = _attend(query, *_read(query, keys, values), tokens, scale, mask)
     return out, lse, weights / total
@@ -104,7 +104,7 @@ def quantized_weights(
 def quantized_attention_reference(
     query: Tensor, keys: Quantized, values: Quantized | None, tokens: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`quantized_attention` over the numbers themselves."""
+    """Do the work of `quantized_attention` over the numbers themselves."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     key, value = (
         dequantize(numbers, dtype).flatten(2, 3)[:, :, :tokens]
@@ -116,7 +116,7 @@ def quantized_attention_reference(
 def _read(
     query: Tensor, keys: Quantized, values: Quantized | None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Quantized, Quantized]]:
-    """The codes of keys and values in the dtype of `query`, and what they are codes of."""
+    """Return the codes of keys and values in the dtype of `query`, and their `Quantized`."""
     key_codes = keys.read(query.dtype)
     if values is None:
         return (key_codes, key_codes), (keys, keys)
@@ -131,7 +131,7 @@ def _attend(
     scale: float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantized_attention` with the codes of keys and values read; then the weights and their sums."""
+    """Compute `quantized_attention` of read codes; return also unnormalized weights, their sums."""
     score = _scores_per_channel if numbers[0].is_per_channel else _scores
     scores = score(query, codes[0], numbers[0], scale)[..., :tokens]
     if mask is not None:
@@ -148,13 +148,13 @@ def _accumulated(product: Tensor) -> Tensor:
 
 
 def _per_token(tensor: Tensor, page_size: int) -> Tensor:
-    """Scales or zeros [B, H, S, P or 1, g] as [g, B, H, 1, T]."""
+    """Return scales or zeros [B, H, S, P or 1, g] as [g, B, H, 1, T]."""
     full = tensor.expand(*tensor.shape[:3], page_size, tensor.shape[4])
     return full.flatten(2, 3).permute(3, 0, 1, 2)[..., None, :]
 
 
 def _scores(query: Tensor, codes: Tensor, keys: Quantized, scale: float) -> Tensor:
-    """[B, H, R, T]: one product a group, its scale and zero being those of each token."""
+    """Return scores [B, H, R, T]: one product per group, scaled for each token."""
     page_size, groups = codes.shape[3], keys.scale.shape[-1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     factors = _per_token(keys.scale.to(dtype) * scale, page_size)
@@ -176,7 +176,7 @@ def _scores(query: Tensor, codes: Tensor, keys: Quantized, scale: float) -> Tens
 
 
 def _scores_per_channel(query: Tensor, codes: Tensor, keys: Quantized, scale: float) -> Tensor:
-    """[B, H, R, T]: the scales of a page's channels meet the query."""
+    """Return scores [B, H, R, T]: the scales of a page's channels are applied to the query."""
     wide = _accumulated(query)[:, :, None] * scale
     scaled = wide * keys.scale
     scores = _accumulated(scaled.to(query.dtype) @ codes.mT)
@@ -188,7 +188,7 @@ def _scores_per_channel(query: Tensor, codes: Tensor, keys: Quantized, scale: fl
 
 
 def _weighted(weights: Tensor, codes: Tensor, values: Quantized, tokens: int) -> Tensor:
-    """[B, H, R, Dv]: `weights` [B, H, R, T] times the values."""
+    """Multiply `weights` [B, H, R, T] with the values: [B, H, R, Dv]."""
     page_size, groups = codes.shape[3], values.scale.shape[-1]
     factors = _per_token(values.scale.to(weights.dtype), page_size)[..., :tokens]
     zeros = None

@@ -1,4 +1,4 @@
-"""Partial attention that returns its weights, too.
+"""Partial attention that also returns its weights.
 
 Shapes: B rows, H KV heads, R query rows per KV head, T keys, D key dim, Dv value dim.
 """
@@ -8,24 +8,24 @@ from torch import Tensor
 
 from .partial_attention import partial_attention_reference
 
-# Numbers of keys that are faster to widen than to multiply twice.
+# Up to so many numbers of keys it is faster to widen them than to multiply twice.
 FEW = 2**19
 
 
 def weighted_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`partial_attention` of a few query rows, and the weights `[B, H, R, T]` in float32 (float64).
+    """Attend with a few query rows; return also the weights `[B, H, R, T]`, float32 (float64).
 
-    As exact as a fused kernel, which keeps scores in float32: products in bfloat16 are rounded, so
-    that a second one makes what the first has lost. Those in float16 could overflow, and are widened.
+    This is as exact as a fused kernel, which keeps scores in float32: bfloat16 products are
+    rounded, so a second product adds what the first lost. Float16 could overflow and is widened.
 
     Args:
-        query, key, value, mask, scale: as those of `partial_attention`.
+        query, key, value, mask, scale: as in `partial_attention`.
 
     Returns:
-        `[B, H, R, Dv]` in the dtype of the query, the log-sum-exp `[B, H, R]` and the weights, whose
-        sum over T is 1.
+        `[B, H, R, Dv]` in the dtype of the query, the log-sum-exp `[B, H, R]` and the weights,
+        whose sum over T is 1.
     """
     lead = query.shape[:2]
     query, key, value = (t.flatten(0, 1) for t in (query, key, value))
@@ -42,7 +42,7 @@ def weighted_attention(
 def weighted_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`weighted_attention` in plain torch; the products run in the dtype of the inputs."""
+    """Do the work of `weighted_attention` in plain torch, in the dtype of the inputs."""
     out, lse = partial_attention_reference(query, key, value, mask, scale)
     scores = (query @ key.mT).to(lse.dtype) * scale
     if mask is not None:
@@ -51,18 +51,18 @@ def weighted_attention_reference(
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """query key^T `[N, R, T]` in float32 or float64."""
+    """Return query key^T `[N, R, T]` in float32 or float64."""
     wide = torch.promote_types(query.dtype, torch.float32)
     if query.dtype == wide or key.numel() <= FEW or not is_fast_bfloat16(query):
         return torch.bmm(query.to(wide), key.to(wide).mT)
-    # Keys come first: their batches need not be dense then.
+    # Keys come first, so that their batches need not be dense.
     rounded = torch.bmm(key, query.mT)
     rest = torch.baddbmm(rounded, key, query.mT, beta=-1)
     return rounded.mT.to(wide).add_(rest.mT).contiguous()
 
 
 def is_fast_bfloat16(query: Tensor) -> bool:
-    """Whether `query` is of bfloat16, and its products are fast where it is."""
+    """Return whether `query` is bfloat16 and its device multiplies bfloat16 fast."""
     if query.dtype != torch.bfloat16 or query.device.type != "cpu":
         return query.dtype == torch.bfloat16
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)

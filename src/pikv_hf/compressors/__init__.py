@@ -1,4 +1,4 @@
-"""How a sealed page is stored: one file per method."""
+"""Compressors, which encode sealed pages: one file per method."""
 
 from .base import Compressor
 from .distill import Distill

@@ -1,4 +1,4 @@
-"""How a sealed page is stored, and how attention reads it."""
+"""The base class of compressors, and what their encodings share."""
 
 import math
 from abc import abstractmethod
@@ -13,48 +13,48 @@ from ..storage.codec import PageCodec
 
 
 class Compressor(PageCodec):
-    """A codec that a user can choose: it knows the models it serves, and the bytes it takes.
+    """A codec that a user can choose: it knows the models it serves and the bytes it takes.
 
-    A compressor is a frozen dataclass: its own configuration, without run state. A subclass defines
-    `encode`, `decode` and `bytes_per_token`, and whatever else of `PageCodec` it does better.
+    A compressor is a frozen dataclass: configuration without run state. A subclass defines
+    `encode`, `decode` and `bytes_per_token`, and may override other methods of `PageCodec`.
     """
 
-    #: Whether it must be given a file that `pikv calibrate` made for the model.
+    #: True if it needs a file that `pikv calibrate` made for the model.
     needs_calibration: ClassVar[bool] = False
 
     @property
     def is_idempotent(self) -> bool:
-        """Whether decoded pages may be encoded again, as eviction does, with little further loss."""
+        """True if decoded pages can be encoded again, as eviction does, with little more loss."""
         return True
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check `model`, once, before a cache is made for it.
+        """Check `model` once, before a cache is made for it.
 
         Raises:
-            ValueError: it cannot serve this model, for instance as its calibration is of another.
+            ValueError: the compressor cannot serve it, e.g. was calibrated for another model.
         """
         return
 
     def bind(self, config: PreTrainedConfig, layer_idx: int) -> "Compressor":
-        """The compressor of one layer, for instance with weights that were calibrated for it.
+        """Return the compressor of one layer, for instance with weights calibrated for it.
 
         Raises:
-            ValueError: it cannot serve this layer of a model of this configuration.
+            ValueError: the compressor cannot serve this layer of a model of this configuration.
         """
         return self
 
     def check_dims(self, key_dim: int, value_dim: int) -> None:
-        """Check the dims that a layer caches, before a cache is made, where the model tells them.
+        """Check the dims that a layer caches, if the model tells them, before a cache is made.
 
         Raises:
-            ValueError: it cannot store keys or values of these dims.
+            ValueError: the compressor cannot store keys or values of these dims.
         """
         return
 
     def alternatives(self) -> "tuple[Compressor, ...]":
-        """Compressors to try when this one loses too much: its own options, or a relative.
+        """Return compressors to try if this one loses too much: other options, or a relative.
 
-        `Int8` is tried besides; a warning names those that lose less.
+        `Int8` is tried, too; a warning names the compressors that lose less.
         """
         return ()
 
@@ -62,32 +62,32 @@ class Compressor(PageCodec):
     def bytes_per_token(
         self, key_dim: int, value_dim: int, element_size: int, page_size: int
     ) -> float:
-        """Bytes that a token of one KV head takes in a full page, of what is stored once for it, too.
+        """Return the bytes of a token of one KV head in a full page, with its share of page data.
 
         `element_size` is the size in bytes of a number of the model's dtype.
         """
 
 
-# Bounds the float32 copies that encoding a long prompt makes. On a CPU larger ones leave its caches,
-# and holes in the heap when they are freed: a hole or two for each encoding, so that chunks of a prompt,
-# which are many, are encoded in smaller portions. Elsewhere every portion is kernels to launch.
-PAGES_AT_A_TIME, FEWEST_AT_A_TIME, PORTIONS = 16, 4, 32
+# Bounds of the float32 copies made when a long prompt is encoded. On a CPU, large copies do not fit
+# in its caches, and leave a hole or two in the heap per encoding. The many chunks of a prompt are
+# therefore encoded in smaller portions. On other devices every portion launches kernels.
+PAGES_AT_A_TIME, MIN_AT_A_TIME, PORTIONS = 16, 4, 32
 PAGES_ON_ACCELERATORS = 1024
 
 
 def portion(states: Tensor) -> int:
-    """How many of S pages are encoded at a time, for `states` [..., S, P, D]."""
+    """Return how many of the S pages of `states` [..., S, P, D] are encoded at a time."""
     lead = states.shape[:-2]
-    most = PAGES_ON_ACCELERATORS
+    pages = PAGES_ON_ACCELERATORS
     if states.device.type == "cpu":
-        most = min(max(math.prod(lead) // PORTIONS, FEWEST_AT_A_TIME), PAGES_AT_A_TIME)
-    return max(1, most // max(1, math.prod(lead[:-1])))
+        pages = min(max(math.prod(lead) // PORTIONS, MIN_AT_A_TIME), PAGES_AT_A_TIME)
+    return max(1, pages // max(1, math.prod(lead[:-1])))
 
 
 def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -> dict[str, Tensor]:
-    """`encode` of a few pages [n, P, D] after the other, for `states` [..., S, P, D].
+    """Apply `encode` to a few pages [n, P, D] of `states` [..., S, P, D] at a time.
 
-    What is made in full is what is returned: not a dense copy of `states`, nor a list of parts.
+    Only the result is made in full: neither a dense copy of `states` nor a list of parts.
     """
     lead, whole = states.shape[:-2], {}
     step = portion(states)
@@ -96,20 +96,20 @@ def in_portions(encode: Callable[[Tensor], dict[str, Tensor]], states: Tensor) -
         for name, part in encode(pages.flatten(0, -3)).items():
             if name not in whole:
                 whole[name] = part.new_empty(*lead, *part.shape[1:])
-            mine = whole[name].narrow(len(lead) - 1, start, pages.shape[-3])
-            mine.copy_(part.view(mine.shape))
+            target = whole[name].narrow(len(lead) - 1, start, pages.shape[-3])
+            target.copy_(part.view(target.shape))
     return whole
 
 
 def computed_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which numbers of `dtype` are scaled: float32, or float64."""
+    """Return the dtype in which numbers of `dtype` are scaled: float32 or float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def narrowed(states: Tensor, dtype: torch.dtype) -> Tensor:
-    """Decoded `states` in `dtype`.
+    """Convert decoded `states` to `dtype`.
 
-    Float16 ends at 65504: an original close to it may be decoded beyond, but is never infinite.
+    Float16 ends at 65504: a number near it may be decoded to a larger one, but never to infinity.
     """
     if dtype == torch.float16:
         top = torch.finfo(dtype).max

@@ -9,13 +9,13 @@ from .base import Compressor
 
 
 class Coded(Compressor):
-    """Keys and values as codes with scales, which attention reads as they are."""
+    """A compressor to codes with scales, which attention reads without decoding them."""
 
     gives_weights: ClassVar[bool] = True
 
     @abstractmethod
     def _numbers(self, name: str, fields: dict[str, Tensor]) -> Quantized:
-        """The "key" or "value" codes of pages with their scales."""
+        """Return the codes and scales of pages for `name` "key" or "value"."""
 
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
@@ -39,6 +39,6 @@ class Coded(Compressor):
         return query.float() if query.dtype == torch.float16 else query
 
     def _both(self, fields: dict[str, Tensor]) -> tuple[Quantized, Quantized | None]:
-        """Keys, and values if they are not the keys."""
+        """Return keys and values; values are None if the keys are their own values."""
         is_latent = fields["value_codes"].shape[-1] == 0
         return self._numbers("key", fields), None if is_latent else self._numbers("value", fields)

@@ -9,18 +9,18 @@ from torch import Tensor
 from .lowrank import Factors, LowRankAffine, outside
 from .moments import Moments
 
-WIDTH = 2  # hidden units for each stored number
+WIDTH = 2  # hidden units per stored number
 
 
 @dataclass(frozen=True)
 class Distill(LowRankAffine):
-    """A calibrated student that guesses, from what is stored, what is not: `LowRankAffine` and more.
+    """`LowRankAffine` with a calibrated network that predicts, from the codes, what they lose.
 
-    x is stored as c = x down, and stands for c up + bias + gelu(c hidden + hidden_bias) out: a
-    network of one hidden layer for each layer and KV head, which `pikv calibrate` trains to give the
-    output of attention over the original keys and values (after Hinton et al., arXiv 1503.02531).
-    It begins with out = 0, as `LowRankAffine` does. out down = 0 holds, so that what was decoded is
-    encoded again without a loss.
+    x is stored as c = x down, and decoded as c up + bias + gelu(c hidden + hidden_bias) out: a
+    network of one hidden layer for each layer and KV head, which `pikv calibrate` trains to give
+    the output of attention over the original keys and values (after Hinton et al., arXiv
+    1503.02531). Training begins with out = 0, which is `LowRankAffine`. out down = 0 holds, so that
+    decoded states are encoded again without a loss.
 
     Attention reads c and the hidden units, 3 r numbers, instead of keys and values.
 
@@ -29,7 +29,7 @@ class Distill(LowRankAffine):
     """
 
     name: ClassVar[str] = "distill"
-    block_tokens: ClassVar[int | None] = 2048  # whose hidden units are made at a time
+    block_tokens: ClassVar[int | None] = 2048  # tokens whose hidden units are made at a time
 
     @classmethod
     def initial(cls, moments: Moments, rank: int, generator: torch.Generator) -> Factors:
@@ -38,7 +38,7 @@ class Distill(LowRankAffine):
         heads, rank = free["up"].shape[:2]
         width = WIDTH * rank
         drawn = torch.randn(heads, rank, width, generator=generator) / math.sqrt(rank)
-        # Codes differ much in size: each is to move the hidden units as much as any other.
+        # Codes differ much in size: scaled, each moves the hidden units equally.
         size = spread[:, :rank].clamp_min(spread[:, :1] * 1e-6).sqrt().float()
         hidden = drawn / size[..., None]
         centre = (moments.mean.float()[:, None] @ free["down"]) @ hidden

@@ -17,7 +17,7 @@ class Fp8(Coded):
 
     scale = max|x| / (largest number of the format), in the dtype of the model. Numbers keep about
     the same relative error however small they are, so outlier channels need no scale of their own.
-    The formats of arXiv 2209.05433.
+    arXiv 2209.05433 defines the formats.
 
     Args:
         format: "e4m3" (relative error up to 1/16, range 2^17) or "e5m2" (1/8, 2^31).
@@ -50,14 +50,14 @@ class Fp8(Coded):
         return in_portions(functools.partial(self._quantize, name), states)
 
     def _quantize(self, name: str, pages: Tensor) -> dict[str, Tensor]:
-        """Codes and scale of `pages` [n, P, D]."""
+        """Return codes and scale of `pages` [n, P, D]."""
         codes_dtype, dtype = FORMATS[self.format], computed_dtype(pages.dtype)
         top = torch.finfo(codes_dtype).max
         scale = (pages.abs().amax((-2, -1), keepdim=True).to(dtype) / top).to(pages.dtype)
         divisor = scale.to(dtype).clamp_min(torch.finfo(torch.float32).tiny)
-        # Beyond the largest number float8 is NaN: the rounded scale may be too small by a little.
+        # The rounded scale may be slightly too small, and float8 has NaN beyond its largest number.
         codes = (pages / divisor).clamp_(-top, top).to(codes_dtype)
-        # Stored as bytes: torch copies, gathers and saves them on every device.
+        # Stored as bytes, which torch copies, gathers and saves on every device.
         return {f"{name}_codes": codes.view(torch.int8), f"{name}_scale": scale}
 
     def _numbers(self, name: str, fields: dict[str, Tensor]) -> Quantized:

@@ -15,8 +15,8 @@ from .coded import Coded
 
 KEY_AXES = ("token", "channel")
 
-# Steps tried, as shares of the one that reaches the largest number: fewer codes gain more by
-# clipping. The 1 is always there: it makes encoding decoded pages again lossless up to rounding.
+# Scales to try, as shares of the scale that reaches the largest number: fewer codes gain more by
+# clipping. 1 is always tried: it makes encoding decoded pages again lossless up to rounding.
 SHRINK = {8: (1.0,), 4: (1.0, 0.94, 0.85, 0.75), 2: (1.0, 0.75, 0.64, 0.52, 0.41)}
 
 
@@ -25,18 +25,18 @@ class Integer(Coded):
     """Integer codes with a scale for each token, group of dims or channel of a page.
 
     number = scale * (code + 1/2), or scale * code with 8 symmetric bits, + zero if not symmetric.
-    Scales and zeros have the dtype of the model. Of a few steps that with the least squared error
-    is taken. Values, and keys by default, are quantized per token; `key_axis="channel"` quantizes
-    keys per channel within a page (KIVI, arXiv 2402.02750). With `rotate`, what is quantized per
-    token is rotated by a Hadamard matrix, which spreads outlier channels (QuaRot, arXiv
-    2404.00456): attention rotates query and output instead of the pages. Latents (keys without
-    values) are always quantized per token, for they are values too.
+    Scales and zeros have the dtype of the model. A few scales are tried, and the scale of least
+    squared error is used. Values, and keys by default, are quantized per token;
+    `key_axis="channel"` quantizes keys per channel within a page (KIVI, arXiv 2402.02750). With
+    `rotate`, numbers quantized per token are rotated by a Hadamard matrix, which spreads outlier
+    channels (QuaRot, arXiv 2404.00456): attention rotates query and output instead of the pages.
+    Latents (keys without values) are always quantized per token, because they are values, too.
 
     Args:
-        symmetric: without it, each scale has a zero beside it.
+        symmetric: if False, each scale has a zero beside it.
         key_axis: "token" or "channel".
         group_size: dims that share a scale per token; None = all. It must divide the head dims.
-        rotate: in blocks of the largest power of two that divides the head dim.
+        rotate: rotate in blocks of the largest power of two that divides the head dim.
     """
 
     bits: ClassVar[int]
@@ -128,7 +128,7 @@ class Integer(Coded):
         return {f"{name}_{part}": tensor for part, tensor in fields.items()}
 
     def _quantize(self, pages: Tensor, by_channel: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Packed `codes`, `scale` and, if not symmetric, `zero` of `pages` [n, P, D]."""
+        """Return packed `codes`, `scale` and, if not symmetric, `zero` of `pages` [n, P, D]."""
         axis, shape = (1, pages.shape) if by_channel else (-1, pages.shape)
         if not by_channel:
             pages = pages.unflatten(-1, (-1, self.group_size or pages.shape[-1]))
@@ -144,7 +144,7 @@ class Integer(Coded):
 
     @property
     def _offset(self) -> float:
-        """What is added to a code: with few codes a level at 0 would waste one."""
+        """Number added to a code; with few codes it is 1/2, for a level at 0 would waste one."""
         return 0.0 if self.bits == 8 and self.symmetric else 0.5
 
     def _numbers(self, name: str, fields: dict[str, Tensor]) -> Quantized:
@@ -162,13 +162,13 @@ class Integer(Coded):
         return narrowed(hadamard(states) if self.rotate and not by_channel else states, dtype)
 
     def _has_channel_keys(self, values: Tensor) -> bool:
-        """Whether keys that stand beside `values` are quantized per channel, and not rotated."""
+        """Return whether keys beside `values` are quantized per channel, and not rotated."""
         return self.key_axis == "channel" and values.shape[-1] > 0
 
 
 @dataclass(frozen=True)
 class Int8(Integer):
-    """Integer codes of 8 bits, not rotated: 1 + 2/D bytes an element. The options of `Integer`."""
+    """Integer codes of 8 bits, not rotated: 1 + 2/D bytes an element. Options: see `Integer`."""
 
     bits: ClassVar[int] = 8
 
@@ -177,14 +177,14 @@ class Int8(Integer):
 
 @dataclass(frozen=True)
 class Int4(Integer):
-    """Integer codes of 4 bits, rotated: 1/2 + 2/D bytes an element. The options of `Integer`."""
+    """Integer codes of 4 bits, rotated: 1/2 + 2/D bytes an element. Options: see `Integer`."""
 
     bits: ClassVar[int] = 4
 
 
 @dataclass(frozen=True)
 class Int2(Integer):
-    """Integer codes of 2 bits, rotated: 1/4 + 2/D bytes an element. The options of `Integer`."""
+    """Integer codes of 2 bits, rotated: 1/4 + 2/D bytes an element. Options: see `Integer`."""
 
     bits: ClassVar[int] = 2
 
@@ -192,7 +192,7 @@ class Int2(Integer):
 def _nearest_codes(
     states: Tensor, axis: int, bits: int, offset: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Codes int8 of the shape of `states`, and the scale in `dtype`; zeros get scale 0."""
+    """Return int8 codes in the shape of `states`, and their scale in `dtype`, 0 for zeros."""
     highest = 2 ** (bits - 1) - 1
     lowest = -highest if offset == 0 else -highest - 1
     widest = states.abs().amax(axis, keepdim=True) / (highest + offset)
@@ -202,17 +202,15 @@ def _nearest_codes(
         return codes.sub_(offset).round_().clamp_(lowest, highest)
 
     scales = [(widest * shrink).to(dtype) for shrink in SHRINK[bits]]
-    best, least = scales[0], None
+    best, min_error = scales[0], None
     for scale in scales if len(scales) > 1 else ():
         restored = codes_of(scale).add_(offset)
         error = torch.addcmul(states, restored, scale.to(states.dtype), value=-1)
         error = error.square_().sum(axis, keepdim=True)
-        if least is not None:
-            best = torch.where(error < least, scale, best)
-        least = error if least is None else error.minimum(least)
-    if (
-        least is not None
-    ):  # equal numbers, rotated, are one that stands out: few codes may add to it
-        best = best.masked_fill(least > states.square().sum(axis, keepdim=True), 0)
-    # Made once more: that is less than to choose among the codes of all scales.
+        if min_error is not None:
+            best = torch.where(error < min_error, scale, best)
+        min_error = error if min_error is None else error.minimum(min_error)
+    if min_error is not None:  # few codes may be worse than zeros, for instance for one outlier
+        best = best.masked_fill(min_error > states.square().sum(axis, keepdim=True), 0)
+    # Computing the codes again is cheaper than choosing among the codes of all scales.
     return codes_of(best).to(torch.int8), best

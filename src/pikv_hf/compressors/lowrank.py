@@ -16,20 +16,20 @@ from .moments import Moments
 
 Factors = dict[str, Tensor]
 
-# Numbers of a row that encoding copies at a time, and portions of a long prompt: copies as large as
-# the codes, freed between them, leave holes in the heap; small ones are slow to launch on a GPU.
-COPIED, MOST_PORTIONS = 2**14, 32
+# Numbers of a row that encoding copies at a time, and the maximum number of copies for a prompt.
+# Copies as large as the codes leave holes in the heap; many small ones are slow to launch on a GPU.
+COPIED, MAX_PORTIONS = 2**14, 32
 
 
 @dataclass(frozen=True)
 class LowRank(Compressor):
-    """Calibrated projections for each layer and KV head; the paper calls it LoRA.
+    """Calibrated low-rank projections for each layer and KV head; the paper calls them LoRA.
 
-    A key (after RoPE), value or latent x of D dims is stored as the r numbers c = x down, and stands
-    for c up, with up down = 1: what was decoded is encoded again without a loss. `pikv calibrate`
+    A key (after RoPE), value or latent x of D dims is stored as r numbers c = x down and decoded as
+    c up, with up down = 1: decoded states are encoded again without a loss. `pikv calibrate`
     makes `down` [H, D, r] and `up` [H, r, D] from texts: the principal axes, not centred, which are
-    the best linear projection, or, after training, those that change the output of attention least.
-    PiKV (arXiv 2508.06526) defines it by that error; Palu (arXiv 2407.21118) is a method like it.
+    the best linear projection, or, after training, the factors that change attention outputs least.
+    PiKV (arXiv 2508.06526) defines LoRA by this error; Palu (arXiv 2407.21118) is similar.
 
     Attention reads the numbers: q . (c up) = (q up^T) . c, and sum p (c up) = (sum p c) up.
 
@@ -42,9 +42,9 @@ class LowRank(Compressor):
     block_tokens: ClassVar[int | None] = None
 
     calibration: str | PathLike[str] | None = None
-    # The KV head that it is for; None = all of its layer.
+    # The KV head that is encoded; None = all heads of the layer.
     _head: int | None = field(default=None, repr=False)
-    # Of the layer that this compressor is bound to, as `key_up`, ...: on the device last used.
+    # Factors of the bound layer, named `key_up`, ..., on the device last used.
     _factors: Factors | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,11 +65,11 @@ class LowRank(Compressor):
         return self.with_factors(read_factors(self._path(), f"{self.name}.{layer_idx}."))
 
     def of_head(self, head: int) -> Self:
-        mine = {name: tensor[head : head + 1] for name, tensor in self._bound().items()}
-        return replace(self, _head=head, _factors=mine)
+        factors = {name: tensor[head : head + 1] for name, tensor in self._bound().items()}
+        return replace(self, _head=head, _factors=factors)
 
     def with_factors(self, factors: Factors) -> Self:
-        """This compressor for the layer that `factors` were fitted to; none for an unpaged layer."""
+        """Return this compressor for the layer of `factors`, which is empty if it is not paged."""
         return replace(self, _factors=dict(factors))
 
     @property
@@ -92,17 +92,16 @@ class LowRank(Compressor):
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        name = (
-            "key" if fields["value_codes"].shape[-1] == 0 else "value"
-        )  # latents are their values
+        # Latents are their own values.
+        name = "key" if fields["value_codes"].shape[-1] == 0 else "value"
         wide = computed_dtype(query.dtype)
         key, value = (self.of(part, query.device, wide) for part in ("key", name))
         keys = self._read("key", fields, tokens)
         values = keys if name == "key" else self._read("value", fields, tokens)
-        # Scaled before they are rounded: float16 holds what is left.
+        # Scaled before rounding, so that float16 holds the numbers.
         projected = (query.to(wide) @ key["up"].mT * scale).to(query.dtype)
         out, lse = partial_attention(projected, keys, values, None, 1.0)
-        if "bias" in key:  # the same for all these keys, but not for those of other partial results
+        if "bias" in key:  # adds the same to all scores here, but not in other partial results
             shift = query.to(wide) @ key["bias"][..., None]
             lse = lse + shift.squeeze(-1) * scale
         out = out.to(wide) @ value["up"]
@@ -118,42 +117,42 @@ class LowRank(Compressor):
         ]
         return float(sum(ranks) * element_size)
 
-    # ---- of states [H, n, D] in their own dtype: what is calibrated, too -----------------------
+    # ---- for states [H, n, D] in their own dtype, which calibration uses, too -------------------
 
     @classmethod
     def initial(cls, moments: Moments, rank: int, generator: torch.Generator) -> Factors:
-        """Free parameters, float32, that are the principal axes of what `moments` were taken of."""
+        """Return float32 free parameters: the principal axes of the states of `moments`."""
         axes, _ = moments.axes(rank, centred=False)
         return {"down": axes.mT.float().contiguous(), "up": axes.float()}
 
     @classmethod
     def constrained(cls, free: Factors) -> Factors:
-        """The factors that `free` parameters stand for: those with up down = 1; differentiable."""
+        """Turn `free` parameters into factors with up down = 1; differentiable."""
         up = free["up"]
-        # Training that has run into a singular matrix makes NaN, which is never the best, no error.
+        # At a singular matrix training gets NaN, which is never the best result, and no exception.
         inverse, _ = torch.linalg.inv_ex(up @ free["down"])
         return {"down": free["down"] @ inverse, "up": up}
 
     @classmethod
     def rescaled(cls, factors: Factors, size: Tensor) -> Factors:
-        """The factors of states times `size` [H], given those of the states."""
+        """Return the factors for states times `size` [H], given the factors for the states."""
         return factors
 
     @classmethod
     def features(cls, codes: Tensor, factors: Factors) -> Tensor:
-        """What `up` is applied to, of codes [..., H, n, r]."""
+        """Return the features of codes [..., H, n, r] that `up` is applied to."""
         return codes
 
     @classmethod
     def restored(cls, codes: Tensor, factors: Factors) -> Tensor:
-        """The states [..., H, n, D] that codes [..., H, n, r] stand for."""
+        """Decode codes [..., H, n, r] to states [..., H, n, D]."""
         states = cls.features(codes, factors) @ factors["up"]
         return states + factors["bias"][:, None] if "bias" in factors else states
 
-    # ---- of pages -------------------------------------------------------------------------------
+    # ---- for pages ------------------------------------------------------------------------------
 
     def of(self, name: str, device: torch.device, dtype: torch.dtype) -> Factors:
-        """The factors of keys or values, on `device` from now on."""
+        """Return the factors of keys or values in `dtype`; they stay on `device` from now on."""
         factors = self._bound()
         for part, tensor in factors.items():
             if tensor.device != device:
@@ -177,9 +176,9 @@ class LowRank(Compressor):
             )
         codes = states.new_empty(*states.shape[:-1], down.shape[-1])
         flat = codes.flatten(2, 3), states.flatten(2, 3)
-        step = max(1, COPIED // down[..., 0].numel(), flat[0].shape[2] // MOST_PORTIONS)
-        for mine, part in zip(*(t.split(step, dim=2) for t in flat), strict=True):
-            mine.copy_(part.to(wide) @ down)
+        step = max(1, COPIED // down[..., 0].numel(), flat[0].shape[2] // MAX_PORTIONS)
+        for target, part in zip(*(t.split(step, dim=2) for t in flat), strict=True):
+            target.copy_(part.to(wide) @ down)
         check_finite(self, name, torch.stack(codes.aminmax()))
         return codes
 
@@ -192,7 +191,7 @@ class LowRank(Compressor):
         return narrowed(states.unflatten(2, codes.shape[2:4]), codes.dtype)
 
     def _read(self, name: str, fields: dict[str, Tensor], tokens: int) -> Tensor:
-        """Features [R, H, T, ...] of the first `tokens` tokens."""
+        """Return the features [R, H, T, ...] of the first `tokens` tokens."""
         codes = flat_tokens(fields[f"{name}_codes"], tokens)
         return self.features(codes, self.of(name, codes.device, codes.dtype))
 
@@ -218,9 +217,9 @@ class LowRank(Compressor):
 class LowRankAffine(LowRank):
     """`LowRank` with a bias: the principal axes of centred states; the paper calls it LoRA++.
 
-    x stands for c up + bias, with bias down = 0. The bias of keys adds q . bias to every score, which
-    attention needs to know only where these keys meet others: it enters the log-sum-exp. For equal r
-    the squared error on the texts of the calibration is at most that of `LowRank`.
+    x is decoded as c up + bias, with bias down = 0. The bias of keys adds q . bias to every score,
+    which matters only when results are merged with other keys: it is added to the log-sum-exp. For
+    equal r the squared error on the calibration texts is at most the error of `LowRank`.
 
     Args:
         calibration: the file that `pikv calibrate` made for the model, which also fixes r.
@@ -246,5 +245,5 @@ class LowRankAffine(LowRank):
 
 
 def outside(states: Tensor, factors: Factors) -> Tensor:
-    """The part of `states` [H, n, D] that is not stored: its code is 0."""
+    """Return the part of `states` [H, n, D] that is not stored: its code is 0."""
     return states - states @ factors["down"] @ factors["up"]

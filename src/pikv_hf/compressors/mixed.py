@@ -1,4 +1,4 @@
-"""What a compressor does whose pages have different encodings."""
+"""The base class of compressors whose pages have different encodings."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from .base import Compressor
 
 
 class MixedCompressor(Compressor):
-    """Chooses one of several compressors for each page, when it is sealed.
+    """A compressor that chooses one of several compressors for each page when it is sealed.
 
-    Its pages are encoded and read by the chosen ones, which see every page alone: R pages of one
-    row and one head each. It asks for as many queries as the members that it is made for.
+    Pages are encoded and read by the chosen compressors, which see every page alone, as R pages of
+    one row and one head each. `observed_queries` is as large as its usual members need.
     """
 
     @property
@@ -24,7 +24,7 @@ class MixedCompressor(Compressor):
 
     @abstractmethod
     def assign(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
-        """The member of each page, int64 [R, H, S], as `PageCodec.assign` says."""
+        """Choose the member of each page, int64 [R, H, S], as in `PageCodec.assign`."""
 
     @property
     def is_idempotent(self) -> bool:
@@ -50,9 +50,9 @@ class MixedCompressor(Compressor):
 
 
 def check_members(argument: str, members: Any) -> None:
-    """Raise unless `members` can be those of a mixed compressor.
+    """Raise an error unless `members` can be the members of a mixed compressor.
 
-    Calibrated ones know the KV heads of a layer apart, which pages of all heads together do not.
+    Calibrated compressors are refused: they encode each KV head differently, pages mix all heads.
     """
     if not isinstance(members, tuple) or not members:
         raise TypeError(f"`{argument}` is {members!r}; it must be a tuple of compressors.")

@@ -1,4 +1,4 @@
-"""Second moments of keys or values, which principal axes are taken from."""
+"""Second moments of keys or values, from which principal axes are computed."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """How many states [H, n, D] were seen, and their sums, for each KV head: in float64.
+    """The number of states [H, n, D] seen, and their sums for each KV head in float64.
 
-    `first` [H, D] is the sum of the states, `second` [H, D, D] of their outer products: as much
-    memory whatever was seen.
+    `first` [H, D] is the sum of the states, `second` [H, D, D] the sum of their outer products. The
+    memory does not grow with the number of states.
     """
 
     count: int
@@ -20,7 +20,7 @@ class Moments:
 
     @classmethod
     def of(cls, states: Tensor) -> "Moments":
-        """Of `states` [H, n, D]."""
+        """Compute the moments of `states` [H, n, D]."""
         exact = (states.cpu() if states.device.type == "mps" else states).double()
         return cls(states.shape[1], exact.sum(dim=1).cpu(), (exact.mT @ exact).cpu())
 
@@ -30,7 +30,7 @@ class Moments:
         )
 
     def times(self, factor: Tensor) -> "Moments":
-        """Those of the states times `factor` [H]."""
+        """Return the moments of the states times `factor` [H]."""
         first, second = self.first * factor[:, None], self.second * factor.square()[:, None, None]
         return Moments(self.count, first, second)
 
@@ -40,14 +40,14 @@ class Moments:
 
     @property
     def size(self) -> Tensor:
-        """The root mean square [H] of the numbers of a head."""
+        """Root mean square [H] of the numbers of a head."""
         squares = self.second.diagonal(dim1=-2, dim2=-1).mean(-1)
         return (squares / self.count).sqrt()
 
     def axes(self, rank: int, *, centred: bool) -> tuple[Tensor, Tensor]:
-        """The first `rank` principal axes [H, r, D], largest first, and all eigenvalues [H, D].
+        """Return the `rank` largest principal axes [H, r, D], in order, and all eigenvalues [H, D].
 
-        The eigenvalues behind the r-th sum up to the mean squared error of the projection.
+        The eigenvalues after the r-th add up to the mean squared error of the projection.
         """
         spread = self.second / self.count
         if centred:

@@ -1,8 +1,8 @@
-"""What the observed queries see in pages, and what they would see were the pages encoded.
+"""Attention of the observed queries to pages, and its errors if the pages are encoded.
 
 Shapes: R rows, H KV heads, S pages of P tokens, Q queries, M encodings, Dk and Dv key and value
-dims. Values of no dims stand for latents, which are their own values. All softmaxes are over the
-tokens of the pages given, no others; the zeros that fill up a page are no tokens.
+dims. Values of 0 dims mean latents, which are their own values. All softmaxes are over the tokens
+of the given pages only; the zeros that pad a page are not tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,9 @@ Partial = tuple[Tensor, Tensor]
 
 
 def asked(keys: Tensor, queries: Tensor | None) -> Tensor:
-    """`queries` [R, H, Q, Dk], scaled as in `Compressor.encode_observed`, in float32 or float64.
+    """Return `queries` [R, H, Q, Dk], scaled as in `encode_observed`, in float32 or float64.
 
-    Without any, the newest keys stand in for them, the only guess at hand where queries will point.
+    If there are none, the newest keys replace them: no better guess of coming queries is at hand.
     """
     if queries is None:
         newest = keys.flatten(2, 3)[:, :, -STAND_INS:]
@@ -32,13 +32,13 @@ def asked(keys: Tensor, queries: Tensor | None) -> Tensor:
 
 
 def page_masses(keys: Tensor, queries: Tensor) -> Tensor:
-    """The share of attention that goes to each page, [R, H, S], as the mean over `queries`.
+    """Return the share of attention to each page, [R, H, S], as the mean over `queries`.
 
-    Zero queries stand for padding and do not count. `keys` [R, H, S, P, Dk].
+    Zero queries are padding and do not count. `keys` is [R, H, S, P, Dk].
     """
     sums = queries.new_empty(*keys.shape[:3], queries.shape[2])
-    for mine, part in _portions(sums, keys):
-        mine.copy_(_scores(part, queries).logsumexp(-1))
+    for target, part in _portions(sums, keys):
+        target.copy_(_scores(part, queries).logsumexp(-1))
     masses = sums.softmax(2)
     counts = (queries != 0).any(-1).to(masses.dtype)[:, :, None]
     return (masses * counts).sum(-1) / counts.sum(-1).clamp_min(1)
@@ -47,22 +47,22 @@ def page_masses(keys: Tensor, queries: Tensor) -> Tensor:
 def output_errors(
     encodings: Sequence[Compressor], keys: Tensor, values: Tensor, queries: Tensor, shrink: float
 ) -> Tensor:
-    """Squared error of attention outputs if a page were encoded, [M, R, H, S].
+    """Estimate the squared error of attention outputs if a page is encoded, [M, R, H, S].
 
-    What an encoding of all pages of a KV head does to the outputs of `queries` is measured, and
-    shared out among the pages as it is predicted of them. To first order, replacing k_i, v_i by
+    The error of the outputs of `queries` if all pages of a KV head are encoded is measured, and
+    divided among the pages in proportion to a prediction. To first order, replacing k_i, v_i by
     k_i + dk_i, v_i + dv_i changes the output o of a query q by the sum over i of
-    a_i (dv_i + (q . dk_i) (v_i - o)), with a the attention weights. The share of a page goes by the
-    squares of its terms, added over tokens and `queries`. Their sum alone would be the error if
-    those of tokens were independent; they are not, and less so in one encoding than in another.
+    a_i (dv_i + (q . dk_i) (v_i - o)), with a the attention weights. The prediction of a page is
+    the sum of the squares of its terms over tokens and `queries`. It would be exact if the terms of
+    tokens were independent; they are not, to a degree that differs between encodings.
 
-    The queries to come attend elsewhere than those observed: for the shares, each squared weight
+    Later queries attend elsewhere than observed queries: for the prediction, each squared weight
     a_i^2 is moved by `shrink` towards the mean over all tokens of the KV head.
     """
     output, lse = _attention(keys, values, queries)
     mean = _mean_squares(keys, queries, lse)[:, :, None, :, None]
     counts = (queries != 0).any(-1)
-    # Written into, for small tensors that stay between large ones that go leave holes in the heap.
+    # Allocated here: small tensors kept between large ones that are freed leave holes in the heap.
     parts = queries.new_empty(len(encodings), *keys.shape[:3])
     seen: list[Partial | None] = [None for _ in encodings]
     start = 0
@@ -71,10 +71,10 @@ def output_errors(
         weight = torch.lerp(_squares(pages[0], queries, lse), mean, shrink)
         weight = weight * counts[:, :, None, :, None] * _is_token(pages[0])[..., None, :]
         for number, encoding in enumerate(encodings):
-            again = encoding.decode(encoded(encoding, *pages, queries))
-            changes = _changes(pages, again, queries, output)
+            restored = encoding.decode(encoded(encoding, *pages, queries))
+            changes = _changes(pages, restored, queries, output)
             parts[number, :, :, start:stop] = (weight * changes).sum((-1, -2))
-            seen[number] = _with_pages(seen[number], again, pages[0], queries)
+            seen[number] = _with_pages(seen[number], restored, pages[0], queries)
         start = stop
     for number, result in enumerate(seen):
         assert result is not None, "there are pages"
@@ -84,18 +84,18 @@ def output_errors(
 
 
 def _shared_out(whole: Tensor, parts: Tensor) -> Tensor:
-    """`parts` [R, H, S], none negative, scaled so that their sum is `whole` [R, H]."""
+    """Scale `parts` [R, H, S], none negative, so that their sum is `whole` [R, H]."""
     total = parts.sum(-1).clamp_min(torch.finfo(parts.dtype).tiny)
     return parts * (whole / total)[..., None]
 
 
 def _squares(keys: Tensor, queries: Tensor, lse: Tensor) -> Tensor:
-    """The squared attention weights [R, H, S, Q, P]; `lse` [R, H, Q] is over all pages."""
+    """Return squared attention weights [R, H, S, Q, P]; `lse` [R, H, Q] is over all pages."""
     return (2 * (_scores(keys, queries) - lse[:, :, None, :, None])).exp()
 
 
 def _mean_squares(keys: Tensor, queries: Tensor, lse: Tensor) -> Tensor:
-    """The mean of the squared attention weights over all tokens, [R, H, Q]."""
+    """Return the mean of the squared attention weights over all tokens, [R, H, Q]."""
     total, tokens = torch.zeros_like(lse), torch.zeros_like(lse)
     for part, _ in _portions(keys, keys):
         total += _squares(part, queries, lse).sum((2, 4))
@@ -104,16 +104,16 @@ def _mean_squares(keys: Tensor, queries: Tensor, lse: Tensor) -> Tensor:
 
 
 def _changes(
-    pages: tuple[Tensor, Tensor], again: tuple[Tensor, Tensor], queries: Tensor, output: Tensor
+    pages: tuple[Tensor, Tensor], restored: tuple[Tensor, Tensor], queries: Tensor, output: Tensor
 ) -> Tensor:
-    """|dv_i + (q . dk_i) (v_i - o)|^2 of each token and query, [R, H, S, Q, P]."""
-    dtype, asked_pages = queries.dtype, queries[:, :, None]
-    keys, again_keys = (t[0].to(dtype) for t in (pages, again))
-    values, again_values = (
-        t[1].to(dtype) if t[1].shape[-1] else t[0].to(dtype) for t in (pages, again)
+    """Return |dv_i + (q . dk_i) (v_i - o)|^2 of each token and query, [R, H, S, Q, P]."""
+    dtype, page_queries = queries.dtype, queries[:, :, None]
+    keys, new_keys = (t[0].to(dtype) for t in (pages, restored))
+    values, new_values = (
+        t[1].to(dtype) if t[1].shape[-1] else t[0].to(dtype) for t in (pages, restored)
     )
-    logits = asked_pages @ (again_keys - keys).mT
-    change, output = again_values - values, output[:, :, None]
+    logits = page_queries @ (new_keys - keys).mT
+    change, output = new_values - values, output[:, :, None]
     across = (change * values).sum(-1)[..., None, :] - output @ change.mT
     apart = values.square().sum(-1)[..., None, :] - 2 * output @ values.mT
     apart = apart + output.square().sum(-1)[..., None]
@@ -121,7 +121,7 @@ def _changes(
 
 
 def _attention(keys: Tensor, values: Tensor, queries: Tensor) -> Partial:
-    """The outputs [R, H, Q, Dv] of attention over all pages, and its log-sum-exp [R, H, Q]."""
+    """Return the outputs [R, H, Q, Dv] and log-sum-exp [R, H, Q] of attention over all pages."""
     result = None
     for part in _portions(keys, values):
         result = _with_pages(result, part, part[0], queries)
@@ -132,7 +132,7 @@ def _attention(keys: Tensor, values: Tensor, queries: Tensor) -> Partial:
 def _with_pages(
     result: Partial | None, pages: tuple[Tensor, Tensor], originals: Tensor, queries: Tensor
 ) -> Partial:
-    """`result` merged with attention over more pages; `originals` are keys that say where tokens are."""
+    """Merge `result` with attention over `pages`; the keys `originals` tell padding from tokens."""
     keys, values = (states.flatten(2, 3).to(queries.dtype) for states in pages)
     mask = _hidden(originals, queries.dtype).flatten(2, 3)[:, :, None]
     more = partial_attention(queries, keys, values if values.shape[-1] else keys, mask, 1.0)
@@ -140,22 +140,22 @@ def _with_pages(
 
 
 def _portions(keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """A few pages after the other: views."""
+    """Yield views of a few pages at a time."""
     pages = max(PAGES_AT_A_TIME // (keys.shape[0] * keys.shape[1]), 1)
     return zip(keys.split(pages, dim=2), values.split(pages, dim=2), strict=True)
 
 
 def _scores(keys: Tensor, queries: Tensor) -> Tensor:
-    """[R, H, S, Q, P], the least number where there is no token."""
+    """Return scores [R, H, S, Q, P], very low where there is no token."""
     scores = queries[:, :, None] @ keys.to(queries.dtype).mT
     return scores + _hidden(keys, queries.dtype)[..., None, :]
 
 
 def _hidden(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores, [R, H, S, P]: 0, or very little where there is no token."""
+    """Return the additive mask [R, H, S, P]: 0, or very low where there is no token."""
     return (~_is_token(keys)).to(dtype) * (torch.finfo(dtype).min / 4)
 
 
 def _is_token(keys: Tensor) -> Tensor:
-    """[R, H, S, P]; a key of nothing but zeros fills up a page."""
+    """Mark the tokens, [R, H, S, P]; a key of nothing but zeros pads a page."""
     return (keys != 0).any(-1)

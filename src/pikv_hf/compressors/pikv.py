@@ -13,8 +13,8 @@ from .observed_attention import asked, output_errors
 from .svd import Svd
 from .turboquant import TurboQuant
 
-# How far the weights of observed queries are moved towards their mean: with less, pages that only
-# the observed ones pass over are spoiled for others; with more, nothing is learnt from them.
+# Share by which weights of observed queries are moved to their mean. If it is lower, pages are
+# spoiled that later queries attend to; if it is higher, nothing is learnt from observed queries.
 SHRINK = 0.5
 
 CANDIDATES = (
@@ -33,18 +33,18 @@ CANDIDATES = (
 class PiKV(MixedCompressor):
     """Each page in the encoding that spares attention the most error for its bytes.
 
-    PiKV's hybrid compressor (arXiv 2508.06526), given a meaning: every page is encoded in all ways,
-    and the error that this makes in the output of attention to the observed queries is measured and
-    shared out among the pages (`output_errors`). Of encodings of equal bytes each KV head takes the
-    better one. The pages of a row that are sealed together, of all KV heads, have `share` of their
-    full bytes to spend. They begin with the bytes of least error that fit them all; the rest of the
-    budget buys what reduces the error most per byte, page by page along the lower convex hull of
-    (bytes, error). So no page begins worse than with the best single encoding of that budget.
-    Nothing is dropped.
+    An interpretation of PiKV's hybrid compressor (arXiv 2508.06526): every page is encoded in all
+    ways, and the error in the output of attention for the observed queries is measured and divided
+    among the pages (`output_errors`). Of encodings of equal size each KV head takes the better one.
+    The pages of a row that are sealed together, of all KV heads, have `share` of their full bytes
+    as a budget. All pages begin with the one size of least error that fits the budget; the rest of
+    it is spent where it reduces the error most per byte, page by page along the lower convex hull
+    of (bytes, error). So no page begins worse than with the best single encoding of that budget.
+    No token is dropped.
 
     Args:
-        share: of the bytes of a full cache that pages may take, in (0, 1].
-        candidates: the encodings to choose from; none that is calibrated.
+        share: share of the bytes of a full cache that pages may take, in (0, 1].
+        candidates: the encodings to choose from; calibrated ones are refused.
     """
 
     observed_queries: ClassVar[int] = 32
@@ -71,11 +71,11 @@ class PiKV(MixedCompressor):
         fields = (encoded(member, *page, queries[:1, :1]) for member in self.candidates)
         sizes = [sum(t.numel() * t.element_size() for t in each.values()) for each in fields]
         full = sum(t.numel() * t.element_size() for t in page)
-        allowed = self.share * full * (1 + 1e-9)  # a share that was computed from bytes fits them
+        allowed = self.share * full * (1 + 1e-9)  # a share computed from bytes may be rounded
         if min(sizes) > allowed:
-            least = min(sizes) / full
+            min_share = min(sizes) / full
             raise ValueError(
-                f"`share` is {self.share}, but no candidate takes less than {least:.3f} of the bytes "
+                f"`share` is {self.share}, but no candidate takes less than {min_share:.3f} of the bytes "
                 "of these pages: raise it, or add a candidate."
             )
         errors = output_errors(self.candidates, keys, values, queries, SHRINK).double()
@@ -91,10 +91,10 @@ class PiKV(MixedCompressor):
 
 
 def best_of_equal(errors: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """Of encodings that take as many bytes, the one of least error in each KV head.
+    """Reduce encodings of equal size to the encoding of least error in each KV head.
 
-    From `errors` [M, R, H, S] and `sizes` [M], the same of U different sizes, and the encoding that
-    each of them stands for, [U, R, H].
+    `errors` is [M, R, H, S] and `sizes` [M]. Returns the errors [U, R, H, S] of U different sizes,
+    the index of the encoding that each size stands for, [U, R, H], and the sizes.
     """
     found, members, different = [], [], sorted(set(sizes))
     for size in different:
@@ -107,9 +107,9 @@ def best_of_equal(errors: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, lis
 
 
 def cheapest(errors: Tensor, sizes: Tensor, allowed: float) -> Tensor:
-    """The encoding of each page, int64 [R, n], that `allowed` bytes a page in the mean can buy.
+    """Choose the encoding of each page, int64 [R, n], for a mean of `allowed` bytes a page.
 
-    `errors` [M, R, n] are those of each page in each encoding, `sizes` [M] the bytes of a page.
+    `errors` [M, R, n] is the error of each page in each encoding, `sizes` [M] the bytes of a page.
     Each row has its own budget.
     """
     order = sizes.argsort(stable=True)
@@ -124,7 +124,7 @@ def cheapest(errors: Tensor, sizes: Tensor, allowed: float) -> Tensor:
     gains, costs, _ = (torch.cat(column, dim=1) for column in zip(*steps, strict=True))
     best = gains.argsort(dim=1, descending=True, stable=True)
     affordable = costs.gather(1, best).cumsum(1) <= room[:, None]
-    # Along a hull gains fall, so that of the steps of a page those bought are the first ones.
+    # Gains fall along a hull, so the steps that are bought for a page are its first steps.
     bought = torch.zeros_like(affordable).scatter_(1, best, affordable) & (gains > 0)
     for taken, (_, _, encoding) in zip(bought.chunk(len(steps), dim=1), steps, strict=True):
         now = torch.where(taken, encoding, now)
@@ -132,9 +132,9 @@ def cheapest(errors: Tensor, sizes: Tensor, allowed: float) -> Tensor:
 
 
 def _hull(errors: Tensor, sizes: Tensor, now: Tensor) -> "list[tuple[Tensor, Tensor, Tensor]]":
-    """The steps [R, n] up the lower convex hull from `now`: gain per byte, bytes, the encoding.
+    """Return steps [R, n] up the lower convex hull from `now`: gain per byte, bytes, encoding.
 
-    A page that has reached the end takes steps of no gain and no bytes.
+    A page at the end of its hull takes steps of no gain and no bytes.
     """
     steps = []
     for _ in range(len(sizes) - 1):

@@ -16,13 +16,13 @@ class Pyramid(MixedCompressor):
 
     PiKV (arXiv 2508.06526) names a pyramid of precisions without defining one. Here the pages of a
     row that are sealed together are ordered, over all its KV heads, by the attention that the
-    observed queries pay them (mean over queries of the softmax over these pages); the first
-    `shares[0]` of them go to `tiers[0]`, and so on, numbers of pages being rounded. Without queries
-    the newest keys stand in for them. A page stays in its tier, unless a scheduler fills it anew.
+    observed queries pay them (mean over queries of the softmax over these pages). The first
+    `shares[0]` of the pages get `tiers[0]`, and so on; numbers of pages are rounded. Without
+    queries the newest keys replace them. Pages keep their tier until eviction seals them again.
 
     Args:
-        tiers: compressors, the finest first; none that is calibrated.
-        shares: of the pages, one for each tier; their sum is 1.
+        tiers: compressors, the finest first; calibrated ones are refused.
+        shares: shares of the pages, one for each tier; their sum is 1.
     """
 
     observed_queries: ClassVar[int] = 32
@@ -53,7 +53,7 @@ class Pyramid(MixedCompressor):
         return torch.empty_like(order).scatter_(1, order, tier.expand_as(order)).view(masses.shape)
 
     def _tiers_of(self, pages: int) -> list[int]:
-        """The tier of each of `pages` pages, the most important first."""
+        """Return the tier of each of `pages` pages, the most important page first."""
         ends = [round(sum(self.shares[: i + 1]) * pages) for i in range(len(self.shares) - 1)]
         return [sum(place >= end for end in ends) for place in range(pages)]
 

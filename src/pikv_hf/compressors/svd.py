@@ -13,18 +13,18 @@ from .base import Compressor, computed_dtype, in_portions, narrowed
 class Svd(Compressor):
     """Truncated singular value decomposition of the keys, and of the values, of each page.
 
-    states [P, D] = coefficients [P, r] @ basis [r, D], the best approximation of rank r: its squared
-    error is the sum of the squared singular values behind the r-th (Eckart and Young). The basis
-    is the page's own, so nothing is calibrated, and it takes room beside the coefficients:
-    r * (P + D) numbers instead of P * D. PiKV (arXiv 2508.06526) lists it among its compressors.
+    states [P, D] = coefficients [P, r] @ basis [r, D], the best approximation of rank r: its
+    squared error is the sum of the squared singular values after the r-th (Eckart and Young). Each
+    page has its own basis, so nothing is calibrated, but the basis is stored, too: r * (P + D)
+    numbers instead of P * D. PiKV (arXiv 2508.06526) lists the decomposition among its compressors.
 
-    The basis comes from the smaller Gram matrix of a page, which costs no inverse: with the
-    eigenvectors U of X X^T, X = U (U^T X). Coefficients and basis share the size of a page, by powers
-    of two, so that neither exceeds the dtype of the model, nor a square of it float32.
+    The basis comes from the smaller Gram matrix of a page, which needs no inverse: with the
+    eigenvectors U of X X^T, X = U (U^T X). The scale of a page is split between coefficients and
+    basis by powers of two, so that neither overflows the model's dtype, nor their squares float32.
 
     Args:
-        rank: numbers that a token keeps, and vectors of a basis. Not more than a page has tokens
-            or a head has dims, with which nothing is lost, are kept.
+        rank: numbers kept of a token, and vectors of a basis. It is limited to the tokens of a page
+            and the head dim, with which nothing is lost.
     """
 
     rank: int = 16
@@ -46,7 +46,7 @@ class Svd(Compressor):
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
         coefficients = fields["key_coefficients"]
-        # Bases are multiplied with the queries, or with the tokens of their page: the fewer.
+        # Bases are multiplied with the queries or the tokens of their page, whichever are fewer.
         if query.shape[2] > coefficients.shape[3]:
             return super().attend(query, fields, tokens, scale)
         key = coefficients, fields["key_basis"]
@@ -69,10 +69,10 @@ class Svd(Compressor):
         return {f"{name}_{part}": tensor for part, tensor in fields.items()}
 
     def _truncated(self, name: str, pages: Tensor) -> dict[str, Tensor]:
-        """`coefficients` [n, P, r] and `basis` [n, r, D] of `pages` [n, P, D]."""
+        """Return `coefficients` [n, P, r] and `basis` [n, r, D] of `pages` [n, P, D]."""
         exact = pages.to(computed_dtype(pages.dtype))
         largest = exact.abs().amax((-2, -1), keepdim=True)
-        check_finite(self, name, largest)  # it would have no eigenvectors
+        check_finite(self, name, largest)  # NaN has no eigenvectors
         size = _exponent(largest)
         exact = torch.ldexp(exact, -size)
         tokens, dim = pages.shape[1:]
@@ -83,7 +83,7 @@ class Svd(Compressor):
             coefficients, basis = vectors, vectors.mT @ exact
         else:
             coefficients, basis = exact @ vectors, vectors.mT
-        # One of them is orthonormal, the other as large as the singular values.
+        # One factor is orthonormal, the other is as large as the singular values.
         share = (size + _exponent(values.clamp_min(0).sqrt()[:, None])) // 2
         if tokens >= dim:
             share = size - share
@@ -102,5 +102,5 @@ class Svd(Compressor):
 
 
 def _exponent(sizes: Tensor) -> Tensor:
-    """The exponents e of `sizes` < 2^e, int32: 0 for 0, none of which 2^e or 2^-e exceeds float32."""
+    """Return int32 exponents e of `sizes` < 2^e (0 for 0); float32 holds 2^e and 2^-e."""
     return torch.frexp(sizes).exponent.clamp(-100, 100)

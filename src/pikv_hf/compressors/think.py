@@ -12,19 +12,18 @@ from .base import Compressor, computed_dtype, portion
 
 @dataclass(frozen=True)
 class ThinK(Compressor):
-    """Key channels that the newest queries use least are not stored (ThinK, arXiv 2407.21018).
+    """Keys without the channels that the newest queries use least (ThinK, arXiv 2407.21018).
 
-    For each page of a row and KV head the floor((1 - ratio) D) channels j of largest
-    |Q_j| |K_j| stay, which is the Frobenius norm of Q_j K_j^T in the paper, with Q the observed
-    queries of all query heads of the KV head; their numbers are stored beside them. (The paper
-    selects once for a whole prompt.) Values stay as they are, as in the paper's main method.
-    Without queries the channels of the largest keys stay. Of the latents of MLA only the rotary part
-    is nothing but a key: its channels are pruned, `ratio` of them, and the rest, which makes the
-    values too, stays as it is. That saves little: with DeepSeek's 64 rotary channels of 576 at most
-    a ninth of the bytes.
+    For each page of a row and KV head the floor((1 - ratio) D) channels j of largest |Q_j| |K_j|
+    are kept. The product is the Frobenius norm of Q_j K_j^T in the paper, with Q the observed
+    queries of all query heads of the KV head. The indices of the kept channels are stored, too.
+    (The paper selects once for a whole prompt.) Values are kept unchanged, as in the paper's main
+    method. Without queries the channels of the largest keys are kept. The latents of MLA are
+    values, too, except for their rotary channels, of which a share `ratio` is pruned; the rest is
+    kept unchanged. With DeepSeek's 64 rotary channels of 576 this saves at most 1/9 of the bytes.
 
-    Attention reads the kept channels, with the same channels of the query. Pages that a scheduler
-    fills anew are pruned anew: what a token lost is not found again.
+    Attention reads the kept channels, and only these channels of the query. Tokens that a scheduler
+    moves to other pages are pruned again; their lost channels are not restored.
 
     Args:
         ratio: share of key channels that is dropped, from 0 (nothing is lost) to less than 1.
@@ -33,7 +32,7 @@ class ThinK(Compressor):
     observed_queries: ClassVar[int] = 32  # the observation window of the paper
 
     ratio: float = 0.4
-    # Channels at the end of a latent that are no values; 0 where the model does not tell.
+    # Channels at the end of a latent that are not values; 0 if the model does not tell.
     _rotary: int = field(default=0, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -62,22 +61,22 @@ class ThinK(Compressor):
     def _encode(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> dict[str, Tensor]:
         self.check_dims(keys.shape[-1], values.shape[-1])
         is_latent = values.shape[-1] == 0
-        flag = {"is_latent": values} if is_latent else {}  # no bytes: it is there or not
+        flag = {"is_latent": values} if is_latent else {}  # takes no bytes: only a flag
         if is_latent:
             values, keys = keys.tensor_split([-self._rotary], dim=-1)
-        asked = keys.new_ones(())
+        usage = keys.new_ones(())
         if queries is not None:
-            mine = queries[..., -keys.shape[-1] :].to(computed_dtype(queries.dtype))
-            asked = mine.square().sum(2)[:, :, None]
-        return self._pruned(keys, values, asked) | flag
+            queries = queries[..., -keys.shape[-1] :].to(computed_dtype(queries.dtype))
+            usage = queries.square().sum(2)[:, :, None]
+        return self._pruned(keys, values, usage) | flag
 
-    def _pruned(self, keys: Tensor, values: Tensor, asked: Tensor) -> dict[str, Tensor]:
-        """`asked` [R, H, 1, Dk] or []: the sums of squares of the queries' channels."""
+    def _pruned(self, keys: Tensor, values: Tensor, usage: Tensor) -> dict[str, Tensor]:
+        """Prune keys; `usage` [R, H, 1, Dk] or [] is the sum of squares of the query channels."""
         dim, step, wide = keys.shape[-1], portion(keys), computed_dtype(keys.dtype)
         norms = (torch.linalg.vector_norm(t, dim=-2, dtype=wide) for t in keys.split(step, dim=2))
-        used = torch.cat([*norms], dim=2).square()
-        # `sort` puts channels that are used alike in an order that does not change.
-        order = (used * asked).sort(dim=-1, descending=True, stable=True).indices
+        squares = torch.cat([*norms], dim=2).square()
+        # A stable sort, so that ties are always broken alike.
+        order = (squares * usage).sort(dim=-1, descending=True, stable=True).indices
         channels = order[..., : self._kept(dim)].sort(dim=-1).values
         kept = keys.new_empty(*keys.shape[:-1], channels.shape[-1])
         portions = (t.split(step, dim=2) for t in (kept, keys, channels))
@@ -87,7 +86,7 @@ class ThinK(Compressor):
             "kept_keys": kept,
             "channels": channels.to(torch.uint8 if dim <= 256 else torch.int16),
             "values": values,
-            "key_dim": keys[..., :0, :],  # no bytes: its shape says how many channels there were
+            "key_dim": keys[..., :0, :],  # takes no bytes: its shape tells the number of channels
         }
 
     def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -103,14 +102,14 @@ class ThinK(Compressor):
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
         kept, pages = fields["kept_keys"], fields["kept_keys"].shape[2]
-        # Channels of the query are copied for each page, or those of its keys: the fewer.
+        # Either query channels are copied for each page, or keys are decoded: the smaller copy.
         if query.shape[2] > kept.shape[3] or "is_latent" in fields:
             return super().attend(query, fields, tokens, scale)
         index = fields["channels"].long()[:, :, :, None].expand(-1, -1, -1, query.shape[2], -1)
-        mine = query[:, :, None].expand(-1, -1, pages, -1, -1).gather(-1, index)
+        queries = query[:, :, None].expand(-1, -1, pages, -1, -1).gather(-1, index)
         if query.dtype == torch.float16:  # products could overflow
-            mine, kept = mine.float(), kept.float()
-        scores = (mine @ kept.mT).transpose(2, 3).flatten(3)[..., :tokens]
+            queries, kept = queries.float(), kept.float()
+        scores = (queries @ kept.mT).transpose(2, 3).flatten(3)[..., :tokens]
         scores = scores.to(computed_dtype(query.dtype)) * scale
         lse = scores.logsumexp(-1)
         weights = (scores - lse[..., None]).exp().to(query.dtype)

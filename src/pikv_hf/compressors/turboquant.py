@@ -17,23 +17,23 @@ LLOYD_STEPS = 300
 class TurboQuant(Compressor):
     """Random rotation and a Lloyd-Max codebook for each coordinate (TurboQuant, arXiv 2504.19874).
 
-    Once rotated at random, every vector has coordinates of one known density, so a codebook made
-    for that density needs no data. Algorithm 1 of the paper, for keys and values, with one change:
-    the norm stored beside the codes makes a decoded vector as long as the original, where the
-    paper's own shrinks it. That costs at most 3 % of distortion, and decoded pages of usual head
-    dims can be encoded again without loss. With `residual`, keys take algorithm 2 as it stands: one
-    bit less for the codebook, and the signs of a Gaussian sketch of what it leaves over (QJL), with
-    a norm. Products with such keys are unbiased, but vary more; each further encoding adds as much.
-    Norms are root mean squares (so that float16 holds them) in the dtype of the model.
+    After a random rotation the coordinates of every vector have one known density, so a codebook
+    made for that density needs no data. Keys and values use algorithm 1 of the paper with one
+    change: the norm stored beside the codes makes a decoded vector as long as the original, while
+    the paper's norm shrinks it. This costs at most 3 % of distortion, and decoded pages of usual
+    head dims can be encoded again without loss. With `residual`, keys use algorithm 2 unchanged:
+    one bit less for the codebook, and the signs of a Gaussian sketch of the residual (QJL), with a
+    norm. Products with such keys are unbiased but vary more, and each further encoding adds
+    variance. Norms are root mean squares (so that float16 holds them) in the dtype of the model.
 
     The rotation is a uniformly random orthogonal matrix and not a Hadamard matrix: it gives exactly
     the density of the paper, in any head dim. Query and output are rotated, not pages. `seed` alone
-    determines rotation and sketch: made on the CPU, cached for the process, no part of a page.
+    determines rotation and sketch, which are made on the CPU and cached for the process.
 
     Args:
-        bits: of a code: 2, 3 or 4.
+        bits: bits of a code: 2, 3 or 4.
         residual: spend one bit of every key coordinate on the sketch.
-        seed: of rotation and sketch.
+        seed: seed of rotation and sketch.
     """
 
     bits: int = 4
@@ -99,7 +99,7 @@ class TurboQuant(Compressor):
         return (key_dim + value_dim) * self.bits / 8 + norms * element_size
 
     def _encode(self, name: str, states: Tensor, residual: bool) -> dict[str, Tensor]:
-        """Packed codes of `states` [..., P, D] and norms [..., P, 1], with residual [..., P, 2]."""
+        """Return packed codes of `states` [..., P, D], and norms [..., P, 1 or (residual) 2]."""
         dim = states.shape[-1]
         if dim == 0:
             return {f"{name}_codes": states.to(torch.uint8), f"{name}_norms": states}
@@ -111,7 +111,7 @@ class TurboQuant(Compressor):
         dim, dtype = pages.shape[-1], pages.dtype
         basis = _basis(dim, residual, self.seed, pages.device)
         centroids = _codebook(self.bits - residual, dim).to(pages.device, torch.float32)
-        # First by the largest number, whose square float32 need not hold.
+        # Scaled by the largest number first: float32 may not hold its square.
         pages = pages.to(computed_dtype(dtype))
         size = pages.abs().amax(dim=-1, keepdim=True)
         pages = (pages / size.clamp_min(torch.finfo(size.dtype).tiny)).float()
@@ -129,7 +129,7 @@ class TurboQuant(Compressor):
         return {"codes": pack_indices(codes, self.bits), "norms": norms.to(dtype)}
 
     def _stored(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values [..., P, D] in the basis in which they are stored; with residual 2 D."""
+        """Return keys and values [..., P, D or (residual) 2 D] in the basis they are stored in."""
         keys = self._looked_up(fields["key_codes"], fields["key_norms"])
         return keys, self._looked_up(fields["value_codes"], fields["value_norms"])
 
@@ -145,7 +145,7 @@ class TurboQuant(Compressor):
         return torch.cat(states, dim=-1) if residual else states[0]
 
     def _restored(self, states: Tensor, residual: bool) -> Tensor:
-        """From the basis in which `states` are stored to their own."""
+        """Transform `states` from the basis they are stored in to the original basis."""
         dim = states.shape[-1] // (1 + residual)
         return _times(states, _basis(dim, residual, self.seed, states.device)) if dim else states
 
@@ -155,7 +155,7 @@ def _times(states: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _nearest(states: Tensor, centroids: Tensor) -> Tensor:
-    """The code of each element, uint8: on a CPU six times faster than `torch.bucketize`."""
+    """Return the uint8 code of each element; on a CPU 6 times faster than `torch.bucketize`."""
     codes = torch.zeros(states.shape, dtype=torch.uint8, device=states.device)
     for border in ((centroids[1:] + centroids[:-1]) / 2).unbind():
         codes += states > border
@@ -169,7 +169,7 @@ def _rms(states: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _basis(dim: int, residual: bool, seed: int, device: torch.device) -> Tensor:
-    """The rotation [D, D], and below it the sketch [D, D], scaled so that stored @ basis = states.
+    """Return the rotation [D, D] above the sketch [D, D], scaled so that stored @ basis = states.
 
     With s = sign(S r) the sketch of a residual r is sqrt(pi / 2) / D * |r| * S^T s (definition 1 of
     the paper); we store |r| / sqrt(D), so S is scaled by sqrt(pi / (2 D)).
@@ -177,7 +177,7 @@ def _basis(dim: int, residual: bool, seed: int, device: torch.device) -> Tensor:
     draw = functools.partial(torch.randn, generator=torch.Generator("cpu").manual_seed(seed))
     gauss, sketch = draw(2, dim, dim, dtype=torch.float64, device="cpu")
     rotation, upper = torch.linalg.qr(gauss)
-    basis = rotation * upper.diagonal().sign()  # without this it depends on the QR at hand
+    basis = rotation * upper.diagonal().sign()  # makes it independent of the QR implementation
     if residual:
         basis = torch.cat([basis, sketch * math.sqrt(math.pi / (2 * dim))])
     return basis.to(device, torch.float32)
@@ -188,7 +188,7 @@ def _basis(dim: int, residual: bool, seed: int, device: torch.device) -> Tensor:
 def _tables(
     bits: int, dim: int, residual: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """For `look_up`: the centroids of codes, and with residual the signs in their highest bit."""
+    """Return tables of centroids and, with residual, of the signs in the highest bit of codes."""
     values = [_codebook(bits - residual, dim).repeat(1 + residual)]
     if residual:
         values.append(torch.tensor([-1.0, 1.0], device="cpu").repeat_interleave(2 ** (bits - 1)))
@@ -198,7 +198,7 @@ def _tables(
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _codebook(bits: int, dim: int) -> Tensor:
-    """The levels [2^bits] of least squared error for a coordinate of a random vector of rms 1.
+    """Return the levels [2^bits] of least squared error for a coordinate of random vectors of rms 1.
 
     Lloyd iteration on the density (1 - x^2)^((D - 3) / 2) of a coordinate x on the unit sphere.
     """
@@ -208,12 +208,12 @@ def _codebook(bits: int, dim: int) -> Tensor:
     sums = torch.nn.functional.pad(torch.stack([density, density * x]).cumsum(1), (1, 0))
 
     def below(edges: Tensor) -> Tensor:
-        """Mass and first moment of the density below `edges`, linear within a cell."""
+        """Return mass and first moment of the density below `edges`, linear within a cell."""
         cell = (edges + 1) / width
         first = cell.long().clamp(max=GRID - 1)
         return torch.lerp(sums[:, first], sums[:, first + 1], cell - first)
 
-    # Start where density^(1/3) has equal mass on both sides: close to the best for many bits.
+    # Start where density^(1/3) has equal mass on both sides: nearly optimal for many bits.
     spread = density.pow(1 / 3).cumsum(0)
     quantiles = (torch.arange(2**bits, dtype=torch.float64, device="cpu") + 0.5) / 2**bits
     levels = x[torch.searchsorted(spread, quantiles * spread[-1])]

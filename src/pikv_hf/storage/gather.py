@@ -1,4 +1,4 @@
-"""Tokens taken out of a tensor, each row of it read once."""
+"""Gathering of tokens with one index for each token."""
 
 import math
 
@@ -9,10 +9,10 @@ from .memory import empty_like
 
 
 def taken(tensor: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
-    """Of `tensor` [R or 1, H or 1, T, ...] the tokens `keep` [R, H, K]: [R, H, K, ...], dense.
+    """Gather tokens `keep` [R, H, K] of `tensor` [R or 1, H or 1, T, ...]: dense [R, H, K, ...].
 
-    `gather` would read an index for every number; this one reads one for each token, whatever the
-    strides. The result is `out`, if that is given.
+    `torch.gather` would read an index for every number; this function reads one for each token,
+    whatever the strides. The result is written to `out` if it is given.
     """
     tensor = tensor.expand(*keep.shape[:2], *tensor.shape[2:])
     shape, width = (*keep.shape, *tensor.shape[3:]), math.prod(tensor.shape[3:])

@@ -1,6 +1,6 @@
 """Tokens and pages on their way into pools.
 
-Shapes: R rows, H KV heads, S pages, N pages of any of them, P tokens a page, D head dim.
+Shapes: R rows, H KV heads, S pages, N pages of any row and head, P tokens a page, D head dim.
 """
 
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from torch import Tensor
 from .codec import PageCodec, encoded
 from .token_table import TokenTable
 
-# Pages of one owner that are read as if they were a longer one: fewer and larger products.
+# Pages of one row and KV head that are read as one long page: fewer and larger products.
 GROUP = 8
 
 
 @dataclass(frozen=True)
 class EncodedPages:
-    """N pages for a pool: `fields` and `meta` [N, ...], `owner` and `lengths` [N] as there.
+    """N pages for a pool, with the tensors of `RaggedPages`, in which N is the capacity.
 
-    `group` after `group` has one owner, and is full; 1 = they may be of any length.
+    Each group of `group` pages has one owner and is full; 1 = pages may be of any length.
     """
 
     fields: dict[str, Tensor]
@@ -33,7 +33,7 @@ class EncodedPages:
         return len(self.owner)
 
     def split(self, count: int) -> "tuple[EncodedPages, EncodedPages]":
-        """The first `count` pages, whole groups of them, and the others."""
+        """Split into the first `count` pages, which must be whole groups, and the rest."""
         first, other = (
             EncodedPages(
                 {name: field[part] for name, field in self.fields.items()},
@@ -52,12 +52,12 @@ class EncodedPages:
 
 @dataclass(frozen=True)
 class IncomingPages:
-    """Tokens of batch rows `rows` that are to go into pools, page by page, each row and head apart.
+    """Tokens of the batch rows `rows` that go into pools, in pages of one row and KV head each.
 
-    `states`: their `keys` [R, H, S, P, Dk] and `values`, or, if they are encoded already, `codes`
-    [R, H, S, P, ...] by name; in `known` [R, H, S, P, ...] what is known of them; `lengths`
-    [R, H, S], how many are valid, the first ones of a page; `queries` [R, H, Q, Dk], if the
-    compressor asks for any.
+    `states` has their `keys` [R, H, S, P, Dk] and `values`; if they are encoded already, `codes`
+    has their fields [R, H, S, P, ...] instead. `known` [R, H, S, P, ...] is other data of the
+    tokens, such as positions. The first `lengths` [R, H, S] tokens of a page are valid. `queries`
+    [R, H, Q, Dk] are the newest queries, if the compressor uses any.
     """
 
     states: dict[str, Tensor]
@@ -76,9 +76,9 @@ class IncomingPages:
         return self.known["positions"].shape[3]
 
     def places(self, mine: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Of the pages `mine` [R, H, S] the places [N, 3] in R, H and S of those to be read in one
+        """Yield the pages marked in `mine` [R, H, S] as (indices [N, 3] into R, H, S; group size).
 
-        way, and their group: full pages `GROUP` by `GROUP`, then the other ones.
+        First the full pages that form groups of `GROUP` pages of one row and head, then the rest.
         """
         full = mine & (self.lengths == self.page_size)
         grouped = full & (full.cumsum(-1) <= full.sum(-1, keepdim=True) // GROUP * GROUP)
@@ -86,7 +86,7 @@ class IncomingPages:
         yield (mine & ~grouped & (self.lengths > 0)).nonzero(), 1
 
     def encoded(self, codec: PageCodec, at: Tensor, group: int) -> EncodedPages:
-        """The pages `at` [N, 3], as `compressor` encodes them."""
+        """Encode the pages with indices `at` [N, 3]."""
         row, head, page = at.unbind(1)
         return EncodedPages(
             fields=self._fields(codec, row, head, page),
@@ -101,8 +101,8 @@ class IncomingPages:
     ) -> dict[str, Tensor]:
         if self.codes:
             return {name: tensor[row, head, page] for name, tensor in self.codes.items()}
-        wanted = self.queries is not None and codec.observed_queries
-        asked = self.queries[row, head][:, None] if wanted else None
+        uses_queries = self.queries is not None and codec.observed_queries
+        queries = self.queries[row, head][:, None] if uses_queries else None
         states = {k: t[row, head, page][:, None, None] for k, t in self.states.items()}
-        fields = encoded(codec, **states, queries=asked)
+        fields = encoded(codec, **states, queries=queries)
         return {name: tensor[:, 0, 0] for name, tensor in fields.items()}

@@ -1,4 +1,4 @@
-"""Questions about the memory behind a tensor, and new memory."""
+"""Properties of the memory behind tensors, and allocation of new memory."""
 
 import ctypes
 import mmap
@@ -13,17 +13,17 @@ LARGE = 2**22  # bytes
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Tensors made under `torch.inference_mode` cannot be written outside of it."""
+    """Return False for a tensor of `torch.inference_mode` while that mode is off."""
     return not tensor.is_inference() or torch.is_inference_mode_enabled()
 
 
 def is_on_disk(tensor: Tensor) -> bool:
-    """Whether its memory is a mapped file, which the system reads as needed and may drop again."""
+    """Return whether the memory is a mapped file, which the system may drop and read again."""
     return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of the distinct storages behind `tensors`, less files, by their addresses."""
+    """Return the bytes of each distinct storage behind `tensors`, by address; without files."""
     return {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in tensors
@@ -32,12 +32,12 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`, less files."""
+    """Return the bytes of all distinct storages behind `tensors`, without files."""
     return sum(storages(tensors).values())
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors among nested lists, tuples and values of dicts."""
+    """Yield the tensors in nested lists, tuples and values of dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -49,9 +49,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def trim_heap() -> None:
-    """Give memory that is free between blocks in use back to the system.
+    """Give free memory between blocks in use back to the system.
 
-    Encoding leaves such holes, which glibc keeps, and mostly cannot use for its next temporaries.
+    Encoding leaves such holes. glibc keeps them and can mostly not use them for later temporaries.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not every C library has it
@@ -60,20 +60,20 @@ def trim_heap() -> None:
 
 
 def is_own(tensor: Tensor) -> bool:
-    """Whether it is dense and alone in its storage."""
+    """Return whether `tensor` is dense and alone in its storage."""
     return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
 
 
 def own(tensor: Tensor) -> Tensor:
-    """`tensor`, dense and alone in its storage, so that nothing larger is kept alive by it."""
+    """Return `tensor`, copied if it is not dense or would keep a larger storage alive."""
     return tensor if is_own(tensor) else empty_like(tensor).copy_(tensor)
 
 
 def empty_like(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Unwritten memory for a dense tensor of `shape` (or its own) with the dtype of `tensor`.
+    """Allocate an unwritten dense tensor like `tensor`, of `shape` if that is given.
 
-    On Linux a large one on the CPU stands in huge pages, if the system has any: the kernel finds and
-    clears those several times as fast when they are first written.
+    On Linux a large tensor on the CPU is placed in huge pages, if the system has any: the kernel
+    finds and clears them several times as fast at the first write.
     """
     new = tensor.new_empty(tensor.shape if shape is None else shape)
     size = new.untyped_storage().nbytes()
@@ -81,5 +81,5 @@ def empty_like(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
         start = -(-new.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (new.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
         place = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-        ctypes.CDLL(None).madvise(*place, mmap.MADV_HUGEPAGE)  # whether or not it is heeded
+        ctypes.CDLL(None).madvise(*place, mmap.MADV_HUGEPAGE)  # advice: failure does no harm
     return new

@@ -1,4 +1,4 @@
-"""The page table of one layer: storage only, it knows no policy.
+"""The page table of one layer: storage only, without any policy.
 
 Shapes: R rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
 """
@@ -20,17 +20,17 @@ from .tiers import Tier, near
 from .token_table import TokenTable
 from .uniform_pages import UniformPages
 
-# Pages of a pool that are encoded at a time, or whose codes are copied where no tier is limited.
+# Pages of a pool that are encoded at a time, or copied at a time if no tier has a limit.
 PAGES_ENCODED, PAGES_MOVED = 16, 256
 
 
 class PageTable:
-    """The pages of one layer, in slabs and pools. Sealed pages are immutable and encoded once."""
+    """The pages of one layer, in uniform slabs and ragged pools; pages are never changed."""
 
     def __init__(
         self, codec: PageCodec, page_size: int, tiers_of: Callable[[Tensor], list[Tier]] = near
     ) -> None:
-        """`tiers_of` a tensor of the layer: the kinds of memory for pages, to be filled in order."""
+        """Make an empty table; `tiers_of(tensor)` lists the tiers that its pages fill in order."""
         self.codec = codec
         self.page_size = page_size
         self.tiers_of = tiers_of
@@ -45,20 +45,19 @@ class PageTable:
         queries: Tensor | None = None,
         room: Room = NO_ROOM,
     ) -> None:
-        """Seal `span`, tokens of the batch rows `rows`, with what is known of them.
+        """Seal `span`, tokens of the batch rows `rows` out of `batch` rows.
 
-        They have `keys` and `values`, or codes, as `take` and `encoded` give them. If `valid` is
-        known, the valid tokens of each row and KV head are its first ones.
-        `queries` [R, H, Q, D]: the newest ones of these rows, if the compressor asks for them. `room`
-        is made for tokens to come.
+        `span` has `keys` and `values`, or codes as `take` and `encoded` return them. If it has
+        `valid`, the valid tokens of each row and KV head come first. `queries` [R, H, Q, D] are the
+        newest queries of these rows, if the compressor uses any. New memory includes the `room`.
 
         Raises:
             ValueError: the compressor cannot store these tokens.
         """
         codes = {name: self._paged(tensor) for name, tensor in span.codes().items()}
         states = {} if codes else self._states(span)
-        like = next(iter((codes or states).values()))
-        self.tiers = self.tiers_of(like)
+        sample = next(iter((codes or states).values()))
+        self.tiers = self.tiers_of(sample)
         known = span.without_codes().without("keys", "values", "valid")
         positions = TokenTable({"positions": known["positions"].to(torch.int32)})
         known = positions.joined(known.without("positions"))
@@ -67,18 +66,18 @@ class PageTable:
         if not (choice is not None or is_behind_pools or "valid" in span):
             fields = codes or encoded(self.codec, **states, queries=queries)
             return self._append_uniform(fields, known, rows, batch, room)
-        lead = like.shape[:2]
+        lead = sample.shape[:2]
         known = {
-            name: self._paged(t.to(like.device).expand(*lead, *t.shape[2:]))
+            name: self._paged(t.to(sample.device).expand(*lead, *t.shape[2:]))
             for name, t in known.tensors.items()
         }
-        valid = span.all_valid()["valid"].to(like.device)
+        valid = span.all_valid()["valid"].to(sample.device)
         lengths = self._paged(valid.expand(*lead, -1)).sum(-1)
         new = IncomingPages(states, codes, known, lengths, rows, queries)
         self._append_pooled(new, choice, batch, room)
 
     def encoded(self, span: TokenTable) -> TokenTable:
-        """`span` with its codes, where tokens are encoded each by itself.
+        """Return `span` with its codes added, if the codec encodes each token by itself.
 
         Raises:
             ValueError: the compressor cannot store these tokens.
@@ -89,19 +88,19 @@ class PageTable:
         return span.with_codes({k: flat_tokens(v, len(span)) for k, v in fields.items()})
 
     def _states(self, span: TokenTable) -> dict[str, Tensor]:
-        """The `keys` and `values` of `span` as pages to be encoded."""
+        """Check the `keys` and `values` of `span` and return them as pages."""
         if not self.codec.is_lossless:
             check_states(self.codec, span["keys"], span["values"])
         return {name: self._paged(span[name]) for name in ("keys", "values")}
 
     def apart(self, span: TokenTable, queries: Tensor | None = None) -> "PageTable":
-        """A table of nothing but `span`, whose pages are as `append` makes them of it here."""
+        """Return a new table of `span` alone, with pages encoded as `append` would encode them."""
         table, rows = PageTable(self.codec, self.page_size), span["keys"].shape[0]
         table.append(span, list(range(rows)), rows, queries)
         return table
 
     def _paged(self, tensor: Tensor) -> Tensor:
-        """[R, H, T, ...] as [R, H, S, P, ...]; the last page is filled up with zeros."""
+        """Cut [R, H, T, ...] into pages [R, H, S, P, ...], the last one padded with zeros."""
         missing = -tensor.shape[2] % self.page_size
         if missing:
             tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing))
@@ -111,9 +110,9 @@ class PageTable:
     def _append_uniform(
         self, fields: dict[str, Tensor], known: TokenTable, rows: list[int], batch: int, room: Room
     ) -> None:
-        """Pages of equally many tokens in all rows and heads: behind the last slab, or a new one
+        """Store pages of equally many tokens in all rows and heads.
 
-        in each of the tiers that has room for some of them.
+        They fill the last slab, then new slabs, one in each tier that has room for any.
         """
         slab, is_whole = self.slabs[-1] if self.slabs else None, len(rows) == batch
         heads, pages = next(iter(fields.values())).shape[1:3]
@@ -152,7 +151,7 @@ class PageTable:
             start += count
 
     def _free(self, tier: Tier, fields: dict[str, Tensor], dim: int) -> int:
-        """Pages for which `tier` has room; dimension `dim` of `fields` counts some of their kind."""
+        """Return how many pages like `fields` fit in `tier`; dimension `dim` counts pages."""
         if tier.limit is None:
             return sys.maxsize
         used = sum(slab.nbytes for slab in self.slabs if slab.tier.name == tier.name)
@@ -162,9 +161,9 @@ class PageTable:
     def _append_pooled(
         self, new: IncomingPages, choice: Tensor | None, batch: int, room: Room
     ) -> None:
-        """Each page into a pool of the codec chosen for it, with its share of the `room`.
+        """Write each page into a pool of its codec, which gets a share of the `room`.
 
-        `choice` [R, H, S]: which of the codec's members; None = pages are not mixed.
+        `choice` [R, H, S] is the index of the page's codec in `members`; None = not mixed.
         """
         members = self.codec.members
         if choice is None:
@@ -175,20 +174,20 @@ class PageTable:
         is_limited = any(tier.limit is not None for tier in self.tiers)
         size = PAGES_MOVED if new.codes and not is_limited else PAGES_ENCODED
         for number, member in enumerate(members):
-            mine = (choice == number) & (new.lengths > 0)
-            to_come = int(mine.sum())
-            for chosen, group in new.places(mine):
-                # What is encoded or copied at a time stays small.
+            is_chosen = (choice == number) & (new.lengths > 0)
+            unwritten = int(is_chosen.sum())
+            for chosen, group in new.places(is_chosen):
+                # Temporary copies stay small.
                 for at in chosen.split(size) if len(chosen) else ():
                     pages = new.encoded(member, at, group)
                     while len(pages):
                         room_of = functools.partial(
-                            self._pool_room, room, pages, to_come, batch * new.heads, len(members)
+                            self._pool_room, room, pages, unwritten, batch * new.heads, len(members)
                         )
                         pool = self._open_pool(member, pages, batch, new.heads, room_of)
                         first, pages = pages.split(pool.free_pages(pages, batch))
                         pool.write(first)
-                        to_come -= len(first)
+                        unwritten -= len(first)
 
     def _open_pool(
         self,
@@ -198,9 +197,9 @@ class PageTable:
         heads: int,
         room_of: Callable[[Tier], int],
     ) -> RaggedPages:
-        """The last pool of `member` if some of `pages` can be written behind its own, or a new one.
+        """Return the last pool of `member` if any of `pages` fits in it, else a new pool.
 
-        `room_of`: for how many pages one is made in a tier.
+        `room_of(tier)` is the number of pages for which a pool is made in a tier.
         """
         for pool in reversed(self.slabs):
             if isinstance(pool, RaggedPages) and pool.codec == member:
@@ -216,25 +215,25 @@ class PageTable:
         return pool
 
     def _pool_room(
-        self, room: Room, pages: EncodedPages, to_come: int, owners: int, members: int, tier: Tier
+        self, room: Room, pages: EncodedPages, unwritten: int, owners: int, members: int, tier: Tier
     ) -> int:
-        """For how many pages like `pages` a pool is made, `to_come` of which are written now."""
+        """Return the capacity of a new pool in pages; `unwritten` pages are to be written now."""
         room = tier.room(room)
         known = (room.tokens or 0) // self.page_size * owners // members
         page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages) * members
-        if self.codec.is_mixed:  # which encoding they will have is not known
+        if self.codec.is_mixed:  # the encodings of later pages are not known
             known = min(known, max(room.nbytes, 0) // page_bytes)
-        return room.pages(to_come, known, self._grown(owners, tier) * owners // 2, page_bytes)
+        return room.pages(unwritten, known, self._grown(owners, tier) * owners // 2, page_bytes)
 
     def _grown(self, owners: int, tier: Tier) -> int:
-        """Pages to make room for in `tier`, for each of `owners`, the KV heads of all rows."""
+        """Return how many pages per owner, a KV head of a row, to make room for in `tier`."""
         held = sum(slab.page_count for slab in self.slabs) // owners
-        # Where rows are reordered or pages shared, room is never filled.
-        is_filled = all(slab.is_in_order() and not slab.is_forked for slab in self.slabs)
-        return grown_pages(held, is_roomy=tier.is_roomy and is_filled)
+        # Room is never filled where rows are reordered or pages are shared.
+        can_fill = all(slab.is_in_order() and not slab.is_forked for slab in self.slabs)
+        return grown_pages(held, is_roomy=tier.is_roomy and can_fill)
 
     def bytes_with(self, nbytes: int) -> int:
-        """Bytes of all pages once `nbytes` of pages are added, which take the room first."""
+        """Return the bytes of all pages once `nbytes` of pages are added, in free room first."""
         held = room = 0
         for slab in self.slabs:
             size = sum(tensor.nbytes for tensor in slab.tensors())
@@ -243,7 +242,7 @@ class PageTable:
         return max(held, held - room + nbytes)
 
     def held(self, row: int) -> Tensor | None:
-        """Tokens of each KV head of a batch row, [H] on the CPU; None = none at all."""
+        """Return the tokens of each KV head of a batch row, [H] on the CPU; None = no tokens."""
         held = [slab.held()[slab.stored_of([row])[0]] for slab in self._read_by(row)]
         return torch.stack(held).sum(0) if held else None
 
@@ -251,7 +250,7 @@ class PageTable:
         return [slab for slab in self.slabs if row in slab.readers]
 
     def signature(self, row: int) -> tuple[int, ...]:
-        """The slabs that a batch row reads: rows of equal signature hold equally many tokens."""
+        """Return a batch row's signature: rows of one signature hold equally many tokens."""
         slabs = [i for i, slab in enumerate(self.slabs) if row in slab.readers]
         in_pools = [
             int(pool.held()[pool.stored_of([row])[0]].sum())
@@ -261,23 +260,24 @@ class PageTable:
         return (*slabs, sum(in_pools))
 
     def spans(self, rows: list[int]) -> list[TokenTable]:
-        """The tokens of batch rows of one signature, decoded, the oldest first."""
+        """Decode the tokens of batch rows of one signature, the oldest first."""
         return [span.without_codes() for span in self._spans(rows, with_values=True)]
 
     def _spans(self, rows: list[int], *, with_values: bool) -> list[TokenTable]:
-        mine = self._read_by(rows[0])
-        spans = [s.span(rows, with_values=with_values) for s in mine if isinstance(s, UniformPages)]
-        pools = [pool for pool in mine if isinstance(pool, RaggedPages)]
+        slabs = self._read_by(rows[0])
+        uniform = [slab for slab in slabs if isinstance(slab, UniformPages)]
+        spans = [slab.span(rows, with_values=with_values) for slab in uniform]
+        pools = [slab for slab in slabs if isinstance(slab, RaggedPages)]
         if not pools:
             return spans
-        # In mixed pages a token's next encoding may be another one.
+        # A mixed codec may choose another encoding for the token next time.
         with_codes = self.codec.is_per_token
         return [*spans, together(pools, rows, with_codes=with_codes, with_values=with_values)]
 
     def take(self, rows: list[int], *, with_values: bool) -> TokenTable | None:
-        """Remove and return the tokens of batch rows of one signature: decoded, and their codes.
+        """Remove and return the tokens of batch rows of one signature, decoded and with codes.
 
-        Values are decoded if they are asked for, or if there are no codes to be sealed again.
+        Values are decoded if `with_values`, or if there are no codes to be sealed again.
         """
         taken, with_values = None, with_values or not self.codec.is_per_token
         for span in self._spans(rows, with_values=with_values):
@@ -296,9 +296,9 @@ class PageTable:
         self.slabs = [slab for slab in self.slabs if slab.page_count]
 
     def map_rows(self, source: list[int], *, free: bool) -> None:
-        """New batch row i reads the pages of old batch row `source[i]`; pages are not copied.
+        """Let new batch row i read the pages of old batch row `source[i]`, without a copy.
 
-        With `free`, the pages that no row reads any more are given back.
+        If `free`, pages that no row reads any more are freed.
         """
         for slab in self.slabs:
             slab.map_rows(source)
@@ -312,12 +312,12 @@ class PageTable:
         self.slabs = []
 
     def mark_forked(self) -> None:
-        """Another table has the same pages: what is to come is written elsewhere."""
+        """Mark the pages as shared with another table: new pages are then written elsewhere."""
         for slab in self.slabs:
             slab.mark_forked()
 
     def read_ahead(self) -> None:
-        """All pages will be read soon."""
+        """Announce that all pages will be read soon."""
         for slab in self.slabs:
             slab.tier.read_ahead(slab.fields.values())
 

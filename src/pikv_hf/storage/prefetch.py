@@ -1,4 +1,4 @@
-"""Blocks of far pages brought to an accelerator, each while the one before is being read."""
+"""Copies of offloaded pages to an accelerator: block by block, each while another is read."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,38 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Encoded pages [R, H, s, ...], and what the reader wants to know of them.
+# Encoded pages [R, H, s, ...], and data that the reader needs with them.
 Block = tuple[dict[str, Tensor], Any]
 
-# Bytes of one block; two of them stand on the device at a time.
+# Bytes of one block; the device holds two blocks at a time.
 BLOCK_BYTES = 2**25
 
 
 def staged(blocks: Iterator[Block], device: torch.device) -> Iterator[Block]:
-    """The blocks, copied to `device` one after the other.
+    """Copy the blocks to `device` one after the other.
 
-    Where the device has streams, the next block is copied on a stream of its own while this one is
-    read. A copy is good until the next one is asked for.
+    If the device has streams, the next block is copied on a side stream while this block is read.
+    A block is valid until the next one is requested: its buffer is reused.
     """
     backend: Any = torch.get_device_module(device)
     if not hasattr(backend, "Stream"):
-        for fields, what in blocks:
-            yield {name: tensor.to(device) for name, tensor in fields.items()}, what
+        for fields, data in blocks:
+            yield {name: tensor.to(device) for name, tensor in fields.items()}, data
         return
     main, side = backend.current_stream(device), _side_stream(device)
     buffers = itertools.cycle([_Buffer(main, side), _Buffer(main, side)])
     try:
         ahead: tuple[_Buffer, Block] | None = None
-        for fields, what in blocks:
+        for fields, data in blocks:
             buffer = next(buffers)
-            coming = buffer, (buffer.fill(fields), what)
+            following = buffer, (buffer.fill(fields), data)
             if ahead is not None:
                 yield from _read(*ahead)
-            ahead = coming
+            ahead = following
         if ahead is not None:
             yield from _read(*ahead)
     finally:
-        main.wait_stream(side)  # before the buffers' memory serves another
+        main.wait_stream(side)  # before the buffers' memory is reused
 
 
 def _read(buffer: "_Buffer", block: Block) -> Iterator[Block]:
@@ -58,14 +58,14 @@ class _Buffer:
         self.is_filled, self.is_read = self.backend.Event(), self.backend.Event()
 
     def fill(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A copy of `fields`, which is on its way here; it replaces what was here."""
+        """Start to copy `fields` over the previous block, and return the copies."""
         if all(t.numel() <= len(self.memory.get(name, ())) for name, t in fields.items()):
             self.side.wait_event(self.is_read)
         else:
             device = self.main.device
             for name, tensor in fields.items():
                 self.memory[name] = torch.empty(tensor.numel(), dtype=tensor.dtype, device=device)
-            # Whoever had this memory before, on the stream where it was made, has done with it.
+            # Work queued on `main` may still use memory that the allocator has just handed out.
             self.side.wait_stream(self.main)
         copies = {name: self.memory[name][: t.numel()].view(t.shape) for name, t in fields.items()}
         with self.backend.stream(self.side):
@@ -76,7 +76,7 @@ class _Buffer:
 
 
 def _copy(source: Tensor, target: Tensor) -> None:
-    """Write `source` [R, H, s, ...] to `target`: in parts that are dense, which go without a detour."""
+    """Copy `source` [R, H, s, ...] to `target` in dense parts, which need no temporary copy."""
     if source.is_contiguous():
         target.copy_(source, non_blocking=True)
         return
@@ -86,5 +86,5 @@ def _copy(source: Tensor, target: Tensor) -> None:
 
 @cache
 def _side_stream(device: torch.device) -> Any:
-    """The stream on which pages come to `device`."""
+    """Return the stream on which pages are copied to `device`."""
     return torch.get_device_module(device).Stream(device)

@@ -1,4 +1,4 @@
-"""Room for the tokens of one long forward pass, used by one layer after the other."""
+"""Buffers for the tokens of one long forward pass, used by one layer after another."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from .memory import is_writable
 class PromptBuffer:
     """A pair of buffers for keys and values, lent to one layer at a time.
 
-    If each layer made room of its own for a chunk of the prompt and freed it again, the allocator
+    If each layer allocated and freed buffers of its own for a chunk of the prompt, the allocator
     would be left with a hole per layer and chunk.
     """
 
@@ -18,13 +18,13 @@ class PromptBuffer:
         self._pair: tuple[Tensor, Tensor] | None = None
 
     def lend(self, keys: Tensor, values: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Buffers like `keys` and `values` [B, H, ..., D] for at least `tokens` tokens."""
+        """Return buffers like `keys` and `values` [B, H, ..., D] for at least `tokens` tokens."""
         pair, self._pair = self._pair, None
         if pair is not None and all(
-            _fits(buffer, like, tokens) for buffer, like in zip(pair, (keys, values), strict=True)
+            _fits(buffer, new, tokens) for buffer, new in zip(pair, (keys, values), strict=True)
         ):
             return pair
-        del pair  # freed before its successor is made
+        del pair  # freed before a new pair is made
         keys, values = (t.new_empty(*t.shape[:2], tokens, t.shape[3]) for t in (keys, values))
         return keys, values
 
@@ -35,12 +35,12 @@ class PromptBuffer:
         yield from self._pair or ()
 
 
-def _fits(buffer: Tensor, like: Tensor, tokens: int) -> bool:
-    """Whether `buffer` can take `tokens` tokens of the kind of `like`."""
-    same = (*buffer.shape[:2], buffer.shape[3], buffer.dtype, buffer.device) == (
-        *like.shape[:2],
-        like.shape[3],
-        like.dtype,
-        like.device,
+def _fits(buffer: Tensor, states: Tensor, tokens: int) -> bool:
+    """Return whether `buffer` can hold `tokens` tokens of the shape and dtype of `states`."""
+    is_alike = (*buffer.shape[:2], buffer.shape[3], buffer.dtype, buffer.device) == (
+        *states.shape[:2],
+        states.shape[3],
+        states.dtype,
+        states.device,
     )
-    return same and buffer.shape[2] >= tokens and is_writable(buffer)
+    return is_alike and buffer.shape[2] >= tokens and is_writable(buffer)

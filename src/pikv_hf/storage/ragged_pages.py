@@ -1,4 +1,4 @@
-"""Pages of which every row and KV head may have another number.
+"""Pages whose number may differ between rows and KV heads.
 
 Shapes: R stored rows, H KV heads, N pages, P tokens a page, D head dim.
 """
@@ -19,15 +19,14 @@ from .row_map import PageStore, Partial
 from .tiers import Tier
 from .token_table import TokenTable
 
-# Numbers of queries and head dims that one product over pages may copy.
-MOST_COPIED = 2**22
-# Queries of a KV head whose weights are made.
-MOST_WEIGHTED = 64
+# Elements of queries, and of outputs before they are merged, that are copied at a time.
+MAX_COPIED = 2**22
+# Maximum number of queries of a KV head for which attention weights are computed.
+MAX_WEIGHTED = 64
 
 
 class Run(NamedTuple):
-    """Pages that stand side by side: `group` after `group` of them has one owner, and is full; with a
-    group of 1 they may be of any length."""
+    """Adjacent pages in groups of one owner; pages may be partial only if `group` is 1."""
 
     pages: int
     group: int
@@ -37,9 +36,9 @@ class Run(NamedTuple):
 class RaggedPages(PageStore):
     """Pages of one encoding in any order, each with its owner.
 
-    `fields` [capacity, ...] are the encoded pages, `meta` [capacity, 1, P, ...] what is known of
-    their tokens, `owner` [capacity] = stored row * H + KV head, and `lengths` [capacity] the valid
-    tokens, the first ones of a page. `runs` counts the pages in order.
+    `fields` [capacity, ...] are the encoded pages, `meta` [capacity, 1, P, ...] other data of their
+    tokens, `owner` [capacity] = stored row * H + KV head, and `lengths` [capacity] the number of
+    valid tokens, which come first in a page. `runs` counts the pages in order.
     """
 
     codec: PageCodec
@@ -82,7 +81,7 @@ class RaggedPages(PageStore):
         rows: int,
         heads: int,
     ) -> "RaggedPages":
-        """An empty pool of `rows` batch rows with room for `room` pages of the kind of `pages`."""
+        """Make an empty pool for `rows` batch rows with room for `room` pages like `pages`."""
 
         def empty(tensor: Tensor) -> Tensor:
             return tensor.new_empty(room, *tensor.shape[1:])
@@ -102,7 +101,7 @@ class RaggedPages(PageStore):
         )
 
     def free_pages(self, pages: EncodedPages, batch: int) -> int:
-        """How many pages like `pages`, whole groups, of any of `batch` rows fit behind these."""
+        """Return how many pages like `pages`, in whole groups, can be appended for `batch` rows."""
         is_free = (
             pages.meta.tensors.keys() == self.meta.tensors.keys()
             and not self.is_forked
@@ -114,10 +113,10 @@ class RaggedPages(PageStore):
         return free // pages.group * pages.group
 
     def write(self, pages: EncodedPages) -> None:
-        """Write `pages` behind these."""
+        """Append `pages`."""
         start, count = self.page_count, len(pages)
-        for mine, new in zip(self._stored(), pages.tensors(), strict=True):
-            mine.narrow(0, start, count).copy_(new)
+        for held, new in zip(self._stored(), pages.tensors(), strict=True):
+            held.narrow(0, start, count).copy_(new)
         self._add_run(Run(count, pages.group))
         self.changed()
 
@@ -131,12 +130,12 @@ class RaggedPages(PageStore):
 
     def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
         # The weights of many queries would be larger than the pages.
-        is_weighted = self.codec.gives_weights and query.shape[2] <= MOST_WEIGHTED
-        asked = self.codec.into_pages(query, self.fields) if is_weighted else query
+        is_weighted = self.codec.gives_weights and query.shape[2] <= MAX_WEIGHTED
+        queries = self.codec.into_pages(query, self.fields) if is_weighted else query
         results: list[tuple[Tensor, Tensor, Tensor]] = []
-        for result in self._attend_runs(asked.flatten(0, 1), is_weighted, scale):
+        for result in self._attend_runs(queries.flatten(0, 1), is_weighted, scale):
             results.append(result)
-            if sum(out.numel() for out, _, _ in results) >= MOST_COPIED:
+            if sum(out.numel() for out, _, _ in results) >= MAX_COPIED:
                 yield self._merged(results, query, is_weighted)
                 results = []
         if results:
@@ -145,7 +144,7 @@ class RaggedPages(PageStore):
     def _merged(
         self, results: list[tuple[Tensor, Tensor, Tensor]], query: Tensor, is_weighted: bool
     ) -> Partial:
-        """One result [R, H, Q, Dv] of `query` [R, H, Q, Dk] from those over some runs."""
+        """Merge results over some runs into one result [R, H, Q, Dv] of `query` [R, H, Q, Dk]."""
         out, lse, owner = (torch.cat(parts) for parts in zip(*results, strict=True))
         out, lse = merge_segments(out, lse, owner, query.shape[0] * query.shape[1])
         if is_weighted:
@@ -153,37 +152,37 @@ class RaggedPages(PageStore):
         return out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
     def _attend_runs(
-        self, asked: Tensor, is_weighted: bool, scale: float
+        self, queries: Tensor, is_weighted: bool, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Results [n, Q, Dv] and [n, Q] over pages, and the owners [n] whose queries they are of."""
-        step = max(1, MOST_COPIED // (asked.shape[1] * asked.shape[2]))
+        """Yield results [n, Q, Dv] and [n, Q] of `queries` [R * H, Q, Dk], and their owners [n]."""
+        step = max(1, MAX_COPIED // (queries.shape[1] * queries.shape[2]))
         if self.codec.block_tokens is not None:
-            decoded = self.codec.block_tokens * len(asked) // self.page_size
-            step = min(step, max(1, decoded))
+            max_decoded = self.codec.block_tokens * len(queries) // self.page_size
+            step = min(step, max(1, max_decoded))
         for fields, (block, run) in self.tier.blocks(self._blocks(step)):
             owner = self.owner[block][:: run.group]
-            mine = asked.index_select(0, owner)[:, None]
-            mask = self._mask(block, asked.dtype) if run.group == 1 else None
+            query = queries.index_select(0, owner)[:, None]
+            mask = self._mask(block, queries.dtype) if run.group == 1 else None
             tokens = run.group * self.page_size
-            # Nothing to decode: over short runs, one fused kernel is faster than several operations.
+            # Over single undecoded pages, one fused kernel is faster than several operations.
             is_fused = not is_weighted or (run.group == 1 and self.codec.block_tokens is None)
             if not is_fused:
-                out, lse, _ = self.codec.attend_weighted(mine, fields, tokens, scale, mask)
+                out, lse, _ = self.codec.attend_weighted(query, fields, tokens, scale, mask)
             elif mask is None:
-                out, lse = self.codec.attend(mine, fields, tokens, scale)
+                out, lse = self.codec.attend(query, fields, tokens, scale)
             else:
-                out, lse = self._attend_masked(mine, fields, mask, scale)
+                out, lse = self._attend_masked(query, fields, mask, scale)
             yield out[:, 0], lse[:, 0], owner
 
     def _attend_masked(
         self, query: Tensor, fields: dict[str, Tensor], mask: Tensor, scale: float
     ) -> Partial:
-        """`Compressor.attend` of `query` [n, 1, Q, Dk] over pages [n, 1, 1, ...] of any lengths."""
+        """Attend with `query` [n, 1, Q, Dk] to pages [n, 1, 1, ...] of any lengths."""
         keys, values = (flat_tokens(t, self.page_size) for t in self.codec.decode(fields))
         return partial_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
 
     def _mask(self, block: slice, dtype: torch.dtype) -> Tensor:
-        """What hides the places of the pages `block` that hold no token, [n, 1, 1, P]."""
+        """Return the mask [n, 1, 1, P] that hides places without a token in the pages `block`."""
         lengths = self.lengths[block, None]
         place = torch.arange(self.page_size, device=lengths.device)
         mask = torch.zeros(len(lengths), len(place), dtype=dtype, device=lengths.device)
@@ -193,18 +192,18 @@ class RaggedPages(PageStore):
         super().changed()
         self._in_place = None
 
-    def _blocks(self, most: int) -> Iterator[Block]:
-        """`_views`, made once where they are read in place, and not at every step."""
+    def _blocks(self, max_pages: int) -> Iterator[Block]:
+        """Return `_views`, which are made once, not at every step, if they are read in place."""
         if not self.tier.in_place:
-            return self._views(most)
-        if self._in_place is None or self._in_place[0] != most:
-            self._in_place = most, list(self._views(most))
+            return self._views(max_pages)
+        if self._in_place is None or self._in_place[0] != max_pages:
+            self._in_place = max_pages, list(self._views(max_pages))
         return iter(self._in_place[1])
 
-    def _views(self, most: int) -> Iterator[Block]:
-        """Groups of pages [n, 1, group, ...], of a run, at most `most` pages, with places and run."""
-        page_bytes = self.nbytes // max(len(self.owner), 1)  # there may be none
-        start, step = 0, min(most, self.tier.most_pages(page_bytes))
+    def _views(self, max_pages: int) -> Iterator[Block]:
+        """Yield up to `max_pages` pages of a run [n, 1, group, ...], with their slice and run."""
+        page_bytes = self.nbytes // max(len(self.owner), 1)  # the pool may have no memory
+        start, step = 0, min(max_pages, self.tier.most_pages(page_bytes))
         for run in self.runs:
             each = max(step // run.group, 1) * run.group
             for first in range(start, start + run.pages, each):
@@ -215,9 +214,9 @@ class RaggedPages(PageStore):
             start += run.pages
 
     def span(self, *, with_codes: bool, with_values: bool) -> TokenTable:
-        """All its tokens decoded, [N, 1, P, ...], with what is known of them and `order`:
+        """Decode all tokens [N, 1, P, ...], and add their other data and `order` [N, 1, P].
 
-        owner and position as one number [N, 1, P], -1 at places that hold no token.
+        `order` combines owner and position in one number; it is -1 at places without a token.
         """
         used = self.page_count
         fields = {name: field[:used, None, None] for name, field in self.fields.items()}
@@ -250,7 +249,7 @@ class RaggedPages(PageStore):
         self.changed()
 
     def _keep_pages(self, keep: Tensor, owner: Tensor) -> None:
-        """Free all pages but those of `keep` [N], whose owners are now those of `owner` [N]."""
+        """Keep only the pages marked in `keep` [N], and set their owners from `owner` [N]."""
         index = keep.nonzero().flatten()
         self.fields = {k: self.tier.select(v, index) for k, v in self.fields.items()}
         self.meta = self.meta.rows(index)
@@ -266,10 +265,10 @@ class RaggedPages(PageStore):
 def together(
     pools: list[RaggedPages], rows: list[int], *, with_codes: bool, with_values: bool
 ) -> TokenTable:
-    """All tokens of some batch rows from all their pools, [R, H, T, ...].
+    """Collect all tokens of some batch rows from all their pools, [R, H, T, ...].
 
-    T is what the fullest KV head holds; `valid` says where the others, whose tokens are the last
-    ones of T, hold any, if there are such.
+    The fullest KV head has T tokens. If any head has fewer, its tokens come last, and `valid` marks
+    the places that hold a token.
     """
     parts, heads = [], pools[0].heads
     for pool in pools:
@@ -277,23 +276,23 @@ def together(
         flat = TokenTable({name: t.flatten(0, 2)[None, None] for name, t in tokens.tensors.items()})
         for number, row in enumerate(pool.stored_of(rows).tolist()):
             order = flat["order"][0, 0]
-            mine = flat.tokens(((order >> 32) // heads == row).nonzero().flatten())
-            moved = mine["order"] + ((number - row) * heads << 32)
-            parts.append(mine.joined(TokenTable({"order": moved})))
-    every = parts[0]
+            of_row = flat.tokens(((order >> 32) // heads == row).nonzero().flatten())
+            moved = of_row["order"] + ((number - row) * heads << 32)
+            parts.append(of_row.joined(TokenTable({"order": moved})))
+    found = parts[0]
     for part in parts[1:]:
-        every = every.then(part)
-    order, index = every["order"][0, 0].sort()
-    every, owner = every.tokens(index).without("order"), order >> 32
+        found = found.then(part)
+    order, index = found["order"][0, 0].sort()
+    found, owner = found.tokens(index).without("order"), order >> 32
     counts = torch.bincount(owner, minlength=len(rows) * heads)
     width = int(counts.max())
-    if width * len(counts) == len(every):
+    if width * len(counts) == len(found):
         shape = len(rows), heads, width
-        return TokenTable({name: t[0, 0].unflatten(0, shape) for name, t in every.tensors.items()})
-    # Token i of an owner is the i-th of `every` behind the tokens of the owners before it.
+        return TokenTable({name: t[0, 0].unflatten(0, shape) for name, t in found.tensors.items()})
+    # `found` is sorted by owner, so an owner's tokens end at its running sum of counts.
     behind = counts.cumsum(0)[:, None] - torch.arange(width, 0, -1, device=counts.device)
     valid = behind >= (counts.cumsum(0) - counts)[:, None]
-    padded = every.tokens(behind.clamp_min(0).flatten())
+    padded = found.tokens(behind.clamp_min(0).flatten())
     shape = len(rows), heads, width
     spread = {name: t[0, 0].unflatten(0, shape) for name, t in padded.tensors.items()}
     return TokenTable(spread | {"valid": valid.unflatten(0, shape[:2])})

@@ -1,26 +1,26 @@
-"""Memory for pages beyond those that are written now: few pieces, and little that is never used."""
+"""Memory for pages to come: in few pieces, with little that is never used."""
 
 from dataclasses import dataclass
 
-# Room is made for 1/16 of the pages held; on disk, where each piece is a file that is mapped, for 1/2.
+# Room is made for 1/16 of the pages held; on disk, where each piece is a mapped file, for 1/2.
 GROWTH, ROOMY_GROWTH = 16, 2
 MIN_GROWTH, MAX_GROWTH = 4, 32
-# Where so many pages are copied, one more has room: eviction then finds old and new tokens in one piece.
+# Copied pages per page of room, which lets eviction find old and new tokens in one piece.
 SPARE = 256
 
 
 @dataclass(frozen=True)
 class Room:
-    """Room for tokens to come: at most `nbytes`; for `tokens` of each KV head, if that is known."""
+    """Room for tokens to come: at most `nbytes`, and for `tokens` of each KV head, if known."""
 
     nbytes: int
     tokens: int | None = None
 
     def pages(self, written: int, least: int, grown: int, page_bytes: int) -> int:
-        """For how many pages memory is made when `written` ones of so many bytes are written.
+        """Return for how many pages to make memory when `written` pages are to be written.
 
-        For `least` more; if the tokens to come are not known, for `grown` ones in all, as far as
-        `nbytes` allow.
+        `least` more are added. If the tokens to come are not known, the memory is for `grown` pages
+        in all, or for `least` more if that is larger, as far as `nbytes` allow.
         """
         if self.tokens is not None:
             return written + least
@@ -32,7 +32,7 @@ NO_ROOM = Room(0)
 
 
 def grown_pages(held: int, *, is_roomy: bool) -> int:
-    """Pages of a KV head to make room for where it holds `held` of them."""
+    """Return for how many pages of a KV head to make room when it holds `held` pages."""
     if is_roomy:
         return max(held // ROOMY_GROWTH, MIN_GROWTH)
     return min(max(held // GROWTH, MIN_GROWTH), MAX_GROWTH)

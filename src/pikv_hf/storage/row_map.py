@@ -1,4 +1,4 @@
-"""Which batch row reads which stored row."""
+"""The mapping from batch rows to the stored rows that they read."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,40 +17,40 @@ Partial = tuple[Tensor, Tensor]
 class PageStore(ABC):
     """Pages of stored rows. Batch row `readers[i]` reads stored row `stored[i]`.
 
-    Beams and forks change these lists, never the pages. The encoded pages, `fields`, live in `tier`;
-    what is known of their tokens, and by whom they are read, stays where it was made.
+    Beams and forks change these lists, never the pages. The encoded pages, `fields`, are in `tier`;
+    all other tensors stay on the device where they were made.
     """
 
     fields: dict[str, Tensor]
     tier: Tier
     readers: list[int]
     stored: list[int]
-    # Another cache has the same tensors: nothing is written behind them.
+    # True if another cache shares the tensors: nothing is appended to them.
     is_forked: bool = field(default=False, kw_only=True)
     _index: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     @abstractmethod
     def rows(self) -> int:
-        """Stored rows."""
+        """Number of stored rows."""
 
     @property
     @abstractmethod
     def page_count(self) -> int:
-        """Pages of all stored rows and KV heads."""
+        """Number of pages of all stored rows and KV heads."""
 
     @property
     @abstractmethod
     def room(self) -> float:
-        """The share of its memory that is for more pages."""
+        """Share of the memory that is free for more pages."""
 
     @abstractmethod
     def held(self) -> Tensor:
-        """Tokens of each stored row and KV head, [rows, H] on the CPU."""
+        """Count the tokens of each stored row and KV head, [rows, H] on the CPU."""
 
     @abstractmethod
     def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
-        """Partial results [rows, H, Q, Dv] and [rows, H, Q] of `query` [rows, H, Q, Dk]."""
+        """Yield partial results [rows, H, Q, Dv] and [rows, H, Q] of `query` [rows, H, Q, Dk]."""
 
     @abstractmethod
     def crop(self, position: int) -> None:
@@ -58,50 +58,50 @@ class PageStore(ABC):
 
     @abstractmethod
     def keep_rows(self, used: Tensor) -> None:
-        """Free the pages of all stored rows but the `used` ones, which are numbered anew."""
+        """Free the pages of all stored rows except the `used` rows, which get new numbers."""
 
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
-        """Everything held."""
+        """Yield all tensors held."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the encoded pages, with the room for more."""
+        """Bytes of the encoded pages, including the room for more."""
         return sum(tensor.nbytes for tensor in self.fields.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        self.changed()  # what is derived is made again
+        self.changed()  # derived tensors are made again
         return vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What was loaded or copied lies in plain memory: back where it belongs."""
+        """Restore the state, and move loaded or copied pages from plain memory into the tier."""
         vars(self).update(state)
         self.fields = {name: self.tier.hold(tensor) for name, tensor in self.fields.items()}
 
     def mark_forked(self) -> None:
-        """Another cache has the same tensors from now on."""
+        """Mark the tensors as shared with another cache."""
         self.is_forked = True
 
     def is_read_by_all(self, batch: int) -> bool:
         return self.readers == list(range(batch))
 
     def is_in_order(self) -> bool:
-        """Whether the readers read the stored rows one to one, so that nothing is gathered."""
+        """Return whether readers read the stored rows one to one, so that nothing is gathered."""
         return self.stored == list(range(self.rows))
 
     def stored_of(self, rows: list[int]) -> Tensor:
-        """The stored rows that the given batch rows read."""
+        """Return the stored rows that the given batch rows read."""
         return torch.tensor([self.stored[self.readers.index(row)] for row in rows])
 
     def changed(self) -> None:
-        """Forget what was derived from the rows or the length."""
+        """Forget all data derived from the rows or the length."""
         self._index = {}
 
     def index(self, name: str, device: torch.device) -> Tensor:
-        """An index tensor, made once: `readers`; `stored`; or, to read each stored row once,
+        """Return the index tensor `name`, made once: `readers`, `stored`, `asked` or `places`.
 
-        `asked` [R * m]: the batch rows that read stored row 0, then 1, ..., filled up to m each,
-        and `places` [len(readers)]: where in `asked` each reader stands.
+        `asked` [R * m], to read each stored row once, lists the batch rows that read stored row 0,
+        then 1, ..., padded to m each. `places` [len(readers)] are the places of readers in `asked`.
         """
         if name not in self._index:
             members = getattr(self, name) if hasattr(self, name) else self._sharing()[name]
@@ -114,22 +114,22 @@ class PageStore(ABC):
         for reader, row in zip(self.readers, self.stored, strict=True):
             slots.append(len(readers_of[row]))
             readers_of[row].append(reader)
-        most = max(map(len, readers_of))
-        filled = [readers + self.readers[:1] * (most - len(readers)) for readers in readers_of]
+        width = max(map(len, readers_of))
+        filled = [readers + self.readers[:1] * (width - len(readers)) for readers in readers_of]
         return {
             "asked": [reader for readers in filled for reader in readers],
-            "places": [row * most + slot for row, slot in zip(self.stored, slots, strict=True)],
+            "places": [row * width + slot for row, slot in zip(self.stored, slots, strict=True)],
         }
 
     def map_rows(self, source: list[int]) -> None:
-        """New batch row i reads what old batch row `source[i]` read."""
+        """Let new batch row i read what old batch row `source[i]` read."""
         old = dict(zip(self.readers, self.stored, strict=True))
         self.readers = [row for row, parent in enumerate(source) if parent in old]
         self.stored = [old[parent] for parent in source if parent in old]
         self.changed()
 
     def drop_readers(self, gone: set[int]) -> None:
-        """The batch rows `gone` read these pages no more."""
+        """Remove the batch rows `gone` from the readers."""
         pairs = zip(self.readers, self.stored, strict=True)
         kept = [(reader, row) for reader, row in pairs if reader not in gone]
         self.readers, self.stored = [r for r, _ in kept], [s for _, s in kept]

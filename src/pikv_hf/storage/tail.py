@@ -1,4 +1,4 @@
-"""The newest tokens of one layer, still open."""
+"""The newest tokens of one layer, which are not sealed yet."""
 
 from collections.abc import Iterator
 
@@ -9,28 +9,28 @@ from .memory import is_writable
 from .prompt_buffer import PromptBuffer
 from .token_table import TokenTable
 
-# Bytes of room that a small buffer has.
+# Minimum bytes of room in a buffer.
 FEW = 2**13
 
 
 def roomy(tokens: int, seen: int, token_bytes: int) -> int:
-    """Tokens a buffer is made for, if `tokens` of them, of `seen` in all, are only the first.
+    """Return the capacity in tokens of a buffer for `tokens` tokens and more to come.
 
-    A quarter of what is seen, so that no cache takes much more than its tokens; growing by a factor
-    keeps the cost of copying them constant for each.
+    The room is a quarter of the `seen` tokens, so that no cache takes much more than its tokens.
+    Growth by a factor keeps the cost of copying constant per token.
     """
     return tokens + max(seen // 4, FEW // max(token_bytes, 1))
 
 
 class Tail:
-    """The newest tokens in model dtype, in a buffer that is written in place."""
+    """The newest tokens in the model's dtype, in a buffer that is written in place."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """Starts with the model's own tensors, uncopied."""
+        """Start with the model's own tensors, without a copy."""
         self.keys, self.values = keys, values
         self.length = keys.shape[2]
         self.labels: TokenTable | None = None
-        # The tail's own buffers, while it stands in borrowed ones.
+        # The tail's own buffers while its tokens are in borrowed buffers.
         self._own: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -39,16 +39,16 @@ class Tail:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of the keys and values of a token, of all rows and heads."""
+        """Bytes of the keys and values of one token in all rows and heads."""
         batch, heads, _, dim = self.keys.shape
         return batch * heads * (dim + self.values.shape[3]) * self.keys.element_size()
 
     def append(
         self, keys: Tensor, values: Tensor, capacity: int, scratch: PromptBuffer | None = None
     ) -> None:
-        """Write behind the tokens held, into a buffer for `capacity` tokens or what is needed.
+        """Append tokens; a new buffer is made for `capacity` tokens, or for more if needed.
 
-        More than `capacity` stand in the `scratch`, if there is one, until `drop` makes them fewer.
+        More than `capacity` tokens are put in `scratch`, if there is one, until `drop` is called.
         """
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2] and end > capacity and scratch is not None and not self._own:
@@ -62,16 +62,16 @@ class Tail:
         self.length = end
 
     def drop(self, count: int, capacity: int, scratch: PromptBuffer, *, is_own: bool) -> None:
-        """Forget the oldest `count` tokens; the others stay in a buffer for at most `capacity` tokens.
+        """Drop the oldest `count` tokens and keep the rest in a buffer for up to `capacity` tokens.
 
-        That is the one they stand in, or stood in before they were borrowed, if it is not larger and
-        the tail's own: not the model's, nor one for tokens that were held back.
+        The tail's own buffer is used again if it is not larger, and if `is_own`: it is neither the
+        model's nor was it made for tokens that were held back.
         """
         left, current = self.length - count, (self.keys, self.values)
-        before = self._own or current
-        if not (is_own and left <= before[0].shape[2] <= capacity and is_writable(before[0])):
-            before = self._buffers(max(capacity, left))
-        self._move(count, before)
+        target = self._own or current
+        if not (is_own and left <= target[0].shape[2] <= capacity and is_writable(target[0])):
+            target = self._buffers(max(capacity, left))
+        self._move(count, target)
         if self._own is not None:
             scratch.give_back(*current)
             self._own = None
@@ -86,7 +86,7 @@ class Tail:
 
     @property
     def unlabelled(self) -> int:
-        """The newest tokens of each row that have no labels yet."""
+        """Number of the newest tokens of each row that have no labels yet."""
         return self.length - (0 if self.labels is None else len(self.labels))
 
     def label(self, labels: TokenTable) -> None:
@@ -100,11 +100,11 @@ class Tail:
             self.labels = self.labels.rows(index)
 
     def view(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, length, D]."""
+        """Return keys and values [B, H, length, D] as views."""
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
     def span(self, start: int, count: int) -> TokenTable:
-        """The oldest `count` tokens; `start` is the position of the first of them."""
+        """Return the oldest `count` tokens, of which the first has position `start`."""
         keys, values = self.view()
         states = TokenTable({"keys": keys, "values": values}).narrow(0, count)
         positions = torch.arange(start, start + count).view(1, 1, -1)
@@ -117,7 +117,7 @@ class Tail:
             yield from self.labels.tensors.values()
 
     def _buffers(self, capacity: int) -> tuple[Tensor, Tensor]:
-        """Buffers of its own for `capacity` tokens."""
+        """Allocate buffers for `capacity` tokens."""
         keys, values = (
             old.new_empty(*old.shape[:2], capacity, old.shape[3])
             for old in (self.keys, self.values)
@@ -125,7 +125,7 @@ class Tail:
         return keys, values
 
     def _move(self, start: int, buffers: tuple[Tensor, Tensor]) -> None:
-        """Into `buffers`, beginning with token `start`."""
+        """Move the tokens from `start` on into `buffers`."""
         keep = self.length - start
         for old, new in zip((self.keys, self.values), buffers, strict=True):
             states = old.narrow(2, start, keep)

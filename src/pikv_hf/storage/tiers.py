@@ -1,4 +1,4 @@
-"""The kinds of memory that encoded pages of a layer may live in.
+"""The kinds of memory that may hold the encoded pages of a layer.
 
 Shapes: R rows, H KV heads, S pages; or N pages of a pool.
 """
@@ -24,28 +24,28 @@ from .room import Room
 
 @dataclass(frozen=True)
 class Tier(ABC):
-    """Memory for pages that are read on `device`; `limit`: bytes of one layer, None = no limit."""
+    """Memory for pages that `device` reads, up to `limit` bytes of a layer (None = no limit)."""
 
     device: torch.device
     limit: int | None = None
     name: ClassVar[str]
-    #: Whether unused room for more pages takes no memory.
+    #: True if unused room for more pages takes no memory.
     is_roomy: ClassVar[bool] = False
 
     def room(self, room: Room) -> Room:
-        """How much of `room` there is in this tier."""
+        """Return `room`, with unlimited bytes if unused room takes no memory."""
         return replace(room, nbytes=sys.maxsize) if self.is_roomy else room
 
     @abstractmethod
     def has(self, tensor: Tensor) -> bool:
-        """Whether `tensor` lies in memory of this kind."""
+        """Return whether `tensor` is in memory of this kind."""
 
     @abstractmethod
     def empty(self, like: Tensor, *shape: int) -> Tensor:
-        """Memory of this kind for numbers of the dtype of `like`, unwritten."""
+        """Allocate unwritten memory of this kind with the dtype of `like`."""
 
     def hold(self, tensor: Tensor, room: int | None = None) -> Tensor:
-        """`tensor` [R, H, S, ...] here, alone in its storage, with room for `room` pages."""
+        """Return `tensor` [R, H, S, ...] in this tier, in its own storage for `room` pages."""
         if room is None or room == tensor.shape[2]:
             if self.has(tensor):
                 return own(tensor)
@@ -55,29 +55,29 @@ class Tier(ABC):
         return held
 
     def select(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """The entries `index` of the first dimension of `tensor`, which lies here: a copy."""
+        """Copy the entries `index` of the first dimension of `tensor`, within this tier."""
         held = self.empty(tensor, len(index), *tensor.shape[1:])
         return torch.index_select(tensor, 0, index.to(tensor.device), out=held)
 
     @property
     def in_place(self) -> bool:
-        """Whether the device reads it in place."""
+        """True if the device reads this memory in place."""
         return True
 
     def most_pages(self, page_bytes: int) -> int:
-        """How many pages of `page_bytes` bytes each may be brought to the device at a time."""
+        """Return how many pages of `page_bytes` bytes may be copied to the device at a time."""
         return sys.maxsize if self.in_place else max(1, BLOCK_BYTES // max(page_bytes, 1))
 
     def bring(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same on `device`."""
+        """Copy `fields` to the device, if they are not there."""
         return {name: tensor.to(self.device) for name, tensor in fields.items()}
 
     def blocks(self, blocks: Iterator[Block]) -> Iterator[Block]:
-        """The same on `device`; each is to be read before the next one is asked for."""
+        """Yield `blocks` on the device; a block is valid until the next one is requested."""
         return blocks if self.in_place else staged(blocks, self.device)
 
     def read_ahead(self, tensors: Iterable[Tensor]) -> None:
-        """They will be read soon."""
+        """Announce that `tensors` will be read soon."""
         return
 
 
@@ -88,7 +88,7 @@ class Near(Tier):
     name: ClassVar[str] = "device"
 
     def has(self, tensor: Tensor) -> bool:
-        return True  # where they were made, or loaded
+        return True  # tensors are made or loaded there
 
     def empty(self, like: Tensor, *shape: int) -> Tensor:
         return empty_like(like, shape)
@@ -119,11 +119,11 @@ class Ram(Tier):
 
 @dataclass(frozen=True)
 class Disk(Ram):
-    """Files in `folder`, mapped into memory: read in place on a CPU.
+    """Files in `folder`, mapped into memory; a CPU reads them in place.
 
-    A file loses its name as soon as it is mapped, so that the system removes it with the last tensor
+    A file is unlinked as soon as it is mapped, so that the system removes it with the last tensor
     that reads it, however the process ends; the folder looks empty. Room for half as many pages
-    more costs no memory, and keeps files few: their number grows with the logarithm of the tokens.
+    more costs no memory and keeps files few: their number grows with the logarithm of the tokens.
     """
 
     folder: str = ""
@@ -139,7 +139,7 @@ class Disk(Ram):
             return torch.empty(shape, dtype=like.dtype)
         try:
             return self._mapped(size, like).view(shape)
-        except (OSError, RuntimeError) as error:  # torch's own, where the system maps no more
+        except (OSError, RuntimeError) as error:  # torch's RuntimeError: mmap failed
             number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
             raise OSError(
                 number or errno.ENOMEM,
@@ -147,12 +147,12 @@ class Disk(Ram):
                 f"of pages: {reason or error}",
             ) from error
 
-    def _mapped(self, size: int, like: Tensor) -> Tensor:
+    def _mapped(self, size: int, sample: Tensor) -> Tensor:
         file, path = tempfile.mkstemp(".pages", "pikv-", self.folder)
         try:
-            if hasattr(os, "posix_fallocate"):  # a full disk: an error here, not a signal later
-                os.posix_fallocate(file, 0, size * like.element_size())
-            return torch.from_file(path, shared=True, size=size, dtype=like.dtype)
+            if hasattr(os, "posix_fallocate"):  # on a full disk: an error now, no signal later
+                os.posix_fallocate(file, 0, size * sample.element_size())
+            return torch.from_file(path, shared=True, size=size, dtype=sample.dtype)
         finally:
             os.unlink(path)
             os.close(file)
@@ -166,5 +166,5 @@ class Disk(Ram):
 
 
 def near(like: Tensor) -> list[Tier]:
-    """The memory of the device of `like` alone."""
+    """Return the memory of the device of `like` as the only tier."""
     return [Near(like.device)]

@@ -1,4 +1,4 @@
-"""Tokens of several rows, with all that is known of each token."""
+"""A table of the tokens of several rows, with all data of each token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ CODE = "code of "
 class TokenTable:
     """T consecutive tokens of R rows and H KV heads: tensors [R or 1, H or 1, T, ...] by name.
 
-    A 1 stands for "the same in all rows" or "in all heads". Names in use: `keys` and `values`;
-    `positions`, the column of the sequence; `valid`, where there is a token, if not everywhere; `experts` and `weights`, the k experts that the model's
-    gate chose for the token and their weights as the gate returned them. No method changes a tensor.
+    A size of 1 means that all rows, or all heads, share the entries. Names in use: `keys`,
+    `values`; `positions`, columns of the sequence; `valid`, True where there is a token (absent =
+    everywhere); `experts` and `weights`, the k experts that the model's gate chose for the token
+    and their weights as the gate returned them. Only `write` changes tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -36,7 +37,7 @@ class TokenTable:
         return TokenTable({k: v for k, v in self.tensors.items() if k not in names})
 
     def joined(self, other: "TokenTable") -> "TokenTable":
-        """The same tokens with the tensors of `other` beside those of this one."""
+        """Return these tokens with the tensors of `other` added."""
         return TokenTable(self.tensors | other.tensors)
 
     def rows(self, index: Tensor) -> "TokenTable":
@@ -49,28 +50,28 @@ class TokenTable:
         return self._map(lambda t: t.narrow(2, start, length))
 
     def owned(self) -> "TokenTable":
-        """The same in tensors that keep nothing larger alive."""
+        """Return these tokens in tensors that keep no larger storage alive."""
         return self._map(own)
 
     def gather(self, keep: Tensor) -> "TokenTable":
-        """Tokens `keep` [R, H, K], chosen for each row and head apart."""
+        """Gather the tokens `keep` [R, H, K], chosen for each row and head separately."""
         return self._map(lambda t: taken(t, keep.to(t.device)))
 
     def codes(self) -> dict[str, Tensor]:
-        """The tokens as a compressor has encoded them, by the names of its fields."""
+        """Return the codes of the tokens by the names of the compressor's fields."""
         return {k.removeprefix(CODE): v for k, v in self.tensors.items() if k.startswith(CODE)}
 
     def with_codes(self, codes: dict[str, Tensor]) -> "TokenTable":
-        """The same tokens with their codes [R, H, T, ...]."""
+        """Return these tokens with their codes [R, H, T, ...] added."""
         return self.joined(TokenTable({CODE + name: tensor for name, tensor in codes.items()}))
 
     def without_codes(self) -> "TokenTable":
         return TokenTable({k: v for k, v in self.tensors.items() if not k.startswith(CODE)})
 
     def then(self, newer: "TokenTable") -> "TokenTable":
-        """This span followed by `newer`, in the tensors that both have.
+        """Append `newer`, in the tensors that both tables have.
 
-        Places of the one are `valid` if it does not say so while the other does.
+        If only one table has `valid`, all tokens of the table without it are valid.
         """
         if ("valid" in self) != ("valid" in newer):
             return self.all_valid().then(newer.all_valid())
@@ -83,19 +84,19 @@ class TokenTable:
         return TokenTable({name: concatenate(name) for name in self.tensors if name in newer})
 
     def all_valid(self) -> "TokenTable":
-        """The same with `valid`, which is true everywhere if it was not there."""
+        """Return these tokens with `valid`, True everywhere if it was absent."""
         device = next(iter(self.tensors.values())).device
         ones = torch.ones(1, 1, len(self), dtype=torch.bool, device=device)
         return TokenTable({"valid": ones} | self.tensors)
 
     def front(self) -> "TokenTable":
-        """The same with the valid places of each row and head before the others."""
+        """Return these tokens with the valid tokens of each row and head first."""
         if "valid" not in self:
             return self
         return self.gather(self["valid"].int().argsort(dim=-1, descending=True, stable=True))
 
     def with_room(self, tokens: int) -> "TokenTable":
-        """Copies long enough for `tokens`, the rest unwritten."""
+        """Copy the tokens into tensors for `tokens` tokens; the rest is unwritten."""
 
         def widen(t: Tensor) -> Tensor:
             room = empty_like(t, (*t.shape[:2], tokens, *t.shape[3:]))
@@ -105,7 +106,7 @@ class TokenTable:
         return self._map(widen)
 
     def write(self, start: int, newer: "TokenTable") -> None:
-        """Overwrite the tokens from `start` on by those of `newer`, in place."""
+        """Overwrite the tokens from `start` on with the tokens of `newer`, in place."""
         for name, tensor in self.tensors.items():
             tensor.narrow(2, start, len(newer)).copy_(newer[name])
 

@@ -14,17 +14,17 @@ from .memory import is_writable
 from .row_map import PageStore, Partial
 from .token_table import TokenTable
 
-# Encoded pages [R, H, s, ...] and how many of their tokens are valid.
+# Encoded pages [R, H, s, ...] and the number of their valid tokens.
 Block = tuple[dict[str, Tensor], int]
 
 
 @dataclass(kw_only=True)
 class UniformPages(PageStore):
-    """Pages of R stored rows that were sealed together, or one after the other.
+    """Pages of R stored rows that were sealed together, or one after another.
 
-    `fields` [R, H, S, ...] are the encoded pages; `meta` is what is known of their tokens
+    `fields` [R, H, S, ...] are the encoded pages; `meta` is other data of their tokens
     (`positions`, and labels if recorded), [R or 1, H or 1, S * P, ...]. The first `length` tokens
-    of each row and head are valid; what lies behind them is never read.
+    of each row and head are valid; the places behind them are never read.
     """
 
     codec: PageCodec
@@ -57,8 +57,8 @@ class UniformPages(PageStore):
         return torch.full(next(iter(self.fields.values())).shape[:2], self.length, device="cpu")
 
     def free_pages(self, meta: TokenTable, batch: int) -> int:
-        """How many pages of tokens like `meta` of all `batch` rows can be written behind these."""
-        # What is the same in all rows or heads can be written where it differs, not the other way.
+        """Return how many pages of tokens like `meta`, of all `batch` rows, can be appended."""
+        # Data shared by all rows or heads can be written to data of each one, not vice versa.
         alike = meta.tensors.keys() == self.meta.tensors.keys() and all(
             new in (1, held)
             for name in meta.tensors
@@ -75,7 +75,7 @@ class UniformPages(PageStore):
         return (self.capacity - self.length) // self.page_size if is_free else 0
 
     def write(self, fields: dict[str, Tensor], meta: TokenTable) -> None:
-        """Write pages `fields` [R, H, s, ...], of the tokens `meta`, behind these."""
+        """Append the pages `fields` [R, H, s, ...] of the tokens `meta`."""
         for name, tensor in fields.items():
             self.fields[name].narrow(2, self.pages, tensor.shape[2]).copy_(tensor)
         self.meta.write(self.length, meta)
@@ -100,7 +100,7 @@ class UniformPages(PageStore):
             yield self.codec.attend(query, fields, tokens, scale)
 
     def blocks(self) -> Iterator[Block]:
-        """The pages of the stored rows, as many at a time as the compressor decodes, to be read."""
+        """Yield the pages of the stored rows, as many at a time as the compressor decodes."""
         if self._whole is None:
             yield from self.tier.blocks(self._views())
         else:
@@ -117,7 +117,7 @@ class UniformPages(PageStore):
             yield block
 
     def selected_blocks(self, pages: Tensor) -> Iterator[Block]:
-        """Copies of the pages `pages` [len(readers), H, K], all full ones, for each reader."""
+        """Yield copies of the full pages `pages` [len(readers), H, K] of each reader, in blocks."""
         step = self._pages_per_block()
         rows = TokenTable(self.fields).rows(self.index("stored", pages.device))
         for start in range(0, pages.shape[2], step):
@@ -125,19 +125,19 @@ class UniformPages(PageStore):
             yield self.tier.bring(rows.gather(chosen).tensors), chosen.shape[2] * self.page_size
 
     def _pages_per_block(self) -> int:
-        most = self.tier.most_pages(self.nbytes * self.page_size // self.capacity)
+        max_pages = self.tier.most_pages(self.nbytes * self.page_size // self.capacity)
         if self.codec.block_tokens is None:
-            return min(self.pages, most)
-        return min(max(1, self.codec.block_tokens // self.page_size), most)
+            return min(self.pages, max_pages)
+        return min(max(1, self.codec.block_tokens // self.page_size), max_pages)
 
     def span(self, rows: list[int], *, with_values: bool) -> TokenTable:
-        """All tokens of the given batch rows, decoded: views, where nothing has to be made."""
+        """Decode all tokens of the given batch rows, as views if nothing has to be made."""
         views = ((self.tier.bring(fields), tokens) for fields, tokens in self._views())
         parts = [
             {k: flat_tokens(t, tokens) for k, t in decoded(self.codec, fields, with_values).items()}
             for fields, tokens in views
         ]
-        # What is read in one piece is not copied.
+        # A single part is not copied.
         states = TokenTable(
             {k: torch.cat([part[k] for part in parts], dim=2) for k in parts[0]}
             if len(parts) > 1
