@@ -42,3 +42,27 @@ def check_count(argument: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{argument}` is {value!r}; it must be a positive whole number.")
     return value
+
+
+def check_whole(argument: str, value: Any, minimum: int = 0) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(
+            f"`{argument}` is {value!r}; it must be a whole number, {minimum} or more."
+        )
+
+
+def check_flag(argument: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{argument}` is {value!r}; it must be True or False.")
+
+
+def check_number(argument: str, value: Any, interval: str = "[0, inf)") -> None:
+    """Raise ValueError unless `value` is a number in `interval`, such as "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_above = is_number and (value > low or (value == low and interval[0] == "["))
+    if not is_above or not (value < high or (value == high and interval[-1] == "]")):
+        accepted = f", {low:g} or more" if interval == "[0, inf)" else f" in {interval}"
+        raise ValueError(f"`{argument}` is {value!r}; it must be a number{accepted}.")

@@ -9,7 +9,7 @@ from ..layer.settings import Settings
 from ..placements import PLACEMENTS, Local, Placement
 from ..routers import ROUTERS, All, Router
 from ..schedulers import SCHEDULERS, Scheduler
-from ..validation import check_count, resolve
+from ..validation import check_count, check_flag, check_whole, resolve
 
 DEFAULT_WINDOW = 128
 LOSSLESS_WINDOW = 512
@@ -74,11 +74,9 @@ def make_settings(
     compressor = resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity()
     router = resolve("router", router, ROUTERS, Router)
     amounts = check_budget(budget, scheduler)
-    if not isinstance(sinks, int) or isinstance(sinks, bool) or sinks < 0:
-        raise ValueError(f"`sinks` is {sinks!r}; it must be a whole number, 0 or more.")
-    for name, value in (("probe", probe), ("hold_prompt", hold_prompt)):
-        if not isinstance(value, bool):
-            raise TypeError(f"`{name}` is {value!r}; it must be True or False.")
+    check_whole("sinks", sinks)
+    check_flag("probe", probe)
+    check_flag("hold_prompt", hold_prompt)
     if interval is not None:
         check_count("interval", interval)
     _check_together(scheduler, compressor, router)

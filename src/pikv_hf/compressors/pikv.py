@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ..storage.codec import encoded
+from ..validation import check_number
 from .base import Compressor
 from .identity import Identity
 from .integer import Int2, Int4, Int8
@@ -54,9 +55,7 @@ class PiKV(MixedCompressor):
 
     def __post_init__(self) -> None:
         check_members("candidates", self.candidates)
-        is_number = isinstance(self.share, int | float) and not isinstance(self.share, bool)
-        if not is_number or not 0 < self.share <= 1:
-            raise ValueError(f"`share` is {self.share!r}; it must be a number in (0, 1].")
+        check_number("share", self.share, "(0, 1]")
 
     @property
     def members(self) -> tuple[Compressor, ...]:

@@ -6,6 +6,7 @@ from pikv_kernels import lowrank_attention
 from torch import Tensor
 
 from ..storage.codec import check_finite
+from ..validation import check_count
 from .base import Compressor, computed_dtype, in_portions, narrowed
 
 
@@ -30,8 +31,7 @@ class Svd(Compressor):
     rank: int = 16
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"`rank` is {self.rank!r}; it must be a positive whole number.")
+        check_count("rank", self.rank)
 
     def alternatives(self) -> tuple[Compressor, ...]:
         return (replace(self, rank=2 * self.rank),)

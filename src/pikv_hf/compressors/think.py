@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from typing_extensions import Self
 
+from ..validation import check_number
 from .base import Compressor, computed_dtype, portion
 
 
@@ -36,9 +37,7 @@ class ThinK(Compressor):
     _rotary: int = field(default=0, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
-        if not is_number or not 0 <= self.ratio < 1:
-            raise ValueError(f"`ratio` is {self.ratio!r}; it must be a number in [0, 1).")
+        check_number("ratio", self.ratio, "[0, 1)")
 
     def bind(self, config: PreTrainedConfig, layer_idx: int) -> Self:
         rotary = getattr(config, "qk_rope_head_dim", None)

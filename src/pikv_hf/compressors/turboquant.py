@@ -7,6 +7,7 @@ from pikv_kernels import PACKED_TOGETHER, look_up, pack_indices, partial_attenti
 from torch import Tensor
 
 from ..storage.codec import check_finite, flat_tokens
+from ..validation import check_flag, check_whole
 from .base import Compressor, computed_dtype, in_portions, narrowed
 
 GRID = 2**16  # cells in which the density of a coordinate is integrated
@@ -43,10 +44,8 @@ class TurboQuant(Compressor):
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in PACKED_TOGETHER:
             raise ValueError(f"`bits` is {self.bits!r}; it must be one of {[*PACKED_TOGETHER]}.")
-        if not isinstance(self.residual, bool):
-            raise TypeError(f"`residual` is {self.residual!r}; it must be True or False.")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"`seed` is {self.seed!r}; it must be a whole number, 0 or more.")
+        check_flag("residual", self.residual)
+        check_whole("seed", self.seed)
 
     @property
     def is_per_token(self) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..compressors import COMPRESSORS, LowRank
 from ..schedulers.pikv_quest import NAME as PIKV_QUEST
-from ..validation import check_count
+from ..validation import check_count, check_whole
 from .capture import QUERIES
 from .defaults import CALIBRATION_LENGTH, STEPS, WINDOWS
 
@@ -49,8 +49,7 @@ class Job:
             check_count("rank", self.rank)
         for name in ("length", "windows"):
             check_count(name, getattr(self, name))
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
-            raise ValueError(f"`steps` is {self.steps!r}; it must be a whole number, 0 or more.")
+        check_whole("steps", self.steps)
 
     @property
     def piece_tokens(self) -> int:

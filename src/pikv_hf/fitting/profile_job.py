@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..validation import check_count
+from ..validation import check_count, check_whole
 from .defaults import PROFILE_LENGTH, RECENT, SINKS, TEXTS
 from .head_effect import QUERIES
 
@@ -29,8 +29,7 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("length", "texts", "recent"):
             check_count(name, getattr(self, name))
-        if not isinstance(self.sinks, int) or isinstance(self.sinks, bool) or self.sinks < 0:
-            raise ValueError(f"`sinks` is {self.sinks!r}; it must be a whole number, 0 or more.")
+        check_whole("sinks", self.sinks)
         min_length = self.sinks + self.recent + QUERIES
         if self.length < min_length:
             raise ValueError(

@@ -3,6 +3,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..validation import check_number
 from .base import Candidates, Scheduler, Traits
 from .snapkv import SnapKV
 from .top_tokens import best_of_each_head, mask_of_best
@@ -32,8 +33,7 @@ class AdaKV(Wrapper):
                 f"`scorer` is {self.scorer!r}, whose heads do not choose each for itself; it must be "
                 "one that scores every KV head apart, such as SnapKV()."
             )
-        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
-            raise ValueError(f"`alpha` is {self.alpha!r}; it must be a number in [0, 1].")
+        check_number("alpha", self.alpha, "[0, 1]")
 
     @property
     def traits(self) -> Traits:

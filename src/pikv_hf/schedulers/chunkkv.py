@@ -3,6 +3,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..validation import check_count
 from .base import Candidates, Scheduler, Traits
 from .snapkv import SnapKV
 from .wrapper import Wrapper
@@ -31,9 +32,7 @@ class ChunkKV(Wrapper):
                 f"`scorer` is {self.scorer!r}, which chooses by more than its scores; it must be one "
                 "that only scores tokens, such as SnapKV()."
             )
-        length = self.chunk_length
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise ValueError(f"`chunk_length` is {length!r}; it must be a positive whole number.")
+        check_count("chunk_length", self.chunk_length)
 
     @property
     def traits(self) -> Traits:

@@ -6,6 +6,7 @@ from pikv_kernels import is_fast_bfloat16
 from torch import Tensor
 
 from ..model.latent import LatentQuery
+from ..validation import check_number
 from .base import Candidates, Needs, Scheduler, TokenConstants, Traits
 from .snapkv import SnapKV
 from .top_tokens import best_places, mask_of_best
@@ -45,7 +46,7 @@ class CriticalKV(Wrapper, TokenConstants):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scorer, ratio = self.scorer, self.first_stage_ratio
+        scorer = self.scorer
         is_attention = (
             bool(scorer.needs.queries or scorer.needs.statistics) and scorer.traits.is_per_head
         )
@@ -54,10 +55,8 @@ class CriticalKV(Wrapper, TokenConstants):
                 f"`scorer` is {scorer!r}; it must be one whose scores are the attention that each KV "
                 "head pays, such as SnapKV(). With AdaKV: AdaKV(CriticalKV(SnapKV()))."
             )
-        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio <= 1:
-            raise ValueError(f"`first_stage_ratio` is {ratio!r}; it must be a number in [0, 1].")
-        if not isinstance(self.epsilon, int | float) or not self.epsilon >= 0:
-            raise ValueError(f"`epsilon` is {self.epsilon!r}; it must be a number, 0 or more.")
+        check_number("first_stage_ratio", self.first_stage_ratio, "[0, 1]")
+        check_number("epsilon", self.epsilon)
 
     @property
     def needs(self) -> Needs:

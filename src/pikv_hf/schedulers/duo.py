@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.artifact import FileKind, check_model, read_factors, read_metadata
+from ..validation import check_number, check_whole
 from .base import Candidates, Needs, Scheduler, Traits
 from .top_tokens import best_of_each_head
 
@@ -46,21 +47,15 @@ class Duo(Scheduler):
 
     def __post_init__(self) -> None:
         for name, minimum in (("sinks", 0), ("recent", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ValueError(
-                    f"`{name}` is {value!r}; it must be a whole number, {minimum} or more."
-                )
-        share = self.sparsity
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ValueError(f"`sparsity` is {share!r}; it must be a number in [0, 1].")
+            check_whole(name, getattr(self, name), minimum)
+        check_number("sparsity", self.sparsity, "[0, 1]")
         if self.profile is not None and not isinstance(self.profile, str | PathLike):
             raise TypeError(
                 f"`profile` is {self.profile!r}; it must be the path of a file that `pikv profile` "
                 "made."
             )
         scores = {} if self.profile is None else read_profile(self.profile)
-        object.__setattr__(self, "_streams", streaming_heads(scores, share))
+        object.__setattr__(self, "_streams", streaming_heads(scores, self.sparsity))
 
     def check(self, model: PreTrainedModel, layers: int) -> None:
         if self.profile is None:

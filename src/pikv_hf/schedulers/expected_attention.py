@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..model.rotary import Rotary
+from ..validation import check_flag, check_number, check_whole
 from .base import Candidates, Needs, Scheduler
 
 # Candidates whose keys are copied to float32 at a time.
@@ -39,16 +40,10 @@ class ExpectedAttention(Scheduler):
 
     def __post_init__(self) -> None:
         for name, minimum in (("window_size", 1), ("future", 1), ("sinks", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ValueError(
-                    f"`{name}` is {value!r}; it must be a whole number, {minimum} or more."
-                )
+            check_whole(name, getattr(self, name), minimum)
         for name in ("use_covariance", "use_vnorm"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"`{name}` is {getattr(self, name)!r}; it must be True or False.")
-        if not isinstance(self.epsilon, int | float) or not self.epsilon >= 0:
-            raise ValueError(f"`epsilon` is {self.epsilon!r}; it must be a number, 0 or more.")
+            check_flag(name, getattr(self, name))
+        check_number("epsilon", self.epsilon)
 
     @property
     def needs(self) -> Needs:

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..validation import check_count
 from .attention_mass import attention_mass
 from .base import Candidates, Needs, Scheduler, Traits
 
@@ -28,9 +29,7 @@ class FastV(Scheduler):
 
     def __post_init__(self) -> None:
         for name in ("layer", "window_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it must be a positive whole number.")
+            check_count(name, getattr(self, name))
 
     @property
     def traits(self) -> Traits:

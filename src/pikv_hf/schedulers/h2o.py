@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..validation import check_flag, check_number
 from .base import Candidates, Needs, Scheduler, TokenStatistics
 
 
@@ -25,11 +26,8 @@ class H2O(Scheduler, TokenStatistics):
     mean: bool = False
 
     def __post_init__(self) -> None:
-        ratio = self.recent_ratio
-        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio <= 1:
-            raise ValueError(f"`recent_ratio` is {ratio!r}; it must be a number in [0, 1].")
-        if not isinstance(self.mean, bool):
-            raise TypeError(f"`mean` is {self.mean!r}; it must be True or False.")
+        check_number("recent_ratio", self.recent_ratio, "[0, 1]")
+        check_flag("mean", self.mean)
 
     @property
     def needs(self) -> Needs:

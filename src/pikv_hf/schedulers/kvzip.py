@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..validation import check_whole
 from .base import Candidates, Needs, Scheduler
 
 
@@ -37,11 +38,7 @@ class KVzip(Scheduler):
         if not isinstance(ids, tuple) or not all(type(i) is int and i >= 0 for i in ids):
             raise ValueError(f"`prompt_ids` is {ids!r}; it must be a tuple of token ids.")
         for name, minimum in (("chunk_size", 1), ("overlap", 0), ("sinks", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ValueError(
-                    f"`{name}` is {value!r}; it must be a whole number, {minimum} or more."
-                )
+            check_whole(name, getattr(self, name), minimum)
 
     @property
     def needs(self) -> Needs:

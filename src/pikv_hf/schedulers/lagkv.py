@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..validation import check_flag, check_whole
 from .base import Candidates, Needs, Scheduler
 
 # Candidates that are scaled in float32 at a time.
@@ -31,13 +32,8 @@ class LagKV(Scheduler):
 
     def __post_init__(self) -> None:
         for name, minimum in (("sinks", 0), ("lag_size", 2)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ValueError(
-                    f"`{name}` is {value!r}; it must be a whole number, {minimum} or more."
-                )
-        if not isinstance(self.cross_scoring, bool):
-            raise TypeError(f"`cross_scoring` is {self.cross_scoring!r}; it must be True or False.")
+            check_whole(name, getattr(self, name), minimum)
+        check_flag("cross_scoring", self.cross_scoring)
 
     @property
     def needs(self) -> Needs:

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..validation import check_number
 from .base import Candidates, Needs, Scheduler, TokenStatistics
 
 
@@ -21,9 +22,7 @@ class LRU(Scheduler, TokenStatistics):
     threshold: float = 0.01
 
     def __post_init__(self) -> None:
-        limit = self.threshold
-        if not isinstance(limit, int | float) or isinstance(limit, bool) or not 0 < limit <= 1:
-            raise ValueError(f"`threshold` is {limit!r}; it must be a number in (0, 1].")
+        check_number("threshold", self.threshold, "(0, 1]")
 
     @property
     def needs(self) -> Needs:

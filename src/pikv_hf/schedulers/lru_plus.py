@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..validation import check_number
 from .base import Candidates
 from .lru import LRU, last_use
 
@@ -22,9 +23,7 @@ class LRUPlus(LRU):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weight = self.weight
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight >= 0:
-            raise ValueError(f"`weight` is {weight!r}; it must be a number, 0 or more.")
+        check_number("weight", self.weight)
 
     @property
     def num_statistics(self) -> int:

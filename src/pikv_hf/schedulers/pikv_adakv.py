@@ -2,6 +2,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ..validation import check_count, check_number
 from .attention_mass import attention_mass
 from .base import Candidates, Needs, RowState, Scheduler, Traits
 from .snapkv import SnapKV
@@ -35,12 +36,9 @@ class PiKVAdaKV(Wrapper, RowState):
             raise ValueError(
                 f"`scorer` is {self.scorer!r}; it must be one whose heads keep equally many tokens."
             )
-        for name, value, maximum in (("target", self.target, 0.999), ("rate", self.rate, 1)):
-            if not isinstance(value, int | float) or not 0 < value <= maximum:
-                raise ValueError(f"`{name}` is {value!r}; it must be a number in (0, {maximum}].")
-        size = self.window_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"`window_size` is {size!r}; it must be a positive whole number.")
+        check_number("target", self.target, "(0, 0.999]")
+        check_number("rate", self.rate, "(0, 1]")
+        check_count("window_size", self.window_size)
 
     @property
     def needs(self) -> Needs:

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..validation import check_count
 from .attention_mass import attention_mass
 from .base import Candidates, Needs, Scheduler, Traits
 
@@ -25,9 +26,7 @@ class PiKVLayerSum(Scheduler):
     window_size: int = 64
 
     def __post_init__(self) -> None:
-        size = self.window_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"`window_size` is {size!r}; it must be a positive whole number.")
+        check_count("window_size", self.window_size)
 
     @property
     def traits(self) -> Traits:

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..validation import check_whole
 from .base import Candidates, Scheduler
 
 # The finaliser of MurmurHash3 for 64 bits, as signed numbers.
@@ -19,8 +20,7 @@ class Random(Scheduler):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"`seed` is {self.seed!r}; it must be a whole number, 0 or more.")
+        check_whole("seed", self.seed)
 
     def scores(self, tokens: Candidates) -> Tensor:
         heads = torch.arange(tokens.positions.shape[1], device=tokens.positions.device)

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..validation import check_count
 from .attention_mass import attention_mass
 from .base import Candidates, Needs, Scheduler
 
@@ -25,9 +26,7 @@ class SnapKV(Scheduler):
     kernel_size: int = 5
 
     def __post_init__(self) -> None:
-        window = self.window_size
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            raise ValueError(f"`window_size` is {window!r}; it must be a positive whole number.")
+        check_count("window_size", self.window_size)
         size = self.kernel_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
             raise ValueError(f"`kernel_size` is {size!r}; it must be an odd positive number.")

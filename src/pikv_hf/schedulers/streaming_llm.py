@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..validation import check_flag, check_whole
 from .base import Candidates, Needs, Scheduler
 
 
@@ -28,12 +29,9 @@ class StreamingLLM(Scheduler):
     rerotate: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sinks, int) or self.sinks < 0:
-            raise ValueError(f"`sinks` is {self.sinks!r}; it must be a whole number, 0 or more.")
-        if not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(f"`window` is {self.window!r}; it must be a whole number, 1 or more.")
-        if not isinstance(self.rerotate, bool):
-            raise TypeError(f"`rerotate` is {self.rerotate!r}; it must be True or False.")
+        check_whole("sinks", self.sinks)
+        check_whole("window", self.window, 1)
+        check_flag("rerotate", self.rerotate)
 
     @property
     def needs(self) -> Needs:
