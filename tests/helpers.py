@@ -61,6 +61,11 @@ def tiny(name: str, attn: str = "eager", **fields: Any) -> PreTrainedModel:
     return build(name, attn, **fields)
 
 
+def two_layers(name: str) -> PreTrainedModel:
+    """`tiny` with two layers, where all layers are of one kind."""
+    return tiny(name, **{"num_hidden_layers": 2} if name in ("mixtral", "deepseek_v3") else {})
+
+
 def generate(
     model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, **options: Any
 ) -> Generated:

@@ -18,6 +18,7 @@ from helpers import (
     tail_labels,
     tail_length,
     tiny,
+    two_layers,
 )
 from zoo import build, prompt
 
@@ -72,7 +73,7 @@ def test_streaming_llm(name, lengths, step, case) -> None:
     """Tokens and logits of a full cache under a mask that shows exactly the tokens that stay."""
     case = STREAMS[case]
     sinks, window, size, open_ = (case[k] for k in ("sinks", "window", "page_size", "open"))
-    model = tiny(name)
+    model = two_layers(name)
     inputs = prompt(model, lengths)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     method = StreamingLLM(sinks, window)

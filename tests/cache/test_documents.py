@@ -15,6 +15,7 @@ from helpers import (
     slabs_of,
     tail_length,
     tiny,
+    two_layers,
 )
 from test_schedulers import kept
 from zoo import prompt
@@ -31,7 +32,7 @@ OPTIONS = {"budget": 16, **SMALL}
 @pytest.mark.parametrize("compressor", [None, "int4"])
 def test_pieces_end_as_one(name, method, compressor) -> None:
     """A padded prompt in pieces, held back, leaves the tokens and logits that it leaves at once."""
-    model = tiny(name)
+    model = two_layers(name)
     inputs = prompt(model, (50, 41, 46))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     found = []
@@ -65,7 +66,7 @@ def test_pieces_end_as_one(name, method, compressor) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generate_in_pieces(name) -> None:
     """`generate(prefill_chunk_size=...)` as without, beams and a last piece of one token included."""
-    model = tiny(name)
+    model = two_layers(name)
     inputs = prompt(model, PADDED)
     for options, pieces in (({}, (7, 29)), ({"num_beams": 3}, (29,))):
         outs = []
@@ -122,7 +123,7 @@ def test_a_second_turn_in_pieces(name, method) -> None:
 @pytest.mark.parametrize("method", [None, "adakv", "keydiff"])
 def test_fork(name, method) -> None:
     """Each of n questions about each row is answered as by a cache of its own; the origin stays."""
-    model = tiny(name)
+    model = two_layers(name)
     options = {"scheduler": method, **(OPTIONS if method else SMALL)}
     inputs = prompt(model, (50, 41))
     ids, mask = inputs["input_ids"][:, :40], inputs["attention_mask"][:, :40]

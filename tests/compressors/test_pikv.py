@@ -17,6 +17,7 @@ from helpers import (
     paged,
     slabs_of,
     tiny,
+    two_layers,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,7 +58,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_a_full_budget_loses_nothing(name, lengths, mode) -> None:
     """Every page is stored as it is: logits and tokens are those of a DynamicCache."""
-    model = tiny(name)
+    model = two_layers(name)
     inputs = prompt(model, lengths)
     expected = generate(model, inputs, dynamic(model), **MODES[mode])
     cache = PiKVCache(model, compressor=PiKV(share=1.0), **SMALL)
