@@ -161,10 +161,8 @@ class Binding:
             if given is not None and given.binding is self:
                 given.skip_forward()
             return
-        length = _length(inputs)
-        cache.check_inputs(self.model(), inputs, length)
-        check_masks(module.config)
-        cache.begin_forward(inputs, length)
+        cache.check_inputs(self.model(), module.config, inputs)
+        cache.begin_forward(inputs)
         RUNNING.cache, RUNNING.ids = cache, inputs.get("input_ids")
 
 
@@ -172,13 +170,6 @@ class Binding:
 def _end() -> None:
     assert RUNNING.cache is not None, "a forward pass with it has begun"
     RUNNING.cache.end_forward(RUNNING.ids)
-
-
-def _length(inputs: dict[str, Any]) -> int:
-    """Return the number of tokens in the inputs of a forward pass."""
-    embeds = inputs.get("inputs_embeds")
-    ids = embeds if embeds is not None else inputs.get("input_ids")
-    return 0 if ids is None else ids.shape[1]
 
 
 def _label(idx: int, choose: Callable[[], Choice]) -> None:

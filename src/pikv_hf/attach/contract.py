@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 
 class AttachableCache(ABC):
@@ -29,15 +30,15 @@ class AttachableCache(ABC):
         """Return a context in which `generate`, or its prefill, runs with these arguments."""
 
     @abstractmethod
-    def check_inputs(self, model: Any, inputs: dict[str, Any], length: int) -> None:
+    def check_inputs(self, model: Any, config: PreTrainedConfig, inputs: dict[str, Any]) -> None:
         """Raise if the inputs of a forward pass do not continue the text in the cache.
 
-        `inputs`: decoder arguments by name; `length`: their number of tokens. Changes nothing.
+        `inputs`: arguments by name of the decoder of `model`, which has `config`. Changes nothing.
         """
 
     @abstractmethod
-    def begin_forward(self, inputs: dict[str, Any], length: int) -> None:
-        """Begin a forward pass over `length` new tokens."""
+    def begin_forward(self, inputs: dict[str, Any]) -> None:
+        """Begin a forward pass over `inputs`."""
 
     @abstractmethod
     def awaits_experts(self, layer_idx: int) -> bool:

@@ -48,14 +48,16 @@ def checked_prefill(model: PreTrainedModel) -> Callable[..., Any]:
     """
     found, own = weakref.ref(model), vars(model).get(PREFILL)
 
-    def prefill(input_ids: Any, config: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
+    def prefill(
+        input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
+    ) -> Any:
         model: Any = found()
         call = own or functools.partial(getattr(type(model), PREFILL), model)
-        cache = attachable_cache(inputs)
-        if cache is None:
-            return call(input_ids, config, inputs, *args, **kw)
-        with cache.generating(model, (input_ids,), inputs):
-            return call(input_ids, config, inputs, *args, **kw)
+        cache = attachable_cache(model_kwargs)
+        if cache is None or cache is RUNNING.generating:  # it knows its prompt
+            return call(input_ids, generation_config, model_kwargs, *args, **kw)
+        with cache.generating(model, (input_ids,), model_kwargs):
+            return call(input_ids, generation_config, model_kwargs, *args, **kw)
 
     return prefill
 

@@ -65,7 +65,7 @@ def _paged(
         return result
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if state.is_first:
-        state.judge(unpaged_reason(state, query, key, attention_mask, kwargs))
+        state.judge(unpaged_reason(state, key, attention_mask, kwargs))
         result = _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     else:
         sink = next((kwargs[name] for name in SINKS if kwargs.get(name) is not None), None)

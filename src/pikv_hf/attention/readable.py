@@ -12,9 +12,7 @@ HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}
 SINKS = ("s_aux", "sinks")
 
 
-def unpaged_reason(
-    state: LayerState, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
-) -> str | None:
+def unpaged_reason(state: LayerState, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> str | None:
     """Return why pikv attention cannot serve this layer, or None; called with its first tokens.
 
     Pikv attention reads the keys given to `update`. A model that changes them before attention, or

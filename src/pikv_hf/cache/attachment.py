@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from typing_extensions import Self
 
 from ..attach.binding import LOCK, Binding, binding_of, unwrap
@@ -16,11 +16,12 @@ from ..attach.forward import RUNNING
 from ..layer.paged_layer import PagedLayer
 from ..layer.state import LayerFacts
 from ..model.head_dims import head_dims
+from ..model.masks import check_masks
 from ..model.modules import unpaged_reasons
 from ..model.own_cache import model_cache_class, with_native
 from ..model.rotary import check_axes
 from ..model.versions import is_tested, unsupported
-from .checks import check_forward, check_generate
+from .checks import check_forward, check_generate, num_new_tokens
 from .other_layers import release_prompt
 from .paged_cache import PagedCache
 from .passes import begin_forward, compress, end_forward, prompt_length
@@ -172,15 +173,16 @@ class AttachedCache(PagedCache):
     ) -> AbstractContextManager[None]:
         return self.reading.prompt(prompt_length(self, model, args, kwargs))
 
-    def check_inputs(self, model: Any, inputs: dict[str, Any], length: int) -> None:
+    def check_inputs(self, model: Any, config: PreTrainedConfig, inputs: dict[str, Any]) -> None:
         check_forward(self, model, inputs)
+        check_masks(config)
         if self.settings.needs_rotary:
             check_axes(inputs.get("position_ids"))
-        check_held(self, inputs, length)
+        check_held(self, inputs, num_new_tokens(inputs))
 
-    def begin_forward(self, inputs: dict[str, Any], length: int) -> None:
+    def begin_forward(self, inputs: dict[str, Any]) -> None:
         self._num_skipped, self.note = 0, None
-        begin_forward(self, length, inputs.get("attention_mask"))
+        begin_forward(self, num_new_tokens(inputs), inputs.get("attention_mask"))
 
     def awaits_experts(self, layer_idx: int) -> bool:
         layer = self.layers[layer_idx]
@@ -198,7 +200,7 @@ class AttachedCache(PagedCache):
         end_forward(self, ids)
         if self.elsewhere.num_unpaged and not self._has_warned:
             self._has_warned = True
-            warn_if_idle(self)
+            warn_if_idle(self, stacklevel=4)
 
     def skip_forward(self) -> None:
         """Note that a forward pass of `generate` did not use this cache, which it was given.

@@ -203,3 +203,10 @@ def check_owner(cache: PagedCache, model: PreTrainedModel | None) -> None:
             f"`{CACHE}` is a PiKVCache attached to {name}: make one for this model with "
             "`PiKVCache(model)`."
         )
+
+
+def num_new_tokens(inputs: dict[str, Any]) -> int:
+    """Return the number of tokens in the inputs of a forward pass."""
+    embeds = inputs.get("inputs_embeds")
+    ids = embeds if embeds is not None else inputs.get("input_ids")
+    return 0 if ids is None else ids.shape[1]

@@ -275,5 +275,5 @@ class PiKVCache(AttachedCache):
         model = type(self.model).__name__ if self.model is not None else "unattached"
         return (
             f"PiKVCache({model}{set_ones}, page_size={settings.page_size}, window={settings.window}, "
-            f"layers={len(self.layers)}, paged={paged}, seq_length={self.get_seq_length()})"
+            f"layers={len(self.layers_to_be)}, paged={paged}, seq_length={self.get_seq_length()})"
         )

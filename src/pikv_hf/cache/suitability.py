@@ -73,14 +73,18 @@ def _check_moves(settings: Settings, binding: Binding) -> None:
         )
 
 
-def warn_if_idle(cache: PagedCache) -> None:
-    """Warn if no layer can be paged although the cache has methods that act on pages."""
+def warn_if_idle(cache: PagedCache, stacklevel: int = 5) -> None:
+    """Warn if no layer can be paged although the cache has methods that act on pages.
+
+    `stacklevel`: by default of whoever made, or attached, the cache.
+    """
     reasons, idle = cache.unpaged, cache.settings.methods
     if idle and len(reasons) == len(cache.layers_to_be):
         names = " and ".join(f"`{name}`" for name in idle)
         _warn(
             f"{names} can do nothing for {type(cache.model).__name__}: {no_layer(reasons)}. "
-            "Everything is kept as it is."
+            "Everything is kept as it is.",
+            stacklevel,
         )
 
 
@@ -126,5 +130,5 @@ def warn_of_another_cache(cache: PagedCache) -> str:
     return text
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, UserWarning, stacklevel=5)
+def _warn(text: str, stacklevel: int = 5) -> None:
+    warnings.warn(text, UserWarning, stacklevel=stacklevel)

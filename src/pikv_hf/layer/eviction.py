@@ -112,7 +112,7 @@ def _is_within_budget(
     """Return True if `new` more tokens of each KV head are within the budget."""
     held = state.pages.held(row)
     held = torch.zeros(1) if held is None else held.double()
-    if scheduler.traits.has_lengths:
+    if state.settings.traits.has_lengths:
         max_lengths = scheduler.lengths(state.layer_idx, state.num_departed[row], budget)
         return bool((held + new <= max_lengths).all())
     return math.ceil(held.mean()) + new <= budget
@@ -166,7 +166,9 @@ def _candidates_of(
         scale=state.scale,
         statistics=span.tensors.get("record"),
         constants=span.tensors.get("constant"),
-        row_state=state.observed.control_of(rows, state.tail.keys) if needs.row_state else None,
+        row_state=state.observed.control_of(rows, state.tail.keys)
+        if needs.row_state is not None
+        else None,
         valid=span["valid"].expand(shape) if "valid" in span else None,
         sinks=state.settings.sinks,
         padding=state.num_seen - state.num_departed[rows[0]] - (state.tail.length - count),

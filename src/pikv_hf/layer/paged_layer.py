@@ -57,7 +57,7 @@ class PagedLayer(DenseStates):
         state.step.note_written()
         if state.unpaged_reason is None:
             state.wait_for("attention")
-        is_first = state.num_seen == 0
+        is_first = state.begin_update()
         if is_first:
             self.lazy_initialization(key_states, value_states)
         keys, values = stored(key_states, value_states, state.latent_rank)
@@ -69,7 +69,7 @@ class PagedLayer(DenseStates):
             buffer = state.step.buffer if state.seals else None
             held = state.tail.length + key_states.shape[2]
             state.tail.append(keys, values, capacity(state, held), buffer)
-        state.note_update(key_states.shape[2], is_first=is_first)
+        state.note_update(key_states.shape[2])
         hand_over(self)
         if state.unpaged_reason is None:
             return key_states, value_states

@@ -163,7 +163,8 @@ class LayerState:
     def neighbours(self) -> Neighbours:
         """The other layers of the cache."""
         neighbours = None if self._neighbours is None else self._neighbours()
-        assert neighbours is not None, "a layer is used within its cache"
+        if neighbours is None:
+            raise RuntimeError(f"layer {self.layer_idx}: the PiKVCache of this layer is gone.")
         return neighbours
 
     def join(self, neighbours: Neighbours) -> None:
@@ -187,15 +188,20 @@ class LayerState:
         self._tail, self.latent_rank = Tail(keys, values), latent_rank
         self.num_departed = [0] * keys.shape[0]
 
-    def note_update(self, length: int, *, is_first: bool) -> None:
+    def begin_update(self) -> bool:
+        """Return True if the tokens that are to be written are the first ones."""
+        self.is_first = self.num_seen == 0
+        return self.is_first
+
+    def note_update(self, length: int) -> None:
         """Note that `length` tokens were written to the tail: of the prompt, or generated.
 
         While drafting, only the first tokens are of the prompt, unless its length is known.
         """
         before, known = self.num_seen, self.reading.prompt_length
-        self.num_seen, self.is_first = before + length, is_first
+        self.num_seen = before + length
         is_prompt = self.reading.is_prompt(before, length)
-        if is_first or (is_prompt and not (self.is_drafting and known is None)):
+        if self.is_first or (is_prompt and not (self.is_drafting and known is None)):
             self.prompt_end = self.num_seen if known is None else min(self.num_seen, known)
             self.due = 0
 

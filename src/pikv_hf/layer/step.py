@@ -50,7 +50,6 @@ class Step:
 
     def begin(self, change: Change, mask: Tensor | None = None) -> None:
         """Begin a forward pass; `mask` is the full-attention mask that the model was given."""
-        self.forget()
         self._has_own_mask = mask is not None and mask.dim() == 4
         self.change = change
 

@@ -156,10 +156,10 @@ class Needs:
             queries=max(self.queries, other.queries),
             inputs=self.inputs | other.inputs,
             sinks=max(self.sinks, other.sinks),
-            statistics=other.statistics or self.statistics,
-            constants=other.constants or self.constants,
-            row_state=other.row_state or self.row_state,
-            repetition=other.repetition or self.repetition,
+            **{
+                name: own if (own := getattr(other, name)) is not None else getattr(self, name)
+                for name in ("statistics", "constants", "row_state", "repetition")
+            },
         )
 
 

@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .base import Candidates, Scheduler
+from .base import Candidates, Scheduler, Traits
 from .snapkv import SnapKV
 from .wrapper import Wrapper
 
@@ -31,6 +31,10 @@ class PyramidKV(Wrapper):
                 f"`scorer` is {self.scorer!r}, which has budgets of its own for each layer; it must "
                 "be one that leaves them to PyramidKV, such as SnapKV()."
             )
+
+    @property
+    def traits(self) -> Traits:
+        return self.scorer.traits
 
     def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
         if layers == 1:

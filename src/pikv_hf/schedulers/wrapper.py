@@ -1,5 +1,5 @@
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ class Wrapper(Scheduler):
 
     @property
     def traits(self) -> Traits:
-        return self.scorer.traits
+        return replace(self.scorer.traits, is_ragged=False)
 
     def check(self, model: PreTrainedModel, layers: int) -> None:
         self.scorer.check(model, layers)

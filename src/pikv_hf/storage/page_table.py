@@ -124,6 +124,8 @@ class PageTable:
             slab.write(
                 {k: t.narrow(2, 0, start) for k, t in fields.items()}, known.narrow(0, tokens)
             )
+            if start == pages:
+                return
         page_bytes = sum(t.nbytes // pages for t in (*fields.values(), *known.tensors.values()))
         for tier in self.tiers:
             free = self._free(tier, fields, 2)
