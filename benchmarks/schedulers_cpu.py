@@ -117,7 +117,9 @@ def ask(model: PreTrainedModel, cache: Cache, batch: Questions, mode: str) -> Te
 def holding(cache: Cache) -> AbstractContextManager[object]:
     """For a scheduler that reads what is held once more before it drops anything."""
     is_ours = isinstance(cache, PiKVCache) and cache.settings.scheduler is not None
-    return cache.holding() if is_ours and cache.settings.scheduler.needs.repetition else nullcontext()
+    return (
+        cache.holding() if is_ours and cache.settings.scheduler.needs.repetition else nullcontext()
+    )
 
 
 def measure(

@@ -19,6 +19,12 @@ FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_next")  # GQA, MLA, sink
 ONE_ROW, PADDED = (29,), (30, 27, 23)
 SMALL = {"page_size": 4, "window": 4}
 NEW_TOKENS = 11
+FEW_LAYERS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_hidden_layers": 2},
+    "deepseek_v3": {"num_hidden_layers": 2},
+    "gpt_oss": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_next": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+}
 TOLERANCE = 1e-4
 # Schedulers that keep to any budget; the others need a file (test_duo.py, test_pikv_quest.py).
 BUDGETED = [name for name, method in SCHEDULERS.items() if not method.needs_file]
@@ -61,9 +67,10 @@ def tiny(name: str, attn: str = "eager", **fields: Any) -> PreTrainedModel:
     return build(name, attn, **fields)
 
 
+@functools.cache
 def two_layers(name: str) -> PreTrainedModel:
-    """`tiny` with two layers, where all layers are of one kind."""
-    return tiny(name, **{"num_hidden_layers": 2} if name in ("mixtral", "deepseek_v3") else {})
+    """`tiny` with two layers: of each kind one, where there are two. Tests share it."""
+    return build(name, "eager", **FEW_LAYERS.get(name, {}))
 
 
 def generate(

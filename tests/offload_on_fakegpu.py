@@ -11,7 +11,7 @@ import sys
 import fakegpu  # first: before any model is built
 import torch
 from accelerate import dispatch_model
-from helpers import PADDED, SMALL, Scattered, paged, slabs_of
+from helpers import FEW_LAYERS, NEW_TOKENS, PADDED, SMALL, Scattered, paged, slabs_of
 from torch.utils._pytree import tree_leaves
 from zoo import build, prompt
 
@@ -24,12 +24,11 @@ DEVICE = torch.device("fakegpu:0")
 # Options of a cache, and bytes near, of all layers.
 METHODS = {
     "default": ({}, 8000),
-    "int8": ({"compressor": "int8"}, 16000),
+    "int8": ({"compressor": "int8"}, 4000),
     "mixed": ({"compressor": Scattered()}, 8000),
     "codes": ({"scheduler": "streaming_llm", "budget": 14, "compressor": "int8"}, 2000),
     "snapkv": ({"scheduler": "snapkv", "budget": 14}, 8000),
 }
-FEW_LAYERS = {"num_hidden_layers": 2}  # each takes seconds
 run = fakegpu.run
 
 
@@ -122,12 +121,12 @@ def with_streams() -> Streams:
 
 
 def generate(model, inputs, cache, beams):
-    options = {"max_new_tokens": 14, "num_beams": beams}
+    options = {"max_new_tokens": NEW_TOKENS, "num_beams": beams}
     return model.generate(**inputs, **with_cache(cache), **options).cpu()
 
 
 def check(name: str, method: str, streams: Streams | None) -> None:
-    model = build(name, **FEW_LAYERS if name != "gpt_oss" else {})
+    model = build(name, **FEW_LAYERS.get(name, {}))
     model.set_experts_implementation("eager")
     methods, limit = METHODS[method]
     inputs, options = prompt(model, PADDED), {**methods, **SMALL}

@@ -8,13 +8,20 @@ import sys
 import fakegpu  # first: before any model is built
 import torch
 from accelerate import dispatch_model
-from helpers import PADDED, SMALL, assert_sealed_in_prefill_and_decode, dynamic, paged, slabs_of
+from helpers import (
+    FEW_LAYERS,
+    NEW_TOKENS,
+    PADDED,
+    SMALL,
+    assert_sealed_in_prefill_and_decode,
+    dynamic,
+    paged,
+    slabs_of,
+)
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.model.versions import with_cache
-
-FEW_LAYERS = {"num_hidden_layers": 2}  # each takes seconds
 
 
 def device_map(model, first, second):
@@ -26,7 +33,7 @@ def device_map(model, first, second):
 
 
 def tokens(model, inputs, cache, **options):
-    out = model.generate(**inputs, **with_cache(cache), max_new_tokens=14, **options)
+    out = model.generate(**inputs, **with_cache(cache), max_new_tokens=NEW_TOKENS, **options)
     return out.cpu()
 
 
@@ -36,7 +43,7 @@ def check(name: str, method: str) -> None:
         "int8": {"compressor": "int8"},
         "streaming": {"scheduler": "streaming_llm", "budget": 14},
     }[method]
-    model = build(name, **FEW_LAYERS if name != "gpt_oss" else {})
+    model = build(name, **FEW_LAYERS.get(name, {}))
     model.set_experts_implementation("eager")
     inputs = prompt(model, PADDED)
     options = {**methods, **SMALL, "router": "all"}

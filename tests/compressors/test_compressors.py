@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    FEW_LAYERS,
     PADDED,
     SMALL,
     assert_close,
@@ -549,8 +550,8 @@ def sealing(model, name: str, compressor: Compressor, lengths, asked):
 @functools.cache
 def exact_model(name: str):
     """In float64, where no rounding error moves a number to the next code; none may change it."""
-    few = {"num_hidden_layers": 2} if name in ("mixtral", "deepseek_v3") else {}
-    model = build(name, "eager" if name == "gpt_oss" else "sdpa", dtype=torch.float64, **few)
+    attn = "eager" if name == "gpt_oss" else "sdpa"
+    model = build(name, attn, dtype=torch.float64, **FEW_LAYERS.get(name, {}))
     model.set_experts_implementation("eager")  # grouped products have no float64
     return model
 

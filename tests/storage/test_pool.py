@@ -15,7 +15,6 @@ from helpers import (
     paged,
     slabs_of,
     tiny,
-    two_layers,
 )
 from pikv_kernels import merge_segments, merge_segments_reference, partial_attention
 from test_router_select import EveryNth
@@ -41,7 +40,7 @@ def mixed(model, **options) -> PiKVCache:
 @pytest.mark.parametrize("lengths", [ONE_ROW, PADDED], ids=["one_row", "left_padded"])
 @pytest.mark.parametrize("mode", MODES)
 def test_equal_to_a_dynamic_cache(name, lengths, mode) -> None:
-    model = two_layers(name)
+    model = tiny(name)
     inputs = prompt(model, lengths)
     expected = generate(model, inputs, dynamic(model), **MODES[mode])
     cache = mixed(model)

@@ -223,7 +223,7 @@ class AttachedCache(PagedCache):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a cache with its tokens; it is unattached until `attach`."""
         vars(self).update(state)
-        for paged in self.elsewhere.paged:
+        for paged in self.states:
             paged.join(self.elsewhere)
 
     def __reduce__(self) -> tuple[Any, ...]:

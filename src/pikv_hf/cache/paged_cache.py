@@ -101,7 +101,7 @@ class PagedCache(Cache, AttachableCache):
     @property
     def states(self) -> list[LayerState]:
         """The states of `paged_layers`."""
-        return self.elsewhere.paged
+        return [layer.state for layer in self.paged_layers]
 
     @property
     def unpaged(self) -> dict[int, str]:

@@ -1,5 +1,6 @@
 """The state of one paged layer."""
 
+import copy
 import functools
 import weakref
 from abc import ABC, abstractmethod
@@ -319,6 +320,24 @@ class LayerState:
         held = () if scheduler is None else scheduler.tensors(self.layer_idx)
         return (*held, *(() if self.rotary is None else (self.rotary.frequencies,)))
 
+    # ---- copies ---------------------------------------------------------------------------------
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the model and the cache: a copy of the cache joins its layers again."""
         return vars(self) | {"module": None, "_neighbours": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerState":
+        """Copy what the layer holds. A layer that is copied alone stays in its cache (dory).
+
+        In a copy of the whole cache, `memo` has the copies of what its layers have in common.
+        """
+        new = object.__new__(LayerState)
+        memo[id(self)] = new
+        parts = {name: getattr(self, name) for name in ("settings", "step", "reading", "padding")}
+        copied = {name: memo.get(id(part), part) for name, part in parts.items()}
+        neighbours = memo.get(id(self.neighbours), self.neighbours)
+        own = {k: v for k, v in vars(self).items() if k not in (*parts, "module", "_neighbours")}
+        vars(new).update(copied, **copy.deepcopy(own, memo))
+        new.join(neighbours)
+        new.module = self.module if neighbours is self.neighbours else None
+        return new
