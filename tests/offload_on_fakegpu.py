@@ -147,7 +147,7 @@ def check(name: str, method: str, streams: Streams | None) -> None:
         near = sum(slab.nbytes for slab in slabs if slab.tier.name == "device")
         assert 0 < near <= limit
     if streams is not None:
-        assert streams.copied > 50, "of this model"
+        assert streams.copied > 100, "of this model"
         streams.copied = 0
 
 

@@ -1,6 +1,7 @@
 """`pikv demo` and `pikv generate` on the bundled model, and what they say to a user's mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from pikv_hf.cache.from_text import METHODS, parse_cache
 from pikv_hf.commands.app import COMMANDS, app, command
 from pikv_hf.commands.terminal import Dtype
 from pikv_hf.compressors import Int8
+from pikv_hf.fitting.calibration_job import METHODS as CALIBRATED
+from pikv_hf.fitting.calibration_job import PIKV_QUEST
 from pikv_hf.fitting.progress_bar import bar
 from pikv_hf.model import loading
 from pikv_hf.needles import trials as demo
@@ -388,6 +391,12 @@ def test_help_loads_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "Hide needles" in done.stdout and "pikv methods" in done.stdout
     assert done.stdout.splitlines()[-1].strip() == "loaded"
+
+
+def test_help_names_all_that_can_be_calibrated():
+    """It is written out, for the registry would load torch."""
+    words = re.findall(r"\w+", pikv("calibrate", "--help").output)
+    assert {*CALIBRATED, PIKV_QUEST} <= set(words)
 
 
 def test_methods_are_listed():

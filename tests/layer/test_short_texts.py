@@ -53,7 +53,7 @@ def random_pieces(seed: int) -> list[int]:
 
 
 PIECES = {
-    "tokens": [1] * 700,
+    "tokens": [1] * 1300,
     "prompt": [300, *[7] * 140],
     "sixties": [1, *[61] * 67],
     **{f"random{seed}": random_pieces(seed) for seed in range(3)},
