@@ -149,7 +149,7 @@ def test_counted_equals_asked_again(name, compressor, scheduler) -> None:
         (span,) = spans_of(layer, [0, 1])
         opened = tail_record(layer.state)
         newest = torch.arange(59 - opened.shape[2], 59).expand(*opened.shape[:3])
-        every = span.then(
+        every = span.followed_by(
             TokenTable({"keys": tail_states(layer)[0], "record": opened, "positions": newest})
         )
         expected = recorded(scheduler.needs.statistics, every, queries, 59, layer.state.scale)

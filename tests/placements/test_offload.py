@@ -104,7 +104,7 @@ class OffloadedOperations(CacheOperations):
     def make(self, page_size, window, router, compressor) -> None:
         super().make(page_size, window, router, compressor)
         for state in self.cache.states:
-            state.pages.tiers_of = partial(Offload(400, 400, "/tmp").tiers_of, 1)
+            state.pages.place = partial(Offload(400, 400, "/tmp").place, layers=1)
 
 
 TestOffloadedOperations = OffloadedOperations.TestCase

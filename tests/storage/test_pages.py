@@ -303,8 +303,8 @@ def test_attention_over_any_partition(parts, page_size) -> None:
 def test_eviction_from_a_long_prompt_copies_only_what_stays(is_long, monkeypatch) -> None:
     """There is room for the page that is one too many; what stays is what a short one leaves, too."""
     joined = []
-    then = TokenTable.then
-    monkeypatch.setattr(TokenTable, "then", lambda *spans: joined.append(1) or then(*spans))
+    then = TokenTable.followed_by
+    monkeypatch.setattr(TokenTable, "followed_by", lambda *spans: joined.append(1) or then(*spans))
     tokens = 4 * (SPARE if is_long else SPARE // 2)
     model = tiny("mixtral", num_hidden_layers=1)
     cache = PiKVCache(model, scheduler="knorm", budget=tokens + 6, page_size=4, window=6)

@@ -188,7 +188,7 @@ def _selected_pages(state: LayerState, slab: UniformPages, query: Tensor) -> Ten
         return None
     meta = slab.meta.narrow(0, slab.length)
     if not slab.is_in_order():
-        meta = meta.rows(slab.index("stored", query.device))
+        meta = meta.select_rows(slab.index("stored", query.device))
     if not slab.is_read_by_all(query.shape[0]):
         query = query.index_select(0, slab.index("readers", query.device))
     return router.select(query, meta, slab.pages)

@@ -40,7 +40,7 @@ def select_tokens(
     if needs.constants is not None:
         once = _candidates_of(state, rows, new, count, needs.constants.constant_inputs)
         with torch.no_grad():
-            new = new.joined(TokenTable({"constant": needs.constants.constants(once)}))
+            new = new.with_columns(TokenTable({"constant": needs.constants.constants(once)}))
     left = state.num_departed[rows[0]]
     seen = left + state.tail.length - count
     budget = sealed_tokens(state, seen, left)
@@ -53,7 +53,7 @@ def select_tokens(
         return with_record(state, rows, new), room
     span = _candidates(state, rows, new, scheduler)
     if is_within or budget is None:
-        return span.front(), room
+        return span.valid_first(), room
     tokens = _candidates_of(state, rows, span, count, needs.inputs)
     headroom = _headroom(state, seen, budget)
     keep = scheduler.keep(tokens, budget - headroom)
@@ -66,7 +66,7 @@ def select_tokens(
         span = span.without("valid")
     retained = span.gather(keep.clamp_min(0) if is_ragged else keep)
     if is_ragged:
-        retained = retained.joined(TokenTable({"valid": keep >= 0}))
+        retained = retained.with_columns(TokenTable({"valid": keep >= 0}))
     if moves(state.settings):
         retained = side_by_side(state, retained, keep, len(span))
     return retained, Room(room.nbytes, headroom)
@@ -103,7 +103,7 @@ def _candidates(
     if sealed is not None and not moves(state.settings):
         with naming(state):
             new = pages.encoded(new)
-    return new if sealed is None else sealed.then(new)
+    return new if sealed is None else sealed.followed_by(new)
 
 
 def _is_within_budget(
@@ -145,8 +145,8 @@ def _candidates_of(
     keys, values = state.tail.view()
     opened = TokenTable({"keys": keys, "values": values})
     if state.tail.labels is not None:
-        opened = opened.joined(state.tail.labels)
-    opened = opened.narrow(count, len(opened) - count).rows(index)
+        opened = opened.with_columns(state.tail.labels)
+    opened = opened.narrow(count, len(opened) - count).select_rows(index)
     labels: dict[str, Any] = {}
     if "experts" in inputs and "experts" in span:
         labels = {name: span[name] for name in ("experts", "weights")}

@@ -70,13 +70,13 @@ class Guard:
 
 def _sample(span: TokenTable, page_size: int) -> TokenTable:
     """Return whole pages of the first row, evenly spread: all heads, about `MAX_PAGES` in all."""
-    first = span.rows(torch.tensor([0]))
+    first = span.select_rows(torch.tensor([0]))
     whole = len(span) // page_size
     if whole == 0:
         return first
     count = max(1, min(whole, MAX_PAGES // span["keys"].shape[1]))
     pages = (2 * torch.arange(count) + 1) * whole // (2 * count)
-    return first.tokens((pages[:, None] * page_size + torch.arange(page_size)).flatten())
+    return first.select_tokens((pages[:, None] * page_size + torch.arange(page_size)).flatten())
 
 
 def _losses(sample: TokenTable, pages: PageTable) -> dict[str, float]:

@@ -66,9 +66,11 @@ class PagedLayer(DenseStates):
         if is_first:
             state.open(keys, values, state.latent_rank)
         else:
-            buffer = state.step.buffer if state.seals else None
-            held = state.tail.length + key_states.shape[2]
-            state.tail.append(keys, values, capacity(state, held), buffer)
+            tail, length = state.tail, key_states.shape[2]
+            if not tail.has_room(length):
+                buffer = state.step.buffer if state.seals else None
+                tail.make_room(length, capacity(state, tail.length + length), buffer)
+            tail.append(keys, values)
         state.note_update(key_states.shape[2])
         hand_over(self)
         if state.unpaged_reason is None:
@@ -78,7 +80,7 @@ class PagedLayer(DenseStates):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         state = self.state
-        self.device = state.settings.placement.pool_of(key_states)
+        self.device = key_states.device
         state.fix_geometry(key_states, value_states)
         rank = state.facts.latent_rank
         is_latent = key_states.shape[1] == 1 and key_states.shape[3] == rank

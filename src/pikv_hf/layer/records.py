@@ -30,8 +30,8 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
         return sealed
     index = torch.tensor(rows, device=queries.device)
     if observed.counted is None:
-        opened = _opened(state).rows(index)
-        tokens = opened if sealed is None else sealed.then(opened)
+        opened = _opened(state).select_rows(index)
+        tokens = opened if sealed is None else sealed.followed_by(opened)
         record = recorded(statistics, tokens, queries[index], state.num_seen, state.scale)
     else:
         record = observed.counted[index]
@@ -39,7 +39,7 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
     tail_record(state)[index] = record[:, :, before:]
     if sealed is None:
         return None
-    return sealed.joined(TokenTable({"record": record[:, :, :before]}))
+    return sealed.with_columns(TokenTable({"record": record[:, :, :before]}))
 
 
 def _opened(state: LayerState) -> TokenTable:
@@ -55,14 +55,14 @@ def _opened(state: LayerState) -> TokenTable:
     opened = TokenTable(
         {"keys": tail.view()[0], "record": tail_record(state), "positions": positions}
     )
-    return opened.joined(TokenTable({"valid": visible.expand(tail.batch, -1)[:, None]}))
+    return opened.with_columns(TokenTable({"valid": visible.expand(tail.batch, -1)[:, None]}))
 
 
 def with_record(state: LayerState, rows: list[int], new: TokenTable) -> TokenTable:
     """Return `new`, tail tokens of `rows`, with their records."""
-    record = TokenTable({"record": tail_record(state)}).rows(torch.tensor(rows))
+    record = TokenTable({"record": tail_record(state)}).select_rows(torch.tensor(rows))
     first = state.first_in_tail
-    return new.joined(record.tokens(new["positions"][0, 0] - first))
+    return new.with_columns(record.select_tokens(new["positions"][0, 0] - first))
 
 
 @without_autocast
@@ -74,7 +74,7 @@ def settle_held(state: LayerState) -> None:
     for rows in groups.values():
         sealed = settled(state, rows, state.pages.take(rows, with_values=False))
         if sealed is not None:
-            state.pages.append(sealed.front(), rows, state.tail.batch)
+            state.pages.append(sealed.valid_first(), rows, state.tail.batch)
     state.observed.settle()
 
 

@@ -27,7 +27,7 @@ def with_rest(state: LayerState, span: TokenTable) -> TokenTable:
     if keys.dtype == torch.float32:
         return span
     rest = torch.zeros_like(keys[..., rotary.turning], dtype=torch.int8)
-    return span.joined(TokenTable({"rest": rest}))
+    return span.with_columns(TokenTable({"rest": rest}))
 
 
 def rest_bytes(state: LayerState) -> int:
@@ -50,10 +50,10 @@ def side_by_side(state: LayerState, stays: TokenTable, kept: Tensor, places: int
     keys = stays["keys"]
     if "rest" not in stays:
         moved = rotary.rotate(keys, torch.zeros_like(dropped), dropped)
-        return stays.joined(TokenTable({"keys": moved}))
+        return stays.with_columns(TokenTable({"keys": moved}))
     exact = _exact(keys, stays["rest"], rotary)
     moved = rotary.rotate(exact, torch.zeros_like(dropped), dropped)
-    return stays.joined(
+    return stays.with_columns(
         TokenTable({"keys": moved.to(keys.dtype), "rest": _rest(moved, keys, rotary)})
     )
 

@@ -17,7 +17,6 @@ from .state import LayerState
 Groups = list[tuple[list[int], Tensor | None]]
 
 
-@without_autocast
 def seal_excess(state: LayerState) -> int:
     """Seal the oldest tokens of the tail that are due, and return their number."""
     count, due = excess(state) if state.num_seen >= state.due else (0, state.due)
@@ -33,6 +32,7 @@ def seal_excess(state: LayerState) -> int:
     return count
 
 
+@without_autocast
 def seal_oldest(state: LayerState, count: int) -> None:
     """Seal the oldest `count` tokens of the layer's tail.
 
@@ -43,9 +43,9 @@ def seal_oldest(state: LayerState, count: int) -> None:
     groups = _groups(state, count)
     _note_padding(state, count, groups)
     for rows, columns in groups:
-        span = oldest if len(rows) == state.tail.batch else oldest.rows(torch.tensor(rows))
+        span = oldest if len(rows) == state.tail.batch else oldest.select_rows(torch.tensor(rows))
         if columns is not None:
-            span = span.tokens(columns)
+            span = span.select_tokens(columns)
         new, room = span, Room(spare_bytes(state))
         state.note_departed(rows, len(span))
         if state.settings.scheduler is not None:

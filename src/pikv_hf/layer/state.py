@@ -107,8 +107,8 @@ class LayerState:
         self.module: Any = None
         self.rotary: Rotary | None = None
         self.compressor = settings.compressor.bind(config, facts.layer_idx)
-        tiers_of = functools.partial(settings.placement.tiers_of, facts.num_paged)
-        self.pages = PageTable(self.compressor, settings.page_size, tiers_of)
+        place = functools.partial(settings.placement.place, layers=facts.num_paged)
+        self.pages = PageTable(self.compressor, settings.page_size, place)
         self.guard, self.probe = Guard(), Probe(settings.probe)
         queries = max(self.compressor.observed_queries, self.probe.observed_queries)
         self.observed = Observations.for_needs(settings.needs | Needs(queries=queries))

@@ -2,31 +2,22 @@
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor
 
-from ..storage.tiers import Near, Tier
+from ..storage.tiers import Tier
 
 
 class Placement(ABC):
     """Chooses the memory of a layer's pages. A frozen dataclass without run state."""
 
     @abstractmethod
-    def pool_of(self, key_states: Tensor) -> torch.device:
-        """Return the device for the pages of a layer whose keys are `key_states` [B, H, T, D]."""
+    def place(self, states: Tensor, layers: int) -> list[Tier]:
+        """Return the kinds of memory for pages of keys `states` [B, H, T, D] of one of `layers`.
 
-    def tiers_of(self, layers: int, like: Tensor) -> list[Tier]:
-        """Return the tiers of a layer with tensors like `like`, one of `layers` layers."""
-        return self.tiers(self.pool_of(like), layers)
+        They are filled in this order; the last one has no limit. Pages are read on its device.
+        """
 
     @property
     def reads_ahead(self) -> bool:
         """True if tiers are to be told of pages before these are read."""
         return False
-
-    def tiers(self, device: torch.device, layers: int) -> list[Tier]:
-        """Return the kinds of memory for pages read on `device`, for one of `layers` layers.
-
-        They are filled in this order; the last one has no limit.
-        """
-        return [Near(device)]

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from ..storage.tiers import Near, Tier
 from .base import Placement
 
 
@@ -12,9 +12,9 @@ from .base import Placement
 class Local(Placement):
     """Keeps pages where accelerate (`device_map`, cpu and disk offload) runs their layer.
 
-    That is the device of the keys. `hf_device_map` names the place of the weights, which for an
-    offloaded layer is not where it runs.
+    The device of the keys is the place. `hf_device_map` names the place of the weights, which for
+    an offloaded layer is not where it runs.
     """
 
-    def pool_of(self, key_states: Tensor) -> torch.device:
-        return key_states.device
+    def place(self, states: Tensor, layers: int) -> list[Tier]:
+        return [Near(states.device)]

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from ..storage.tiers import Disk, Near, Ram, Tier
 from ..validation import parse_bytes
@@ -54,7 +54,8 @@ class Offload(Local):
     def reads_ahead(self) -> bool:
         return self.offload_folder is not None
 
-    def tiers(self, device: torch.device, layers: int) -> list[Tier]:
+    def place(self, states: Tensor, layers: int) -> list[Tier]:
+        device = states.device
         near = Near(device, _bytes("device_bytes", self.device_bytes) // layers)
         if self.ram_bytes is None or self.offload_folder is None:
             return [near, Ram(device)]

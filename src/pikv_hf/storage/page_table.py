@@ -28,12 +28,12 @@ class PageTable:
     """The pages of one layer, in uniform slabs and ragged pools; pages are never changed."""
 
     def __init__(
-        self, codec: PageCodec, page_size: int, tiers_of: Callable[[Tensor], list[Tier]] = near
+        self, codec: PageCodec, page_size: int, place: Callable[[Tensor], list[Tier]] = near
     ) -> None:
-        """Make an empty table; `tiers_of(tensor)` lists the tiers that its pages fill in order."""
+        """Make an empty table; `place(tensor)` lists the tiers that its pages fill in order."""
         self.codec = codec
         self.page_size = page_size
-        self.tiers_of = tiers_of
+        self.place = place
         self.tiers: list[Tier] = []
         self.slabs: list[UniformPages | RaggedPages] = []
 
@@ -57,10 +57,10 @@ class PageTable:
         codes = {name: self._paged(tensor) for name, tensor in span.codes().items()}
         states = {} if codes else self._states(span)
         sample = next(iter((codes or states).values()))
-        self.tiers = self.tiers_of(sample)
+        self.tiers = self.place(sample)
         known = span.without_codes().without("keys", "values", "valid")
         positions = TokenTable({"positions": known["positions"].to(torch.int32)})
-        known = positions.joined(known.without("positions"))
+        known = positions.with_columns(known.without("positions"))
         choice = None if codes else self.codec.assign(**states, queries=queries)
         is_behind_pools = any(isinstance(slab, RaggedPages) for slab in self.slabs)
         if not (choice is not None or is_behind_pools or "valid" in span):
@@ -283,7 +283,7 @@ class PageTable:
         """
         taken, with_values = None, with_values or not self.codec.is_per_token
         for span in self._spans(rows, with_values=with_values):
-            taken = span if taken is None else taken.then(span)
+            taken = span if taken is None else taken.followed_by(span)
         for slab in self.slabs:
             slab.drop_readers(set(rows))
         self.slabs = [slab for slab in self.slabs if slab.readers]

@@ -227,8 +227,8 @@ class RaggedPages(PageStore):
         valid = place < self.lengths[:used, None, None]
         order = (self.owner[:used, None, None] << 32) + meta["positions"]
         order = order.masked_fill(~valid, -1)
-        tokens = meta.joined(TokenTable({name: pages[:, :, 0] for name, pages in states}))
-        tokens = tokens.joined(TokenTable({"order": order}))
+        tokens = meta.with_columns(TokenTable({name: pages[:, :, 0] for name, pages in states}))
+        tokens = tokens.with_columns(TokenTable({"order": order}))
         if not (with_codes and self.codec.is_per_token):
             return tokens
         return tokens.with_codes({name: field[:, 0] for name, field in fields.items()})
@@ -252,7 +252,7 @@ class RaggedPages(PageStore):
         """Keep only the pages marked in `keep` [N], and set their owners from `owner` [N]."""
         index = keep.nonzero().flatten()
         self.fields = {k: self.tier.select(v, index) for k, v in self.fields.items()}
-        self.meta = self.meta.rows(index)
+        self.meta = self.meta.select_rows(index)
         self.owner = owner.index_select(0, index)
         self.lengths = self.lengths[: len(keep)].index_select(0, index)
         self.runs = [Run(len(index), 1)] if len(index) else []
@@ -276,14 +276,14 @@ def together(
         flat = TokenTable({name: t.flatten(0, 2)[None, None] for name, t in tokens.tensors.items()})
         for number, row in enumerate(pool.stored_of(rows).tolist()):
             order = flat["order"][0, 0]
-            of_row = flat.tokens(((order >> 32) // heads == row).nonzero().flatten())
+            of_row = flat.select_tokens(((order >> 32) // heads == row).nonzero().flatten())
             moved = of_row["order"] + ((number - row) * heads << 32)
-            parts.append(of_row.joined(TokenTable({"order": moved})))
+            parts.append(of_row.with_columns(TokenTable({"order": moved})))
     found = parts[0]
     for part in parts[1:]:
-        found = found.then(part)
+        found = found.followed_by(part)
     order, index = found["order"][0, 0].sort()
-    found, owner = found.tokens(index).without("order"), order >> 32
+    found, owner = found.select_tokens(index).without("order"), order >> 32
     counts = torch.bincount(owner, minlength=len(rows) * heads)
     width = int(counts.max())
     if width * len(counts) == len(found):
@@ -292,7 +292,7 @@ def together(
     # `found` is sorted by owner, so an owner's tokens end at its running sum of counts.
     behind = counts.cumsum(0)[:, None] - torch.arange(width, 0, -1, device=counts.device)
     valid = behind >= (counts.cumsum(0) - counts)[:, None]
-    padded = found.tokens(behind.clamp_min(0).flatten())
+    padded = found.select_tokens(behind.clamp_min(0).flatten())
     shape = len(rows), heads, width
     spread = {name: t[0, 0].unflatten(0, shape) for name, t in padded.tensors.items()}
     return TokenTable(spread | {"valid": valid.unflatten(0, shape[:2])})

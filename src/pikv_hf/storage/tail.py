@@ -43,20 +43,26 @@ class Tail:
         batch, heads, _, dim = self.keys.shape
         return batch * heads * (dim + self.values.shape[3]) * self.keys.element_size()
 
-    def append(
-        self, keys: Tensor, values: Tensor, capacity: int, scratch: PromptBuffer | None = None
-    ) -> None:
-        """Append tokens; a new buffer is made for `capacity` tokens, or for more if needed.
+    def has_room(self, count: int) -> bool:
+        """Return True if `count` more tokens can be written to the buffer."""
+        return self.length + count <= self.keys.shape[2] and is_writable(self.keys)
+
+    def make_room(self, count: int, capacity: int, scratch: PromptBuffer | None) -> None:
+        """Move to a buffer for `capacity` tokens, or more if `count` more tokens need it.
 
         More than `capacity` tokens are put in `scratch`, if there is one, until `drop` is called.
         """
-        end = self.length + keys.shape[2]
-        if end > self.keys.shape[2] and end > capacity and scratch is not None and not self._own:
+        end = self.length + count
+        if self.keys.shape[2] < end and end > capacity and scratch is not None and not self._own:
             own = self.keys, self.values
             self._move(0, scratch.lend(*own, end))
             self._own = own
-        elif end > self.keys.shape[2] or not is_writable(self.keys):
+        else:
             self._move(0, self._buffers(max(capacity, end)))
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append tokens, for which there is room."""
+        end = self.length + keys.shape[2]
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
@@ -90,14 +96,14 @@ class Tail:
         return self.length - (0 if self.labels is None else len(self.labels))
 
     def label(self, labels: TokenTable) -> None:
-        self.labels = labels if self.labels is None else self.labels.then(labels)
+        self.labels = labels if self.labels is None else self.labels.followed_by(labels)
 
     def map_rows(self, index: Tensor) -> None:
         self.keys = self.keys.index_select(0, index.to(self.keys.device))
         self.values = self.values.index_select(0, index.to(self.values.device))
         self._own = None
         if self.labels is not None:
-            self.labels = self.labels.rows(index)
+            self.labels = self.labels.select_rows(index)
 
     def view(self) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, H, length, D] as views."""
@@ -108,8 +114,8 @@ class Tail:
         keys, values = self.view()
         states = TokenTable({"keys": keys, "values": values}).narrow(0, count)
         positions = torch.arange(start, start + count).view(1, 1, -1)
-        span = states.joined(TokenTable({"positions": positions}))
-        return span if self.labels is None else span.joined(self.labels.narrow(0, count))
+        span = states.with_columns(TokenTable({"positions": positions}))
+        return span if self.labels is None else span.with_columns(self.labels.narrow(0, count))
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.keys, self.values, *(self._own or ()))

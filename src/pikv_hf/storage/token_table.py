@@ -36,14 +36,14 @@ class TokenTable:
     def without(self, *names: str) -> "TokenTable":
         return TokenTable({k: v for k, v in self.tensors.items() if k not in names})
 
-    def joined(self, other: "TokenTable") -> "TokenTable":
-        """Return these tokens with the tensors of `other` added."""
+    def with_columns(self, other: "TokenTable") -> "TokenTable":
+        """Return these tokens with the columns of `other` added."""
         return TokenTable(self.tensors | other.tensors)
 
-    def rows(self, index: Tensor) -> "TokenTable":
+    def select_rows(self, index: Tensor) -> "TokenTable":
         return self._map(lambda t: t if t.shape[0] == 1 else t.index_select(0, index.to(t.device)))
 
-    def tokens(self, index: Tensor) -> "TokenTable":
+    def select_tokens(self, index: Tensor) -> "TokenTable":
         return self._map(lambda t: t.index_select(2, index.to(t.device)))
 
     def narrow(self, start: int, length: int) -> "TokenTable":
@@ -63,18 +63,20 @@ class TokenTable:
 
     def with_codes(self, codes: dict[str, Tensor]) -> "TokenTable":
         """Return these tokens with their codes [R, H, T, ...] added."""
-        return self.joined(TokenTable({CODE + name: tensor for name, tensor in codes.items()}))
+        return self.with_columns(
+            TokenTable({CODE + name: tensor for name, tensor in codes.items()})
+        )
 
     def without_codes(self) -> "TokenTable":
         return TokenTable({k: v for k, v in self.tensors.items() if not k.startswith(CODE)})
 
-    def then(self, newer: "TokenTable") -> "TokenTable":
+    def followed_by(self, newer: "TokenTable") -> "TokenTable":
         """Append `newer`, in the tensors that both tables have.
 
         If only one table has `valid`, all tokens of the table without it are valid.
         """
         if ("valid" in self) != ("valid" in newer):
-            return self.all_valid().then(newer.all_valid())
+            return self.all_valid().followed_by(newer.all_valid())
 
         def concatenate(name: str) -> Tensor:
             a, b = self[name], newer[name].to(self[name].device)
@@ -89,7 +91,7 @@ class TokenTable:
         ones = torch.ones(1, 1, len(self), dtype=torch.bool, device=device)
         return TokenTable({"valid": ones} | self.tensors)
 
-    def front(self) -> "TokenTable":
+    def valid_first(self) -> "TokenTable":
         """Return these tokens with the valid tokens of each row and head first."""
         if "valid" not in self:
             return self

@@ -88,7 +88,7 @@ class UniformPages(PageStore):
 
     def keep_rows(self, used: Tensor) -> None:
         self.fields = {k: self.tier.select(v, used) for k, v in self.fields.items()}
-        self.meta = self.meta.rows(used)
+        self.meta = self.meta.select_rows(used)
 
     def crop(self, position: int) -> None:
         columns = self.meta["positions"][0, 0, : self.length]
@@ -119,7 +119,7 @@ class UniformPages(PageStore):
     def selected_blocks(self, pages: Tensor) -> Iterator[Block]:
         """Yield copies of the full pages `pages` [len(readers), H, K] of each reader, in blocks."""
         step = self._pages_per_block()
-        rows = TokenTable(self.fields).rows(self.index("stored", pages.device))
+        rows = TokenTable(self.fields).select_rows(self.index("stored", pages.device))
         for start in range(0, pages.shape[2], step):
             chosen = pages[:, :, start : start + step]
             yield self.tier.bring(rows.gather(chosen).tensors), chosen.shape[2] * self.page_size
@@ -147,9 +147,9 @@ class UniformPages(PageStore):
             codes = self.tier.bring(self.fields)
             codes = {name: flat_tokens(t, self.length) for name, t in codes.items()}
             states = states.with_codes(codes)
-        tokens = states.joined(self.meta.narrow(0, self.length))
+        tokens = states.with_columns(self.meta.narrow(0, self.length))
         stored = self.stored_of(rows)
-        return tokens if stored.tolist() == list(range(self.rows)) else tokens.rows(stored)
+        return tokens if stored.tolist() == list(range(self.rows)) else tokens.select_rows(stored)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.fields.values()
