@@ -163,7 +163,7 @@ class FakeGpuTensor(torch.Tensor):
         return f"FakeGpuTensor({self.inner}, device='{self.device}')"
 
     def tolist(self):
-        return self.inner.tolist()
+        return self.cpu().tolist()  # which is counted
 
     def numpy(self):
         raise TypeError("can't convert a fakegpu tensor to numpy: copy it to the CPU first")
