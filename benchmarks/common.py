@@ -125,7 +125,9 @@ class Result:
         if not quick:
             path = OUT / f"{self.name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            record = {"command": f"python benchmarks/{Path(sys.argv[0]).name}"} | asdict(self)
+            record = {
+                "command": f"python {Path(sys.argv[0]).resolve().relative_to(ROOT)}"
+            } | asdict(self)
             path.write_text(json.dumps(record | {"environment": environment()}, indent=1) + "\n")
 
 

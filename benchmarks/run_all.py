@@ -27,11 +27,17 @@ SCRIPTS = [
     "duo_cpu",
     "quest_cpu",
     "offload_cpu",
+    "launches/steps",
+    "launches/growth",
+    "launches/moved",
+    "launches/chunks",
+    "launches/addresses",
 ]
 INTRO = """# CPU benchmarks
 
 Written by `python benchmarks/run_all.py`; do not edit. Every ratio compares two caches in the same
 process and in interleaved rounds, by process CPU time. Other processes may have run beside it.
+The scripts of `launches/` time nothing: they count what an accelerator would be asked to do.
 """
 
 

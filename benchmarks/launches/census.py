@@ -199,7 +199,9 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def touched_bytes(tensor: Tensor) -> int:
     """Return the bytes of the different elements of a tensor: expanded ones are read once."""
-    lengths = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not n]
+    lengths = [
+        n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not n
+    ]
     return torch.Size(lengths).numel() * tensor.element_size()
 
 

@@ -50,7 +50,9 @@ def tiny_model(layers: int) -> Qwen3MoeForCausalLM:
 
 def new_cache(model: Qwen3MoeForCausalLM, method: str | None) -> Cache:
     """Return a cache of one of `METHODS`; None = DynamicCache."""
-    return DynamicCache(config=model.config) if method is None else PiKVCache(model, **METHODS[method])
+    return (
+        DynamicCache(config=model.config) if method is None else PiKVCache(model, **METHODS[method])
+    )
 
 
 class Held(NamedTuple):

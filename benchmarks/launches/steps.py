@@ -99,7 +99,9 @@ class Costs:
             if of_kind == kind and of_prompt == prompt and (other, method, kind) in self.added
         ]
 
-    def differences(self, kind: str, prompt: str, other: str, methods: tuple[str, ...] = ()) -> list[float]:
+    def differences(
+        self, kind: str, prompt: str, other: str, methods: tuple[str, ...] = ()
+    ) -> list[float]:
         """Return kernels after `prompt` less those after `other`, of each method."""
         pairs = (self.values("kernels", kind, methods, name) for name in (prompt, other))
         return [one - two for one, two in zip(*pairs, strict=True)]
@@ -167,8 +169,14 @@ def add_goals(result: Result, costs: Costs) -> None:
     at_most(3, "lossless, plain: kernels", costs.values("kernels", "plain", lossless, ONE))
     at_most(6, "codes, plain: kernels", costs.values("kernels", "plain", COMPRESSED, ONE))
     for methods, name in ((lossless, "lossless"), (COMPRESSED, "codes")):
-        at_most(0, f"{name}, plain: kernels more at {FAR} tokens than at {ONE}", costs.differences("plain", FAR, ONE, methods))
-    at_most(2, "plain: kernels more with padding than without", costs.differences("plain", PADDED, MANY))
+        at_most(
+            0,
+            f"{name}, plain: kernels more at {FAR} tokens than at {ONE}",
+            costs.differences("plain", FAR, ONE, methods),
+        )
+    at_most(
+        2, "plain: kernels more with padding than without", costs.differences("plain", PADDED, MANY)
+    )
     at_most(0, "plain: synchronizations", costs.values("syncs", "plain"))
     at_most(0, "plain: uploads", costs.values("uploads", "plain"))
     at_most(0, "seal: synchronizations", costs.values("syncs", "seal"))
@@ -177,7 +185,9 @@ def add_goals(result: Result, costs: Costs) -> None:
     even = tuple(method for method in METHODS if method not in RAGGED)
     at_most(60, "evict: kernels, heads alike", costs.values("kernels", "evict", even, ONE))
     at_most(120, "evict: kernels, ragged heads", costs.values("kernels", "evict", RAGGED, ONE))
-    at_most(2, "evict: kernels with padding over those of one row", costs.ratios("evict", PADDED, ONE))
+    at_most(
+        2, "evict: kernels with padding over those of one row", costs.ratios("evict", PADDED, ONE)
+    )
 
 
 if __name__ == "__main__":
