@@ -62,16 +62,20 @@ class Cost:
         names = (part.name for part in fields(self))
         return Cost(*(getattr(self, name) - getattr(other, name) for name in names))
 
+    def __str__(self) -> str:
+        return f"{self.kernels:.4g} ({self.syncs}, {self.uploads})"
+
 
 class Costs:
     """What PiKVCache adds to the steps of DynamicCache: a `Cost` by prompt, method and kind."""
 
     def __init__(self) -> None:
+        self.base: dict[str, Cost] = {}
         self.added: dict[tuple[str, str, str], Cost] = {}
 
     def measure(self, prompt: str, methods: list[str]) -> None:
         """Count steps after `prompt`."""
-        base = costs_of(None, PROMPTS[prompt])["plain"]
+        base = self.base[prompt] = costs_of(None, PROMPTS[prompt])["plain"]
         for method in methods:
             for kind, cost in costs_of(method, PROMPTS[prompt]).items():
                 self.added[prompt, method, kind] = cost.above(base)
@@ -79,7 +83,7 @@ class Costs:
     def cell(self, prompt: str, method: str, kind: str) -> str:
         """Return a cell of the table: kernels of a layer, and syncs and uploads of the step."""
         cost = self.added.get((prompt, method, kind))
-        return "-" if cost is None else f"{cost.kernels:+.4g} ({cost.syncs}, {cost.uploads})"
+        return "-" if cost is None else f"+{cost}"
 
     def values(
         self, part: str, kind: str, methods: tuple[str, ...] = (), prompt: str = ""
@@ -150,6 +154,8 @@ def main() -> None:
         ["prompt", "method", "plain", "beside", "seal", "evict"],
     )
     for prompt in prompts:
+        base = costs.base[prompt]
+        result.add(prompt, "DynamicCache, whole", base, f"{base.beside:.4g}", "", "")
         for method in methods:
             plain, seal, evict = (costs.cell(prompt, method, k) for k in ("plain", "seal", "evict"))
             beside = f"{costs.added[prompt, method, 'plain'].beside:+.4g}"
