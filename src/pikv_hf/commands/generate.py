@@ -8,7 +8,6 @@ from .terminal import (
     CACHES,
     DeviceMap,
     Dtype,
-    DtypeOption,
     Model,
     Probe,
     distinct,
@@ -38,7 +37,7 @@ def generate_command(
     chat: Annotated[
         bool, typer.Option("--chat", help="Apply the chat template to the prompt.")
     ] = False,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> None:
     """Continue the text of a file greedily, and report what the cache holds afterwards."""

@@ -40,6 +40,13 @@ def load(
     return model, tokenizer  # ty: ignore[invalid-explicit-return]
 
 
+def check_length(model: PreTrainedModel, tokens: int, given: str) -> None:
+    """Refuse texts of `tokens` tokens if `model` reads fewer; `given`: which argument asks."""
+    max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_tokens is not None and tokens > max_tokens:
+        raise ValueError(f"{given}, but the model reads at most {max_tokens} tokens.")
+
+
 def encode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
