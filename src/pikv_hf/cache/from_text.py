@@ -144,32 +144,30 @@ def _value(name: str, node: ast.expr) -> Any:
     if name not in METHODS:
         names = [*METHODS, *NUMBERS]
         raise ValueError(f"{name!r} is no option of a cache; it has {names}.{_hint(name, names)}")
-    registry, base = METHODS[name]
     try:
-        return resolve(name, _method(name, node, registry, base), registry, base)
+        return _method(name, node)
     except TypeError as error:  # an argument that the method does not have
         reason = str(error).rstrip(".")
         raise ValueError(f"`{name}` is {ast.unparse(node)}: {reason}.") from error
 
 
-def _method(name: str, node: ast.expr, registry: dict[str, type], base: type) -> Any:
-    """Evaluate a name, or a name called with literals and other methods of its kind."""
-    if isinstance(node, ast.Name):
-        return WORDS.get(node.id.lower(), _known(node.id, registry))
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        return _literal(name, node)
-    method = type(resolve(name, _known(node.func.id, registry), registry, base))
-    return method(
-        *(_argument(name, part, registry, base) for part in node.args),
-        **{str(k.arg): _argument(name, k.value, registry, base) for k in node.keywords},
-    )
+def _method(name: str, node: ast.expr) -> Any:
+    """Make the method that `node` names, or calls with literals and other methods of its kind."""
+    registry, base = METHODS[name]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        method = type(resolve(name, _known(node.func.id, registry), registry, base))
+        keywords = {str(pair.arg): _argument(name, pair.value) for pair in node.keywords}
+        return method(*(_argument(name, part) for part in node.args), **keywords)
+    is_name = isinstance(node, ast.Name) and node.id.lower() not in WORDS
+    value = _known(node.id, registry) if is_name else _literal(name, node)
+    return resolve(name, value, registry, base)
 
 
-def _argument(name: str, node: ast.expr, registry: dict[str, type], base: type) -> Any:
+def _argument(name: str, node: ast.expr) -> Any:
     if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id.lower() not in WORDS):
-        return resolve(name, _method(name, node, registry, base), registry, base)
+        return _method(name, node)
     if isinstance(node, ast.Tuple):
-        return tuple(_argument(name, part, registry, base) for part in node.elts)
+        return tuple(_argument(name, part) for part in node.elts)
     return _literal(name, node)
 
 

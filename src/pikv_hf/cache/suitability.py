@@ -36,13 +36,13 @@ def check_fit(cache: PagedCache, model: PreTrainedModel, binding: Binding) -> No
                 output_projection(modules[0])
     if not hasattr(cache, "layers"):
         settings.compressor.check(model)
-    elif type(model.config) is not type(cache.config) or cache.paged_indices != sorted(
-        binding.attention
-    ):
-        raise ValueError(
-            f"this PiKVCache was made for a model of {type(cache.config).__name__} with paged "
-            f"layers {cache.paged_indices}; it cannot be attached to {type(model).__name__}."
-        )
+    else:
+        paged, made_for = [state.layer_idx for state in cache.states], type(cache.config)
+        if type(model.config) is not made_for or paged != sorted(binding.attention):
+            raise ValueError(
+                f"this PiKVCache was made for a model of {made_for.__name__} with paged layers "
+                f"{paged}; it cannot be attached to {type(model).__name__}."
+            )
     if settings.needs_rotary:
         _check_moves(settings, binding)
 
