@@ -36,14 +36,9 @@ class Progress(Resumable):
         return tensors, {"done": self.done}
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        layers = sorted({int(name.partition(".")[0]) for name in tensors})
-        self.done, self.sums = (
-            metadata["done"],
-            {
-                layer: Effect(*(tensors[f"{layer}.{name}"] for name in Effect._fields))
-                for layer in layers
-            },
-        )
+        self.done = metadata["done"]
+        for layer in sorted({int(name.partition(".")[0]) for name in tensors}):
+            self.sums[layer] = Effect(*(tensors[f"{layer}.{name}"] for name in Effect._fields))
 
 
 def profile(
