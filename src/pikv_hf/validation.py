@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 Method = TypeVar("Method")
@@ -21,10 +22,16 @@ def resolve(
             f"`{argument}` is a {type(value).__name__}; it must be a name, a {base.__name__} or None."
         )
     if value not in registry:
-        near = difflib.get_close_matches(value, registry, n=3, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"`{argument}` is {value!r}; it must be one of {sorted(registry)}.{hint}")
+        raise ValueError(
+            f"`{argument}` is {value!r}; it must be one of {sorted(registry)}.{hint(value, registry)}"
+        )
     return registry[value]()
+
+
+def hint(name: str, names: Iterable[str]) -> str:
+    """Return a question, to end a message, whether some of `names` was meant by `name`."""
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def parse_bytes(text: str) -> int | None:

@@ -86,9 +86,7 @@ def check_forward(cache: PagedCache, model: PreTrainedModel | None, kwargs: dict
             "`output_attentions` is True; PiKVCache computes no attention weights: pass False."
         )
     seen = cache.get_seq_length()
-    inputs = (
-        kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-    )
+    inputs = _new_inputs(kwargs)
     if inputs is not None and cache.rows not in (None, inputs.shape[0]):
         raise ValueError(
             f"the batch has {inputs.shape[0]} rows, but `{CACHE}` holds {cache.rows}: call "
@@ -207,6 +205,11 @@ def check_owner(cache: PagedCache, model: PreTrainedModel | None) -> None:
 
 def num_new_tokens(inputs: dict[str, Any]) -> int:
     """Return the number of tokens in the inputs of a forward pass."""
+    new = _new_inputs(inputs)
+    return 0 if new is None else new.shape[1]
+
+
+def _new_inputs(inputs: dict[str, Any]) -> Tensor | None:
+    """Return the embeddings or token ids in the inputs of a forward pass."""
     embeds = inputs.get("inputs_embeds")
-    ids = embeds if embeds is not None else inputs.get("input_ids")
-    return 0 if ids is None else ids.shape[1]
+    return inputs.get("input_ids") if embeds is None else embeds

@@ -1,7 +1,6 @@
 """Parser of the text of `--cache`, whose names and values are arguments of `PiKVCache`."""
 
 import ast
-import difflib
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from ..compressors import COMPRESSORS, Compressor
 from ..placements import PLACEMENTS, Placement
 from ..routers import ROUTERS, Router
 from ..schedulers import SCHEDULERS, Scheduler
-from ..validation import resolve
+from ..validation import hint, resolve
 from .arguments import check_budget
 from .pikv_cache import PiKVCache
 
@@ -124,7 +123,7 @@ def _kind_of(node: ast.expr) -> str:
             return kind
     names = [name for registry, _ in METHODS.values() for name in registry]
     raise ValueError(
-        f"{text!r} is no method, nor name=value.{_hint(text, [*names, DYNAMIC, LOSSLESS])}"
+        f"{text!r} is no method, nor name=value.{hint(text, [*names, DYNAMIC, LOSSLESS])}"
     )
 
 
@@ -133,17 +132,12 @@ def _known(name: str, registry: dict[str, type]) -> str:
     return next((key for key, method in registry.items() if method.__name__ == name), name)
 
 
-def _hint(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=2)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
 def _value(name: str, node: ast.expr) -> Any:
     if name in NUMBERS:
         return _literal(name, node)
     if name not in METHODS:
         names = [*METHODS, *NUMBERS]
-        raise ValueError(f"{name!r} is no option of a cache; it has {names}.{_hint(name, names)}")
+        raise ValueError(f"{name!r} is no option of a cache; it has {names}.{hint(name, names)}")
     try:
         return _method(name, node)
     except TypeError as error:  # an argument that the method does not have

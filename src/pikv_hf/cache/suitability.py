@@ -73,7 +73,7 @@ def _check_moves(settings: Settings, binding: Binding) -> None:
         )
 
 
-def warn_if_idle(cache: PagedCache, stacklevel: int = 5) -> None:
+def warn_if_idle(cache: PagedCache, stacklevel: int = 4) -> None:
     """Warn if no layer can be paged although the cache has methods that act on pages.
 
     `stacklevel`: by default of whoever made, or attached, the cache.
@@ -81,11 +81,8 @@ def warn_if_idle(cache: PagedCache, stacklevel: int = 5) -> None:
     reasons, idle = cache.unpaged, cache.settings.methods
     if idle and len(reasons) == len(cache.layers_to_be):
         names = " and ".join(f"`{name}`" for name in idle)
-        _warn(
-            f"{names} can do nothing for {type(cache.model).__name__}: {no_layer(reasons)}. "
-            "Everything is kept as it is.",
-            stacklevel,
-        )
+        text = f"{names} can do nothing for {type(cache.model).__name__}: {no_layer(reasons)}."
+        warnings.warn(f"{text} Everything is kept as it is.", UserWarning, stacklevel)
 
 
 def no_layer(reasons: dict[int, str]) -> str:
@@ -126,9 +123,5 @@ def warn_of_another_cache(cache: PagedCache) -> str:
         "on. Models with two rotary scales ('longrope') do so where a text exceeds "
         "`original_max_position_embeddings`."
     )
-    _warn(text)
+    warnings.warn(text, UserWarning, stacklevel=4)
     return text
-
-
-def _warn(text: str, stacklevel: int = 5) -> None:
-    warnings.warn(text, UserWarning, stacklevel=stacklevel)

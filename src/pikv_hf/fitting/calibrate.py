@@ -3,6 +3,7 @@
 An interrupted run leaves its state in a file beside the result. Repeating the call resumes it.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -108,15 +109,12 @@ def _capture(
 ) -> None:
     if progress.has_read_all:
         return
-    observer = Observer(model, job.length, job.windows)
-    observer.captured = progress.captured
-    try:
+    with contextlib.closing(Observer(model, job.length, job.windows)) as observer:
+        observer.captured = progress.captured
         for piece in islice(pieces, observer.captured.pieces, None):
             observer.read(piece)
             progress.captured = observer.captured
             progress.save_sometimes()
-    finally:
-        observer.close()
     if progress.captured.pieces < 2:
         raise ValueError(
             f"the texts have fewer than {2 * job.piece_tokens} tokens, two pieces of "

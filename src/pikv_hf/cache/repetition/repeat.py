@@ -1,13 +1,12 @@
 """One repetition of a whole text, which is taken back."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...layer.paged_layer import PagedLayer
+from ...storage.memory import tensors_in
 from ..paged_cache import PagedCache
 from ..token_log import TokenLog
 from .listener import Listener
@@ -58,12 +57,4 @@ def repeat(cache: PagedCache) -> None:
 
 def _twin(layer: Any) -> Any:
     """Copy a layer, tensors with a gradient included, which `deepcopy` alone refuses."""
-
-    def tensors(value: Any) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict | list | tuple):
-            for part in value.values() if isinstance(value, dict) else value:
-                yield from tensors(part)
-
-    return copy.deepcopy(layer, {id(t): t.detach().clone() for t in tensors(vars(layer))})
+    return copy.deepcopy(layer, {id(t): t.detach().clone() for t in tensors_in(vars(layer))})
