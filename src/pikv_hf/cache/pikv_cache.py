@@ -118,7 +118,7 @@ class PiKVCache(AttachedCache):
                 f"`{chosen[0]}` needs an attached cache: pass the model, `PiKVCache(model, ...)`, "
                 "instead of its config."
             )
-        self.make_parts(make_settings(**options))
+        self.make_parts(make_settings(options))
         self._budget = budget
         if config is not None:
             self.fill(config)

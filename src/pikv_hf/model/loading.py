@@ -8,9 +8,12 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .versions import with_cache
 
 if TYPE_CHECKING:
 
@@ -57,3 +60,11 @@ def encode(
     encoded = tokenizer(text, add_special_tokens=special_tokens, return_tensors="pt")
     ids = encoded.input_ids.to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def generate(
+    model: GenerativeModel, inputs: dict[str, Tensor], cache: Cache | None, streamer: Any, most: int
+) -> Any:
+    """Generate at most `most` tokens with `cache`; return an output that has the cache in it."""
+    options = {"streamer": streamer, "max_new_tokens": most, "return_dict_in_generate": True}
+    return model.generate(**inputs, **with_cache(cache), **options)

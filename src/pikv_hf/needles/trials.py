@@ -14,8 +14,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache.from_text import CacheOption
 from ..cache.pikv_cache import PiKVCache
-from ..model.loading import GenerativeModel, encode
-from ..model.versions import BaseStreamer, DynamicLayer, cache_in, with_cache
+from ..model.loading import GenerativeModel, encode, generate
+from ..model.versions import BaseStreamer, DynamicLayer, cache_in
 from ..requirements import VERSION
 from ..storage.memory import storage_bytes, tensors_in
 from .haystack import Haystack, make_haystack
@@ -115,13 +115,7 @@ def answer(
     inputs = encode(model, tokenizer, stack.prompt())
     spare = len(tokenizer(stack.answers[0], add_special_tokens=False).input_ids) + SPARE_TOKENS
     clock, cache = Clock(), option.make(model)
-    out = model.generate(
-        **inputs,
-        **with_cache(cache),
-        max_new_tokens=spare,
-        streamer=clock,
-        return_dict_in_generate=True,
-    )
+    out = generate(model, inputs, cache, clock, spare)
     steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
     new_tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     reply = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)[0]

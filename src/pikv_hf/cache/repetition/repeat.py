@@ -35,13 +35,13 @@ def repeat(cache: PagedCache) -> None:
             for listener in listeners:
                 listener.state.listen(listener)
             for number in range(text.chunks):
-                chunk = text.chunk(number)
+                parts = text.chunk(number)
                 for listener in listeners:
-                    listener.hear(*chunk[:3])
+                    listener.hear(parts)
                 # Layers that are not paged cannot remove tokens: copies of them are used.
                 twins = [x if isinstance(x, PagedLayer) else _twin(x) for x in layers]
                 cache.stand_in(twins, TokenLog())
-                text.read(*chunk[2:])
+                text.read(parts)
                 for state in written:
                     state.crop(seen)
         finally:
