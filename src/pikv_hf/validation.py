@@ -22,9 +22,8 @@ def resolve(
             f"`{argument}` is a {type(value).__name__}; it must be a name, a {base.__name__} or None."
         )
     if value not in registry:
-        raise ValueError(
-            f"`{argument}` is {value!r}; it must be one of {sorted(registry)}.{hint(value, registry)}"
-        )
+        text = f"`{argument}` is {value!r}; it must be one of {sorted(registry)}."
+        raise ValueError(text + hint(value, registry))
     return registry[value]()
 
 

@@ -68,9 +68,8 @@ def make_settings(given: dict[str, Any]) -> Settings:
     if interval is not None:
         check_count("interval", interval)
     _check_together(scheduler, compressor, router)
-    count = None if budget is None else budget.least_count
-    if scheduler is not None and budget is None:
-        count = scheduler.budget(0)
+    own = None if scheduler is None else scheduler.budget(0)
+    count = own if budget is None else budget.least_count
     settings = Settings(
         compressor=compressor,
         scheduler=scheduler,
@@ -92,8 +91,8 @@ def make_settings(given: dict[str, Any]) -> Settings:
         if settings.num_sinks > sinks:
             what = f"`scheduler` is {scheduler}, whose number of sinks, {settings.num_sinks},"
         raise ValueError(
-            f"{what} with a window of {settings.window} tokens exceeds a budget of {count} tokens; it "
-            "must be smaller."
+            f"{what} with a window of {settings.window} tokens exceeds a budget of {count} tokens; "
+            "it must be smaller."
         )
     return settings
 

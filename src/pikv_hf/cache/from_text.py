@@ -116,8 +116,7 @@ def _as_python(text: str) -> str:
 
 def _kind_of(node: ast.expr) -> str:
     """Return the argument that a method is for: `scheduler` for `keydiff` and `KeyDiff()`."""
-    name = node.func if isinstance(node, ast.Call) else node
-    text = ast.unparse(name)
+    text = ast.unparse(node.func if isinstance(node, ast.Call) else node)
     for kind, (registry, _) in METHODS.items():
         if _known(text, registry) in registry:
             return kind

@@ -57,8 +57,8 @@ class PagedCache(Cache, AttachableCache):
         # Before 5.23 a block of nemotron_h without attention has a layer for states, always empty.
         types = getattr(self.config.get_text_config(decoder=True), "layer_types", None) or ()
         empty = {idx for idx, layer_type in enumerate(types) if layer_type in ("moe", "mlp")}
-        unpaged = (idx for idx, layer in enumerate(layers) if not isinstance(layer, PagedLayer))
-        others = [layers[idx] for idx in unpaged if idx not in empty]
+        paged = {state.layer_idx for state in self.states}
+        others = [x for i, x in enumerate(layers) if i not in empty | paged]
         native: Any = self.native_class
         if native is not None:
             native.__init__(self)

@@ -265,7 +265,8 @@ class PiKVCache(AttachedCache):
         }
         set_ones = "".join(f", {k}={v}" for k, v in methods.items() if v is not None)
         model = type(self.model).__name__ if self.model is not None else "unattached"
+        layers, paged = len(self.layers_to_be), len(self.states)
         return (
             f"PiKVCache({model}{set_ones}, page_size={settings.page_size}, window={settings.window}, "
-            f"layers={len(self.layers_to_be)}, paged={len(self.states)}, seq_length={self.get_seq_length()})"
+            f"layers={layers}, paged={paged}, seq_length={self.get_seq_length()})"
         )

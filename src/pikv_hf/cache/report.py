@@ -71,9 +71,8 @@ class Report:
         full, full_bf16 = (sum(_full_nbytes(x, size) for x in cache.layers) for size in (None, 2))
         names = ("scheduler", "budget", "compressor", "router", "placement", "page_size", "window")
         settings = {name: repr(getattr(cache.settings, name)) for name in names}
-        seen, nbytes = cache.get_seq_length(), cache_bytes(cache)
         tiers = {name: sum(row.tiers.get(name, 0) for row in layers) for name in TIERS}
-        numbers = (seen, nbytes, full, full_bf16, cache.settings.probe)
+        numbers = cache.get_seq_length(), cache_bytes(cache), full, full_bf16, cache.settings.probe
         return cls(*numbers, settings, tiers, layers, cache.note, fork_bytes(cache))
 
     @property

@@ -15,7 +15,8 @@ COMMANDS = {
     "interrupted run.",
     "profile": "Find KV heads that need all tokens, for duo; the same command resumes an "
     "interrupted run.",
-    "demo": "Hide needles in a haystack and find them with several caches: accuracy, memory, speed.",
+    "demo": "Hide needles in a haystack and find them with several caches: accuracy, memory, "
+    "speed.",
     "generate": "Continue the text of a file greedily, and report what the cache holds afterwards.",
     "methods": "List compressors, schedulers, routers and placements, with a sentence on each.",
 }

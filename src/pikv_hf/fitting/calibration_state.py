@@ -45,9 +45,8 @@ class Progress(Resumable):
         for idx, capture in self.captured.layers.items():
             numbers[idx] = capture.scale, capture.keys.count
             tensors |= _named(f"capture.{idx}.", capture)
-        return tensors, self.errors() | {
-            "state": [self.captured.pieces, self.has_read_all, numbers]
-        }
+        state = [self.captured.pieces, self.has_read_all, numbers]
+        return tensors, self.errors() | {"state": state}
 
     def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         pieces, self.has_read_all, numbers = metadata["state"]
@@ -55,8 +54,7 @@ class Progress(Resumable):
         self.captured = Captured(pieces, layers)
         for method, errors in metadata["held_out_errors"].items():
             for idx, pair in errors.items():
-                found = _under(tensors, f"{method}.{idx}.")
-                self.fits[method][int(idx)] = Fit(found, *pair)
+                self.fits[method][int(idx)] = Fit(_under(tensors, f"{method}.{idx}."), *pair)
 
 
 def _named(prefix: str, capture: Capture) -> dict[str, Tensor]:

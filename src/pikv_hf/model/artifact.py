@@ -137,14 +137,13 @@ def _name_of(model: PreTrainedModel) -> str:
 
 def _samples(model: PreTrainedModel) -> Iterator[tuple[str, list[float]]]:
     """Yield numbers of the first, middle and last layer whose attention weights can be read."""
-    layers: list[list[tuple[str, Tensor]]] = []
+    layers = []
     for name, module in model.named_modules():
         if (
             "attn" in name.rpartition(".")[2].lower()
             or "attention" in type(module).__name__.lower()
         ):
-            weights: Any = module.named_parameters(prefix=name)
-            plain = [(n, w) for n, w in weights if is_plain(w)]
+            plain = [(n, w) for n, w in module.named_parameters(prefix=name) if is_plain(w)]
             if plain:
                 layers.append(plain)
     last = len(layers) - 1
