@@ -23,13 +23,13 @@ def resolve(
         )
     if value not in registry:
         text = f"`{argument}` is {value!r}; it must be one of {sorted(registry)}."
-        raise ValueError(text + hint(value, registry))
+        raise ValueError(text + hint(value, registry, n=3, cutoff=0.4))
     return registry[value]()
 
 
-def hint(name: str, names: Iterable[str]) -> str:
-    """Return a question, to end a message, whether some of `names` was meant by `name`."""
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
+def hint(name: str, names: Iterable[str], n: int = 2, cutoff: float = 0.6) -> str:
+    """Return a question whether `name` means one of `names`: at most `n`, as close as `cutoff`."""
+    near = difflib.get_close_matches(name, list(names), n, cutoff)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
