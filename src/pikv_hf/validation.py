@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 Method = TypeVar("Method")
@@ -21,10 +22,15 @@ def resolve(
             f"`{argument}` is a {type(value).__name__}; it must be a name, a {base.__name__} or None."
         )
     if value not in registry:
-        near = difflib.get_close_matches(value, registry, n=3, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"`{argument}` is {value!r}; it must be one of {sorted(registry)}.{hint}")
+        text = f"`{argument}` is {value!r}; it must be one of {sorted(registry)}."
+        raise ValueError(text + hint(value, registry, n=3, cutoff=0.4))
     return registry[value]()
+
+
+def hint(name: str, names: Iterable[str], n: int = 2, cutoff: float = 0.6) -> str:
+    """Return a question whether `name` means one of `names`: at most `n`, as close as `cutoff`."""
+    near = difflib.get_close_matches(name, list(names), n, cutoff)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def parse_bytes(text: str) -> int | None:

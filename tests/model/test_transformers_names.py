@@ -60,7 +60,7 @@ PRIVATE = {
         "optional: the fused CPU attention that returns its log-sum-exp",
     ),
     # Private to namedtuples, which document it as public.
-    "_asdict": ("fitting/profile.py fitting/resumable.py", "named tuples as dicts"),
+    "_asdict": ("fitting/profile.py fitting/calibration_state.py", "named tuples as dicts"),
 }
 
 

@@ -55,57 +55,44 @@ def default_window(window: int | None, count: int | None, saves_memory: bool, le
     return window
 
 
-def make_settings(
-    *,
-    scheduler: str | Scheduler | None,
-    budget: Any,
-    sinks: int,
-    interval: int | None,
-    hold_prompt: bool,
-    compressor: str | Compressor | None,
-    router: str | Router | None,
-    placement: str | Placement | None,
-    page_size: int,
-    window: int | None,
-    probe: bool,
-) -> Settings:
-    """Return the arguments of `PiKVCache` as settings, checked and with names resolved."""
-    scheduler = resolve("scheduler", scheduler, SCHEDULERS, Scheduler)
-    compressor = resolve("compressor", compressor, COMPRESSORS, Compressor) or Identity()
-    router = resolve("router", router, ROUTERS, Router)
-    amounts = check_budget(budget, scheduler)
+def make_settings(given: dict[str, Any]) -> Settings:
+    """Return the arguments of `PiKVCache`, by name, as settings: checked, with names resolved."""
+    scheduler = resolve("scheduler", given["scheduler"], SCHEDULERS, Scheduler)
+    compressor = resolve("compressor", given["compressor"], COMPRESSORS, Compressor) or Identity()
+    router = resolve("router", given["router"], ROUTERS, Router)
+    budget = check_budget(given["budget"], scheduler)
+    sinks, interval = given["sinks"], given["interval"]
     check_whole("sinks", sinks)
-    check_flag("probe", probe)
-    check_flag("hold_prompt", hold_prompt)
+    check_flag("probe", given["probe"])
+    check_flag("hold_prompt", given["hold_prompt"])
     if interval is not None:
         check_count("interval", interval)
     _check_together(scheduler, compressor, router)
-    count = None if amounts is None else amounts.least_count
-    if scheduler is not None and budget is None:
-        count = scheduler.budget(0)
+    own = None if scheduler is None else scheduler.budget(0)
+    count = own if budget is None else budget.least_count
     settings = Settings(
         compressor=compressor,
         scheduler=scheduler,
         router=router,
-        placement=resolve("placement", placement, PLACEMENTS, Placement) or Local(),
-        page_size=check_count("page_size", page_size),
+        placement=resolve("placement", given["placement"], PLACEMENTS, Placement) or Local(),
+        page_size=check_count("page_size", given["page_size"]),
         window=0,
-        has_given_window=window is not None,
-        budget=amounts,
+        has_given_window=given["window"] is not None,
+        budget=budget,
         sinks=sinks,
         interval=interval,
-        holds_prompts=hold_prompt,
-        probe=probe,
+        holds_prompts=given["hold_prompt"],
+        probe=given["probe"],
     )
-    window = default_window(window, count, settings.saves_memory, settings.num_sinks)
+    window = default_window(given["window"], count, settings.saves_memory, settings.num_sinks)
     settings = replace(settings, window=window)
     if count is not None and settings.num_sinks + settings.window > count:
-        given = f"`sinks` is {sinks}, which"
+        what = f"`sinks` is {sinks}, which"
         if settings.num_sinks > sinks:
-            given = f"`scheduler` is {scheduler}, whose number of sinks, {settings.num_sinks},"
+            what = f"`scheduler` is {scheduler}, whose number of sinks, {settings.num_sinks},"
         raise ValueError(
-            f"{given} with a window of {settings.window} tokens exceeds a budget of {count} tokens; it "
-            "must be smaller."
+            f"{what} with a window of {settings.window} tokens exceeds a budget of {count} tokens; "
+            "it must be smaller."
         )
     return settings
 

@@ -200,7 +200,7 @@ class AttachedCache(PagedCache):
         end_forward(self, ids)
         if self.elsewhere.num_unpaged and not self._has_warned:
             self._has_warned = True
-            warn_if_idle(self, stacklevel=4)
+            warn_if_idle(self, stacklevel=3)
 
     def skip_forward(self) -> None:
         """Note that a forward pass of `generate` did not use this cache, which it was given.

@@ -26,24 +26,28 @@ def check_generate(
     check_owner(cache, model)
     check_whole(cache)
     config = kwargs.get("generation_config") or model.generation_config
-    implementation = kwargs.get(
-        "cache_implementation", getattr(config, "cache_implementation", None)
-    )
+    name = "cache_implementation"
+    implementation = kwargs.get(name, getattr(config, name, None))
     if implementation is not None:
         raise ValueError(
-            f"`cache_implementation` is {implementation!r}, with which `generate` would not use the "
+            f"`{name}` is {implementation!r}, with which `generate` would not use the "
             f"PiKVCache in `{CACHE}`: pass only one of the two."
         )
-    if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
-        raise ValueError(
-            f"`use_cache` is False, but `{CACHE}` holds a PiKVCache: pass use_cache=True, or "
-            "no cache."
-        )
+    _check_use_cache(kwargs.get("use_cache", getattr(config, "use_cache", True)))
     ids = given_ids(args, kwargs)
     seen = cache.get_seq_length()
     is_read = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
     if seen and is_read and not model.config.is_encoder_decoder:
         _check_continuation(cache, ids, kwargs.get("attention_mask"), seen)
+
+
+def _check_use_cache(given: Any) -> None:
+    """Refuse `use_cache=False`."""
+    if given is False:
+        raise ValueError(
+            f"`use_cache` is False, but `{CACHE}` holds a PiKVCache, which would be filled "
+            "all the same: pass use_cache=True, or no cache."
+        )
 
 
 def given_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,11 +78,7 @@ def check_forward(cache: PagedCache, model: PreTrainedModel | None, kwargs: dict
     """Refuse a forward pass of the decoder whose inputs do not continue the text in the cache."""
     check_owner(cache, model)
     check_whole(cache)
-    if kwargs.get("use_cache") is False:
-        raise ValueError(
-            f"`use_cache` is False, but `{CACHE}` holds a PiKVCache, which would be filled "
-            "all the same: pass use_cache=True, or no cache."
-        )
+    _check_use_cache(kwargs.get("use_cache"))
     if model is not None:
         _check_training(model, kwargs.get("inputs_embeds"))
     if kwargs.get("output_attentions"):
@@ -86,9 +86,7 @@ def check_forward(cache: PagedCache, model: PreTrainedModel | None, kwargs: dict
             "`output_attentions` is True; PiKVCache computes no attention weights: pass False."
         )
     seen = cache.get_seq_length()
-    inputs = (
-        kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-    )
+    inputs = _new_inputs(kwargs)
     if inputs is not None and cache.rows not in (None, inputs.shape[0]):
         raise ValueError(
             f"the batch has {inputs.shape[0]} rows, but `{CACHE}` holds {cache.rows}: call "
@@ -207,6 +205,11 @@ def check_owner(cache: PagedCache, model: PreTrainedModel | None) -> None:
 
 def num_new_tokens(inputs: dict[str, Any]) -> int:
     """Return the number of tokens in the inputs of a forward pass."""
+    new = _new_inputs(inputs)
+    return 0 if new is None else new.shape[1]
+
+
+def _new_inputs(inputs: dict[str, Any]) -> Tensor | None:
+    """Return the embeddings or token ids in the inputs of a forward pass."""
     embeds = inputs.get("inputs_embeds")
-    ids = embeds if embeds is not None else inputs.get("input_ids")
-    return 0 if ids is None else ids.shape[1]
+    return inputs.get("input_ids") if embeds is None else embeds

@@ -1,7 +1,6 @@
 """Parser of the text of `--cache`, whose names and values are arguments of `PiKVCache`."""
 
 import ast
-import difflib
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from ..compressors import COMPRESSORS, Compressor
 from ..placements import PLACEMENTS, Placement
 from ..routers import ROUTERS, Router
 from ..schedulers import SCHEDULERS, Scheduler
-from ..validation import resolve
+from ..validation import hint, resolve
 from .arguments import check_budget
 from .pikv_cache import PiKVCache
 
@@ -117,14 +116,13 @@ def _as_python(text: str) -> str:
 
 def _kind_of(node: ast.expr) -> str:
     """Return the argument that a method is for: `scheduler` for `keydiff` and `KeyDiff()`."""
-    name = node.func if isinstance(node, ast.Call) else node
-    text = ast.unparse(name)
+    text = ast.unparse(node.func if isinstance(node, ast.Call) else node)
     for kind, (registry, _) in METHODS.items():
         if _known(text, registry) in registry:
             return kind
     names = [name for registry, _ in METHODS.values() for name in registry]
     raise ValueError(
-        f"{text!r} is no method, nor name=value.{_hint(text, [*names, DYNAMIC, LOSSLESS])}"
+        f"{text!r} is no method, nor name=value.{hint(text, [*names, DYNAMIC, LOSSLESS])}"
     )
 
 
@@ -133,43 +131,36 @@ def _known(name: str, registry: dict[str, type]) -> str:
     return next((key for key, method in registry.items() if method.__name__ == name), name)
 
 
-def _hint(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=2)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
 def _value(name: str, node: ast.expr) -> Any:
     if name in NUMBERS:
         return _literal(name, node)
     if name not in METHODS:
         names = [*METHODS, *NUMBERS]
-        raise ValueError(f"{name!r} is no option of a cache; it has {names}.{_hint(name, names)}")
-    registry, base = METHODS[name]
+        raise ValueError(f"{name!r} is no option of a cache; it has {names}.{hint(name, names)}")
     try:
-        return resolve(name, _method(name, node, registry, base), registry, base)
+        return _method(name, node)
     except TypeError as error:  # an argument that the method does not have
         reason = str(error).rstrip(".")
         raise ValueError(f"`{name}` is {ast.unparse(node)}: {reason}.") from error
 
 
-def _method(name: str, node: ast.expr, registry: dict[str, type], base: type) -> Any:
-    """Evaluate a name, or a name called with literals and other methods of its kind."""
-    if isinstance(node, ast.Name):
-        return WORDS.get(node.id.lower(), _known(node.id, registry))
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        return _literal(name, node)
-    method = type(resolve(name, _known(node.func.id, registry), registry, base))
-    return method(
-        *(_argument(name, part, registry, base) for part in node.args),
-        **{str(k.arg): _argument(name, k.value, registry, base) for k in node.keywords},
-    )
+def _method(name: str, node: ast.expr) -> Any:
+    """Make the method that `node` names, or calls with literals and other methods of its kind."""
+    registry, base = METHODS[name]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        method = type(resolve(name, _known(node.func.id, registry), registry, base))
+        keywords = {str(pair.arg): _argument(name, pair.value) for pair in node.keywords}
+        return method(*(_argument(name, part) for part in node.args), **keywords)
+    is_name = isinstance(node, ast.Name) and node.id.lower() not in WORDS
+    value = _known(node.id, registry) if is_name else _literal(name, node)
+    return resolve(name, value, registry, base)
 
 
-def _argument(name: str, node: ast.expr, registry: dict[str, type], base: type) -> Any:
+def _argument(name: str, node: ast.expr) -> Any:
     if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id.lower() not in WORDS):
-        return resolve(name, _method(name, node, registry, base), registry, base)
+        return _method(name, node)
     if isinstance(node, ast.Tuple):
-        return tuple(_argument(name, part, registry, base) for part in node.elts)
+        return tuple(_argument(name, part) for part in node.elts)
     return _literal(name, node)
 
 

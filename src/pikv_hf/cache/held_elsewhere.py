@@ -20,14 +20,6 @@ class HeldElsewhere(Neighbours):
         self.paged: list[LayerState] = []
         self.others: list[Any] = []
 
-    def add(self, state: LayerState) -> None:
-        """Add the state of a paged layer."""
-        self.paged.append(state)
-
-    def set_others(self, others: list[Any]) -> None:
-        """Replace the layers that are not paged, as when they are made anew."""
-        self.others = others
-
     @property
     def unpaged(self) -> list[LayerState]:
         """States of layers that hold tokens and turned out to need the model's own attention."""

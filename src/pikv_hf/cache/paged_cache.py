@@ -45,7 +45,7 @@ class PagedCache(Cache, AttachableCache):
         """Return a new paged layer of this cache."""
         parts = (self.settings, self.step, self.reading, self.padding, self.elsewhere)
         state = LayerState(facts, self.config, CacheParts(*parts))
-        self.elsewhere.add(state)
+        self.elsewhere.paged.append(state)
         return PagedLayer(state)
 
     def start(self, layers: list[Any]) -> None:
@@ -57,8 +57,8 @@ class PagedCache(Cache, AttachableCache):
         # Before 5.23 a block of nemotron_h without attention has a layer for states, always empty.
         types = getattr(self.config.get_text_config(decoder=True), "layer_types", None) or ()
         empty = {idx for idx, layer_type in enumerate(types) if layer_type in ("moe", "mlp")}
-        unpaged = (idx for idx, layer in enumerate(layers) if not isinstance(layer, PagedLayer))
-        others = [layers[idx] for idx in unpaged if idx not in empty]
+        paged = {state.layer_idx for state in self.states}
+        others = [x for i, x in enumerate(layers) if i not in empty | paged]
         native: Any = self.native_class
         if native is not None:
             native.__init__(self)
@@ -66,7 +66,7 @@ class PagedCache(Cache, AttachableCache):
         Cache.__init__(self, layers=layers)
         ours = {id(self.layers), id(self._unwritten)}
         others += [v for v in vars(self).values() if isinstance(v, list) and id(v) not in ours]
-        self.elsewhere.set_others(others)
+        self.elsewhere.others = others
 
     def layer_at(self, layer_idx: int) -> Any:
         """Return the layer that is written to next; add it first if `start` has not."""
@@ -89,19 +89,9 @@ class PagedCache(Cache, AttachableCache):
         return self.layers + self._unwritten
 
     @property
-    def paged_layers(self) -> list[PagedLayer]:
-        """All `PagedLayer` objects, including layers that turned out to be unpaged."""
-        return [layer for layer in self.layers_to_be if isinstance(layer, PagedLayer)]
-
-    @property
-    def paged_indices(self) -> list[int]:
-        """The numbers of `paged_layers` among all layers."""
-        return [state.layer_idx for state in self.states]
-
-    @property
     def states(self) -> list[LayerState]:
-        """The states of `paged_layers`."""
-        return [layer.state for layer in self.paged_layers]
+        """The states of all `PagedLayer` objects, also of layers that turned out to be unpaged."""
+        return self.elsewhere.paged
 
     @property
     def unpaged(self) -> dict[int, str]:

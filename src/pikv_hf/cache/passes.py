@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..layer.paged_layer import PagedLayer
 from ..layer.step import Change
 from ..model.versions import full_attention_mask, is_tested, unsupported
 from .checks import check_whole, given_ids
@@ -56,8 +57,9 @@ def compress(cache: PagedCache) -> None:
         repeat(cache)
     cache.reading.release()
     with cache.step.sealing(cache.get_seq_length()):
-        for layer in cache.paged_layers:
-            layer.compress()
+        for layer in cache.layers_to_be:
+            if isinstance(layer, PagedLayer):
+                layer.compress()
     cache.step.release()
 
 

@@ -22,6 +22,9 @@ from .checks import check_whole
 from .cropping import crop
 from .report import Report, cache_bytes
 
+# What a cache without a model takes: it acts on no page.
+LOSSLESS_OPTIONS = ("interval", "page_size", "window")
+
 
 class PiKVCache(AttachedCache):
     """A paged KV cache for Mixture-of-Experts models; pass it to the unchanged model.
@@ -96,36 +99,26 @@ class PiKVCache(AttachedCache):
             raise TypeError(
                 f"`config` is a {type(config).__name__}; it must be the PreTrainedConfig of a model."
             )
-        needing = {
+        options: dict[str, Any] = {
             "scheduler": scheduler,
             "budget": budget,
-            "sinks": sinks or None,
-            "hold_prompt": hold_prompt or None,
+            "sinks": sinks,
+            "interval": interval,
+            "hold_prompt": hold_prompt,
             "compressor": compressor,
             "router": router,
             "placement": placement,
-            "probe": probe or None,
+            "page_size": page_size,
+            "window": window,
+            "probe": probe,
         }
-        chosen = [name for name, value in needing.items() if value is not None]
+        chosen = [k for k, v in options.items() if v not in (None, 0) and k not in LOSSLESS_OPTIONS]
         if config is not None and chosen:
             raise ValueError(
                 f"`{chosen[0]}` needs an attached cache: pass the model, `PiKVCache(model, ...)`, "
                 "instead of its config."
             )
-        settings = make_settings(
-            scheduler=scheduler,
-            budget=budget,
-            sinks=sinks,
-            interval=interval,
-            hold_prompt=hold_prompt,
-            compressor=compressor,
-            router=router,
-            placement=placement,
-            page_size=page_size,
-            window=window,
-            probe=probe,
-        )
-        self.make_parts(settings)
+        self.make_parts(make_settings(options))
         self._budget = budget
         if config is not None:
             self.fill(config)
@@ -271,9 +264,9 @@ class PiKVCache(AttachedCache):
             "router": settings.router,
         }
         set_ones = "".join(f", {k}={v}" for k, v in methods.items() if v is not None)
-        paged = len(self.paged_layers)
         model = type(self.model).__name__ if self.model is not None else "unattached"
+        layers, paged = len(self.layers_to_be), len(self.states)
         return (
             f"PiKVCache({model}{set_ones}, page_size={settings.page_size}, window={settings.window}, "
-            f"layers={len(self.layers_to_be)}, paged={paged}, seq_length={self.get_seq_length()})"
+            f"layers={layers}, paged={paged}, seq_length={self.get_seq_length()})"
         )

@@ -1,7 +1,8 @@
 """The report of a cache: numbers counted from the tensors that it holds."""
 
 import io
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -67,18 +68,11 @@ class Report:
     def of(cls, cache: PagedCache) -> "Report":
         why = cache.unpaged
         layers = [_layer_report(idx, layer, why.get(idx)) for idx, layer in enumerate(cache.layers)]
-        full, full_bf16 = (
-            sum(
-                _full_nbytes(layer, size) if isinstance(layer, PagedLayer) else row.nbytes
-                for row, layer in zip(layers, cache.layers, strict=True)
-            )
-            for size in (None, 2)
-        )
+        full, full_bf16 = (sum(_full_nbytes(x, size) for x in cache.layers) for size in (None, 2))
         names = ("scheduler", "budget", "compressor", "router", "placement", "page_size", "window")
         settings = {name: repr(getattr(cache.settings, name)) for name in names}
-        seen, nbytes = cache.get_seq_length(), cache_bytes(cache)
         tiers = {name: sum(row.tiers.get(name, 0) for row in layers) for name in TIERS}
-        numbers = (seen, nbytes, full, full_bf16, cache.settings.probe)
+        numbers = cache.get_seq_length(), cache_bytes(cache), full, full_bf16, cache.settings.probe
         return cls(*numbers, settings, tiers, layers, cache.note, fork_bytes(cache))
 
     @property
@@ -122,7 +116,8 @@ class Report:
         caption = ", ".join([*settings, f"a fork copies {_mib(self.fork_nbytes)}"])
         headings = (*HEADINGS, *(name for name, shown in optional if shown))
         table = Table(*headings, title=title, caption=caption)
-        for rows in _runs(self.layers):
+        for _, run in itertools.groupby(self.layers, _alike):
+            rows = list(run)
             error = _rms([row.error for row in rows if row.error is not None])
             cells = "-" if error is None else f"{error:.2g}", rows[0].why or ""
             shown = (cell for cell, (_, shown) in zip(cells, optional, strict=True) if shown)
@@ -187,8 +182,7 @@ def _rms(values: list[float]) -> float | None:
 
 
 def _layer_report(idx: int, layer: Any, why: str | None) -> LayerReport:
-    tensors = list(_layer_tensors(layer))
-    nbytes = storage_bytes(tensors)
+    nbytes = storage_bytes(_layer_tensors(layer))
     if not isinstance(layer, PagedLayer):
         keys = getattr(layer, "keys", None)
         held = keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
@@ -212,46 +206,32 @@ def _row_tokens(layer: PagedLayer) -> float:
     """Return the tokens that all rows hold, as the mean of the KV heads."""
     state = layer.state
     batch = state.tail.batch
-    sealed = (state.pages.held(row) for row in range(batch))
-    return batch * state.tail.length + sum(
-        float(h.double().mean()) for h in sealed if h is not None
-    )
+    held = (state.pages.held(row) for row in range(batch))
+    sealed = sum(float(h.double().mean()) for h in held if h is not None)
+    return batch * state.tail.length + sealed
 
 
-def _layer_tensors(layer: Any) -> Iterator[Tensor]:
-    if isinstance(layer, PagedLayer):
-        yield from layer.state.tensors()
-    else:
-        yield from tensors_in(vars(layer))
+def _layer_tensors(layer: Any) -> Iterable[Tensor]:
+    return layer.state.tensors() if isinstance(layer, PagedLayer) else tensors_in(vars(layer))
 
 
-def _full_nbytes(layer: PagedLayer, element_size: int | None = None) -> int:
-    """Return the bytes of all tokens seen at `element_size` bytes a number; None = the layer's."""
+def _full_nbytes(layer: Any, element_size: int | None) -> int:
+    """Return the bytes of all tokens seen at `element_size` bytes a number; None = the layer's.
+
+    A layer of transformers counts as it is.
+    """
+    if not isinstance(layer, PagedLayer):
+        return storage_bytes(_layer_tensors(layer))
     if not layer.is_initialized:
         return 0
     keys, values = layer.state.tail.keys, layer.state.tail.values
-    numbers = (
-        keys.shape[0] * keys.shape[1] * layer.state.num_seen * (keys.shape[3] + values.shape[3])
-    )
-    return numbers * (element_size or keys.element_size())
+    numbers = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
+    return layer.state.num_seen * numbers * (element_size or keys.element_size())
 
 
-def _runs(layers: list[LayerReport]) -> Iterator[list[LayerReport]]:
-    """Yield runs of neighbouring layers that differ only in number and bytes."""
-    run: list[LayerReport] = []
-    for row in layers:
-        same = run and (row.kind, row.why, row.pages, row.held_tokens) == (
-            run[-1].kind,
-            run[-1].why,
-            run[-1].pages,
-            run[-1].held_tokens,
-        )
-        if run and not same:
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run
+def _alike(row: LayerReport) -> tuple[Any, ...]:
+    """Return what neighbouring layers have in common that share a line of the table."""
+    return row.kind, row.why, row.pages, row.held_tokens
 
 
 def _mib(nbytes: int) -> str:

@@ -36,13 +36,13 @@ def check_fit(cache: PagedCache, model: PreTrainedModel, binding: Binding) -> No
                 output_projection(modules[0])
     if not hasattr(cache, "layers"):
         settings.compressor.check(model)
-    elif type(model.config) is not type(cache.config) or cache.paged_indices != sorted(
-        binding.attention
-    ):
-        raise ValueError(
-            f"this PiKVCache was made for a model of {type(cache.config).__name__} with paged "
-            f"layers {cache.paged_indices}; it cannot be attached to {type(model).__name__}."
-        )
+    else:
+        paged, made_for = [state.layer_idx for state in cache.states], type(cache.config)
+        if type(model.config) is not made_for or paged != sorted(binding.attention):
+            raise ValueError(
+                f"this PiKVCache was made for a model of {made_for.__name__} with paged layers "
+                f"{paged}; it cannot be attached to {type(model).__name__}."
+            )
     if settings.needs_rotary:
         _check_moves(settings, binding)
 
@@ -73,7 +73,7 @@ def _check_moves(settings: Settings, binding: Binding) -> None:
         )
 
 
-def warn_if_idle(cache: PagedCache, stacklevel: int = 5) -> None:
+def warn_if_idle(cache: PagedCache, stacklevel: int = 4) -> None:
     """Warn if no layer can be paged although the cache has methods that act on pages.
 
     `stacklevel`: by default of whoever made, or attached, the cache.
@@ -81,11 +81,8 @@ def warn_if_idle(cache: PagedCache, stacklevel: int = 5) -> None:
     reasons, idle = cache.unpaged, cache.settings.methods
     if idle and len(reasons) == len(cache.layers_to_be):
         names = " and ".join(f"`{name}`" for name in idle)
-        _warn(
-            f"{names} can do nothing for {type(cache.model).__name__}: {no_layer(reasons)}. "
-            "Everything is kept as it is.",
-            stacklevel,
-        )
+        text = f"{names} can do nothing for {type(cache.model).__name__}: {no_layer(reasons)}."
+        warnings.warn(f"{text} Everything is kept as it is.", UserWarning, stacklevel)
 
 
 def no_layer(reasons: dict[int, str]) -> str:
@@ -126,9 +123,5 @@ def warn_of_another_cache(cache: PagedCache) -> str:
         "on. Models with two rotary scales ('longrope') do so where a text exceeds "
         "`original_max_position_embeddings`."
     )
-    _warn(text)
+    warnings.warn(text, UserWarning, stacklevel=4)
     return text
-
-
-def _warn(text: str, stacklevel: int = 5) -> None:
-    warnings.warn(text, UserWarning, stacklevel=stacklevel)

@@ -1,7 +1,7 @@
 """The command `pikv`, which imports a subcommand only when it is called."""
 
 import importlib
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -9,41 +9,16 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..requirements import VERSION
 
-
-class Listed(NamedTuple):
-    """A subcommand: `function` of `module`, and the `help` that `pikv --help` shows."""
-
-    module: str
-    function: str
-    help: str
-
-
+# The help of each subcommand NAME, which is the function `NAME_command` of the module `NAME`.
 COMMANDS = {
-    "calibrate": Listed(
-        ".calibrate",
-        "calibrate_command",
-        "Fit compressors, or pikv_quest, to a model; the same command resumes an interrupted run.",
-    ),
-    "profile": Listed(
-        ".profile",
-        "profile_command",
-        "Find KV heads that need all tokens, for duo; the same command resumes an interrupted run.",
-    ),
-    "demo": Listed(
-        ".demo",
-        "demo_command",
-        "Hide needles in a haystack and find them with several caches: accuracy, memory, speed.",
-    ),
-    "generate": Listed(
-        ".generate",
-        "generate_command",
-        "Continue the text of a file greedily, and report what the cache holds afterwards.",
-    ),
-    "methods": Listed(
-        ".methods",
-        "methods_command",
-        "List compressors, schedulers, routers and placements, with a sentence on each.",
-    ),
+    "calibrate": "Fit compressors, or pikv_quest, to a model; the same command resumes an "
+    "interrupted run.",
+    "profile": "Find KV heads that need all tokens, for duo; the same command resumes an "
+    "interrupted run.",
+    "demo": "Hide needles in a haystack and find them with several caches: accuracy, memory, "
+    "speed.",
+    "generate": "Continue the text of a file greedily, and report what the cache holds afterwards.",
+    "methods": "List compressors, schedulers, routers and placements, with a sentence on each.",
 }
 
 
@@ -51,9 +26,8 @@ class Commands(TyperGroup):
     """Lists commands without importing them, which would take seconds."""
 
     def __init__(self, **options: Any) -> None:
-        listed = {name: TyperCommand(name, help=found.help) for name, found in COMMANDS.items()}
         super().__init__(**options)
-        self.commands.update(listed)
+        self.commands.update({name: TyperCommand(name, help=COMMANDS[name]) for name in COMMANDS})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
@@ -62,10 +36,10 @@ class Commands(TyperGroup):
 
 def command(name: str) -> Any:
     """Import the command `name` and return it, ready to run."""
-    listed = COMMANDS[name]
-    module = importlib.import_module(listed.module, __package__)
+    module = importlib.import_module(f".{name}", __package__)
     alone = typer.Typer(add_completion=False)
-    alone.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, listed.function))
+    function = getattr(module, f"{name}_command")
+    alone.command(name, epilog=getattr(module, "EPILOG", None))(function)
     return typer.main.get_command(alone)
 
 

@@ -1,24 +1,25 @@
 """`pikv calibrate`: fit calibrated methods to a model."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.table import Table
 
 from ..fitting.defaults import CALIBRATION_LENGTH, STEPS, WINDOWS
 from .terminal import (
     DeviceMap,
     Dtype,
-    DtypeOption,
     Model,
+    Output,
+    identity,
     load,
     make_folder,
     one_sentence,
     out,
     resumable,
+    table,
+    text_files,
 )
 
 if TYPE_CHECKING:
@@ -26,19 +27,9 @@ if TYPE_CHECKING:
 
 
 def calibrate_command(
-    text: Annotated[
-        list[Path],
-        typer.Option(
-            help="A UTF-8 file with text like that of your use; repeatable.",
-            exists=True,
-            dir_okay=False,
-            readable=True,
-        ),
-    ],
+    text: Annotated[list[Path], text_files()],
     model: Model = None,
-    output: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path(
-        "cal.safetensors"
-    ),
+    output: Output = Path("cal.safetensors"),
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,7 +42,7 @@ def calibrate_command(
     length: Annotated[int, typer.Option(help="Tokens of context a piece.")] = CALIBRATION_LENGTH,
     windows: Annotated[int, typer.Option(help="Pieces kept for training.")] = WINDOWS,
     steps: Annotated[int, typer.Option(help="Training steps; 0 = principal axes.")] = STEPS,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> None:
     """Fit compressors, or pikv_quest, to a model; the same command resumes an interrupted run."""
@@ -63,10 +54,9 @@ def calibrate_command(
         job = Job(methods, rank, length, windows, steps)
     make_folder(output.parent)
     loaded, tokenizer = load(model, dtype, device_map)
-    source = json.dumps([[path.name, path.stat().st_size] for path in text])
     pieces = text_pieces(tokenizer, text, job.piece_tokens)
     with resumable(output):
-        fits = calibrate(loaded, pieces, output, job, source)
+        fits = calibrate(loaded, pieces, output, job, identity(text))
     scored = {name: fits.pop(name) for name in [*fits] if name == PIKV_QUEST}
     if fits:
         title = "error of the attention output on held-out text"
@@ -80,11 +70,8 @@ def calibrate_command(
 def _table(title: str, kind: str, before: str, fits: dict[str, dict[int, "Fit"]]) -> Table:
     from ..fitting.projections import mean_errors
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column(kind)
-    for heading in ("layers", before, "trained"):
-        table.add_column(heading, justify="right")
+    made = table(title, [kind], ("layers", before, "trained"))
     for name, layers in fits.items():
         errors = (f"{error:.3f}" for error in mean_errors([*layers.values()]))
-        table.add_row(name, str(len(layers)), *errors)
-    return table
+        made.add_row(name, str(len(layers)), *errors)
+    return made

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -15,7 +14,6 @@ from .terminal import (
     CACHES,
     DeviceMap,
     Dtype,
-    DtypeOption,
     Model,
     Probe,
     distinct,
@@ -26,6 +24,7 @@ from .terminal import (
     one_sentence,
     out,
     parse_caches,
+    table,
 )
 
 if TYPE_CHECKING:
@@ -73,21 +72,22 @@ def demo_command(
         list[str] | None, typer.Option(help="Short for --cache compressor=...; repeatable.")
     ] = None,
     probe: Probe = False,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     output: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path(
         "pikv_demo"
     ),
 ) -> None:
     """Hide needles in a haystack and find them with several caches: accuracy, memory, speed."""
+    from ..model.loading import check_length
     from ..needles import trials
 
     named = parse_caches(cache or (CACHES_COMPARED if not compressor else ()), compressor or ())
     caches = distinct([*parse_caches(["dynamic"]), *named], probe)
     make_folder(output)
     loaded, tokenizer = load(model, dtype, device_map)
-    _check_length(loaded, length)
     with one_sentence():
+        check_length(loaded, length, f"--length is {length}")
         stacks = trials.haystacks(
             tokenizer, length=length, needles=needles, questions=questions, seed=seed
         )
@@ -109,12 +109,6 @@ def demo_command(
     results = trials.to_dict(loaded, job, rows, answers)
     _write(output, results, rows, labels, title)
     raise typer.Exit(130 if interrupted else 0)
-
-
-def _check_length(model: "PreTrainedModel", length: int) -> None:
-    max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if max_tokens is not None and length > max_tokens:
-        fail(f"--length is {length}, but the model reads at most {max_tokens} tokens.")
 
 
 def _collect(
@@ -141,23 +135,16 @@ def _collect(
                     trials.append(trial)
                     progress.advance(task)
                     if not err.is_terminal and len(trials) % len(caches) == 0:
-                        _tell(len(trials) // len(caches), len(stacks))
+                        done = len(trials) // len(caches)  # no bar is shown in a file or a pipe
+                        err.print(f"answered {done} of {len(stacks)} questions with every cache")
         except KeyboardInterrupt:
             return trials, True
     return trials, False
 
 
-def _tell(done: int, questions: int) -> None:
-    """Print the progress as a line, for a file or a pipe, where no bar is shown."""
-    err.print(f"answered {done} of {questions} questions with every cache")
-
-
 def _table(rows: Sequence["Row"], labels: Sequence[str], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("cache", overflow="fold")
     has_error = any(row.error is not None for row in rows)
-    for heading in (*HEADINGS, "error") if has_error else HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
+    made = table(title, ["cache"], (*HEADINGS, "error") if has_error else HEADINGS)
     for label, row in zip(labels, rows, strict=True):
         speed = row.decode_tokens_per_s
         cells = [
@@ -171,8 +158,8 @@ def _table(rows: Sequence["Row"], labels: Sequence[str], title: str) -> Table:
         ]
         if has_error:
             cells.append("-" if row.error is None else f"{row.error:.2g}")
-        table.add_row(*cells)
-    return table
+        made.add_row(*cells)
+    return made
 
 
 def _speed_note(model: "PreTrainedModel", bundled: bool) -> str:

@@ -8,7 +8,6 @@ from .terminal import (
     CACHES,
     DeviceMap,
     Dtype,
-    DtypeOption,
     Model,
     Probe,
     distinct,
@@ -38,14 +37,14 @@ def generate_command(
     chat: Annotated[
         bool, typer.Option("--chat", help="Apply the chat template to the prompt.")
     ] = False,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> None:
     """Continue the text of a file greedily, and report what the cache holds afterwards."""
     from transformers import TextStreamer
 
-    from ..model.loading import encode
-    from ..model.versions import cache_in, with_cache
+    from ..model.loading import encode, generate
+    from ..model.versions import cache_in
 
     if cache is not None and compressor is not None:
         fail("--cache and --compressor: only one of them can be given.")
@@ -62,13 +61,7 @@ def generate_command(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         with one_sentence():
-            result = loaded.generate(
-                **inputs,
-                **with_cache(made),
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                return_dict_in_generate=True,
-            )
+            result = generate(loaded, inputs, made, streamer, max_new_tokens)
     except KeyboardInterrupt:
         err.print("\nInterrupted.")
         _report(made)

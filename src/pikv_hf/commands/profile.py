@@ -1,26 +1,27 @@
 """`pikv profile`: measure the KV heads of a model, for `duo`."""
 
-import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.table import Table
 
 from ..fitting.defaults import PROFILE_LENGTH, RECENT, SINKS, TEXTS
 from .terminal import (
     DeviceMap,
     Dtype,
-    DtypeOption,
     Model,
+    Output,
+    identity,
     load,
     make_folder,
     one_sentence,
     out,
     resumable,
+    table,
+    text_files,
 )
 
 if TYPE_CHECKING:
@@ -30,25 +31,14 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def profile_command(
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A UTF-8 file with text like that of your use; repeatable. "
-            "Default: needles in a haystack.",
-            exists=True,
-            dir_okay=False,
-            readable=True,
-        ),
-    ] = None,
+    text: Annotated[list[Path] | None, text_files(" Default: needles in a haystack.")] = None,
     model: Model = None,
-    output: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path(
-        "heads.safetensors"
-    ),
+    output: Output = Path("heads.safetensors"),
     length: Annotated[int, typer.Option(help="Tokens of a text.")] = PROFILE_LENGTH,
     texts: Annotated[int, typer.Option(help="Haystacks to make if there is no --text.")] = TEXTS,
     sinks: Annotated[int, typer.Option(help="First tokens a streaming head reads.")] = SINKS,
     recent: Annotated[int, typer.Option(help="Newest tokens a streaming head reads.")] = RECENT,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> None:
     """Find KV heads that need all tokens, for duo; the same command resumes an interrupted run."""
@@ -69,9 +59,8 @@ def profile_command(
         made = needle_pieces(tokenizer, length, texts, done)
         return bar(made, total=texts, initial=done, desc="reading")
 
-    source = json.dumps([[path.name, path.stat().st_size] for path in text or ()])
     with resumable(output):
-        scores = profile(loaded, pieces, output, job, source)
+        scores = profile(loaded, pieces, output, job, identity(text or ()))
     out.print(_table(scores))
     out.print(f"Written: {output}", soft_wrap=True)
 
@@ -80,10 +69,9 @@ def _table(scores: dict[int, "Tensor"]) -> Table:
     import torch
 
     title = "change of the output of attention when one KV head streams, of its norm"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("layers", "KV heads", "least", *(f"{s:.0%}" for s in SHARES[1:-1]), "most"):
-        table.add_column(heading, justify="right")
+    shares = [f"{share:.0%}" for share in SHARES[1:-1]]
+    made = table(title, [], ("layers", "KV heads", "least", *shares, "most"))
     all_scores = torch.cat(list(scores.values())).double()
     found = all_scores.quantile(torch.tensor(SHARES, dtype=torch.float64)).tolist()
-    table.add_row(str(len(scores)), str(len(all_scores)), *(f"{value:.3f}" for value in found))
-    return table
+    made.add_row(str(len(scores)), str(len(all_scores)), *(f"{value:.3f}" for value in found))
+    return made

@@ -1,14 +1,16 @@
 """Shared parts of the commands: consoles, options for a model, and errors."""
 
+import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 if TYPE_CHECKING:  # `--help` must not load torch and transformers, which takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -28,42 +30,54 @@ out = Console()
 err = Console(stderr=True)
 
 
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def _dtype(text: str) -> Dtype:
+def _dtype(text: str) -> str:
     """Return the dtype that `text` names: `bf16` and `torch.bfloat16` are bfloat16, too."""
-    name = str(getattr(text, "value", text)).lower().removeprefix("torch.")
+    name = text.lower().removeprefix("torch.")
     name = {**SHORT, "half": "float16"}.get(name, name)
-    if name not in [dtype.value for dtype in Dtype]:
-        names = ", ".join([*(dtype.value for dtype in Dtype), *SHORT])
+    if name not in DTYPES:
+        names = ", ".join([*DTYPES, *SHORT])
         raise typer.BadParameter(f"{text!r} is no dtype of weights; it must be one of {names}.")
-    return Dtype(name)
+    return name
 
 
 Model = Annotated[
     str | None,
     typer.Option(help="A folder, or a name on the Hugging Face Hub. Default: the bundled model."),
 ]
-DtypeOption = Annotated[
-    Dtype, typer.Option(help="Dtype of the weights.", metavar="DTYPE", parser=_dtype)
-]
+Dtype = Annotated[str, typer.Option(help="Dtype of the weights.", metavar="DTYPE", parser=_dtype)]
 DeviceMap = Annotated[
     str | None, typer.Option(help="As in from_pretrained. Default: 'auto' on a GPU, else the CPU.")
 ]
-
-
 Probe = Annotated[
     bool,
     typer.Option("--probe", help="Also measure the error of attention over compressed pages."),
 ]
+Output = Annotated[Path, typer.Option("--out", help="The file to write.")]
+
+
+def text_files(default: str = "") -> Any:
+    """Return the option of files with text; `default` ends its help."""
+    text = f"A UTF-8 file with text like that of your use; repeatable.{default}"
+    return typer.Option(help=text, exists=True, dir_okay=False, readable=True)
+
+
+def identity(texts: Sequence[Path]) -> str:
+    """Return names and sizes of files, to tell whether a command is given the same ones again."""
+    return json.dumps([[path.name, path.stat().st_size] for path in texts])
+
+
+def table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """Return a table without rows, with columns for words and, after them, for numbers."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in words:
+        made.add_column(heading, overflow="fold")
+    for heading in numbers:
+        made.add_column(heading, justify="right", no_wrap=True)
+    return made
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -94,7 +108,7 @@ def resumable(output: Path) -> Generator[None]:
 
 
 def load(
-    name: str | None, dtype: Dtype, device_map: str | None
+    name: str | None, dtype: str, device_map: str | None
 ) -> tuple["GenerativeModel", "PreTrainedTokenizerBase"]:
     """Load the model and tokenizer `name`, or the bundled ones; a failure ends the command."""
     from ..model import loading
@@ -106,7 +120,7 @@ def load(
     else:
         err.print(f"Loading {escape(name)} ...")
     try:
-        return loading.load(name or str(NEEDLE_MODEL), dtype.value, device_map)
+        return loading.load(name or str(NEEDLE_MODEL), dtype, device_map)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         fail(f"--model: {name or NEEDLE_MODEL} could not be loaded: {reason}")

@@ -3,6 +3,7 @@
 An interrupted run leaves its state in a file beside the result. Repeating the call resumes it.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attach.binding import LOCK, binding_of, unwrap
+from ..model.loading import check_length
 from ..model.rotary import Rotary
 from .calibration_job import METHODS, PIKV_QUEST, Job
+from .calibration_state import Progress
 from .capture import Observer
 from .progress_bar import bar
 from .projections import Fit, fit
-from .resumable import Progress, write
 from .utility_networks import fit_utility
 
 BLOCK = 2**16  # characters of a text that are read and tokenized at a time
@@ -49,24 +51,17 @@ def calibrate(
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` is {type(model).__name__}: encoder-decoders are not calibrated.")
-    max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if max_tokens is not None and job.piece_tokens > max_tokens:
-        raise ValueError(
-            f"`length` is {job.length}, and {job.piece_tokens - job.length} more tokens ask for "
-            f"these, but the model reads at most {max_tokens} tokens."
-        )
-    rotaries = _rotaries(model) if PIKV_QUEST in job.methods else {}
+    more = f"and {job.piece_tokens - job.length} more tokens ask for these"
+    check_length(model, job.piece_tokens, f"`length` is {job.length}, {more}")
+    rotaries: dict[int, Rotary] = {}
+    if PIKV_QUEST in job.methods:
+        with LOCK:
+            rotaries = binding_of(unwrap(model)).rotaries
     progress = Progress(model, out, job, source)
-    try:
+    with progress.saved_if_interrupted():
         _capture(model, pieces, job, progress)
         _fit(model, job, progress, rotaries)
-    except ValueError:
-        raise  # resuming would fail again
-    except BaseException:
-        progress.save()
-        raise
-    write(out, progress.factors(), progress.metadata())
-    progress.path.unlink(missing_ok=True)
+    progress.finish(progress.factors(), progress.errors())
     return progress.fits
 
 
@@ -114,15 +109,12 @@ def _capture(
 ) -> None:
     if progress.has_read_all:
         return
-    observer = Observer(model, job.length, job.windows)
-    observer.captured = progress.captured
-    try:
+    with contextlib.closing(Observer(model, job.length, job.windows)) as observer:
+        observer.captured = progress.captured
         for piece in islice(pieces, observer.captured.pieces, None):
             observer.read(piece)
             progress.captured = observer.captured
             progress.save_sometimes()
-    finally:
-        observer.close()
     if progress.captured.pieces < 2:
         raise ValueError(
             f"the texts have fewer than {2 * job.piece_tokens} tokens, two pieces of "
@@ -131,12 +123,6 @@ def _capture(
     if not progress.captured.layers:
         raise ValueError(f"`model` is {type(model).__name__}, of which no layer can be paged.")
     progress.has_read_all = True
-
-
-def _rotaries(model: PreTrainedModel) -> dict[int, Rotary]:
-    """Return the rotary embedding of each layer; raise ValueError if it is not known."""
-    with LOCK:
-        return binding_of(unwrap(model)).rotaries
 
 
 def _fit(model: PreTrainedModel, job: Job, progress: Progress, rotaries: dict[int, Rotary]) -> None:

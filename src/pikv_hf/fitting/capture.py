@@ -49,8 +49,8 @@ class Capture:
     @classmethod
     def first(cls, window: Window, scale: float) -> "Capture":
         """Return the capture of piece 0, from its window."""
-        keys, values = (Moments.of(states) for states in window[1:])
-        return cls(scale, keys, values, (_on_cpu(window),), ())
+        moments = Moments.of(window.keys), Moments.of(window.values)
+        return cls(scale, *moments, fitted=(_on_cpu(window),), held_out=())
 
     def then(self, number: int, window: Window, most: int) -> "Capture":
         """Return the capture with the window of piece `number` added.
@@ -61,12 +61,11 @@ class Capture:
         if number % HELD_OUT == 1:
             held_out = _drawn(self.held_out, kept, number // HELD_OUT, -(-most // HELD_OUT))
             return replace(self, held_out=held_out)
-        keys, values = (Moments.of(states) for states in window[1:])
         before = number - (number + 2) // HELD_OUT
         return replace(
             self,
-            keys=self.keys.plus(keys),
-            values=self.values.plus(values),
+            keys=self.keys.plus(Moments.of(window.keys)),
+            values=self.values.plus(Moments.of(window.values)),
             fitted=_drawn(self.fitted, kept, before, most),
         )
 

@@ -1,26 +1,36 @@
 """Training of calibrated methods by gradient descent."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 CHECKS = 10
+Result = TypeVar("Result")
 
 
 def descent(
     weights: Sequence[Tensor],
     loss: Callable[[], Tensor],
+    read: Callable[[], Result],
+    error: Callable[[Result], float],
     steps: int,
     rate: float,
     most_norm: float = math.inf,
-) -> Iterator[None]:
+) -> tuple[Result, float, float]:
     """Minimize `loss`, which is called in each step, by Adam with a cosine rate that falls to 0.
 
-    Changes `weights` in place. Gradients are clipped to a norm of `most_norm`. Yields about
-    `CHECKS` times, the last time at the end, so that the caller can judge the weights.
+    Changes `weights` in place. Gradients are clipped to a norm of `most_norm`. About `CHECKS`
+    times, the last time at the end, `error` judges what `read` makes of the weights.
+
+    Returns:
+        What `read` has returned with the smallest error: before training, if it does not help;
+        the error before training; the smallest error.
     """
+    best = read()
+    before = after = error(best)
     weights = [tensor.requires_grad_() for tensor in weights]
     optimizer = torch.optim.Adam(weights, lr=rate)
     for step in range(1, steps + 1):
@@ -33,4 +43,8 @@ def descent(
             torch.nn.utils.clip_grad_norm_(weights, most_norm)
         optimizer.step()
         if step % max(steps // CHECKS, 1) == 0 or step == steps:
-            yield
+            with torch.no_grad():
+                result = read()
+            if (found := error(result)) < after:
+                best, after = result, found
+    return best, before, after

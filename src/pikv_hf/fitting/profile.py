@@ -3,27 +3,42 @@
 An interrupted run leaves its state in a file beside the result. Repeating the call resumes it.
 """
 
-import json
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..cache.pikv_cache import PiKVCache
-from ..model.artifact import ModelIdentity, read_metadata
+from ..model.loading import check_length
 from ..model.versions import with_cache
 from ..schedulers.duo import PROFILE, SCORES
 from .head_effect import Effect, HeadEffect
 from .profile_job import Job
-from .resumable import SAVE_EVERY_S, write
+from .resumable import Resumable
 
 Pieces = Callable[[int], Iterable[Tensor]]
+
+
+class Progress(Resumable):
+    """The sums of a profile over the texts that are `done`, by layer."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.done = 0
+        self.sums: dict[int, Effect] = {}
+        super().__init__(PROFILE, *arguments)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        sums = self.sums.items()
+        tensors = {f"{layer}.{k}": t for layer, e in sums for k, t in e._asdict().items()}
+        return tensors, {"done": self.done}
+
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        self.done = metadata["done"]
+        for layer in sorted({int(name.partition(".")[0]) for name in tensors}):
+            self.sums[layer] = Effect(*(tensors[f"{layer}.{name}"] for name in Effect._fields))
 
 
 def profile(
@@ -49,65 +64,27 @@ def profile(
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` is {type(model).__name__}: encoder-decoders are not profiled.")
-    max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if max_tokens is not None and job.length > max_tokens:
-        raise ValueError(
-            f"`length` is {job.length}, but the model reads at most {max_tokens} tokens."
-        )
-    identity = asdict(ModelIdentity.of(model))
-    metadata = {"model": identity, "job": asdict(job), "source": source}
-    partial = out.with_name(out.name + ".partial")
-    done, sums = _load(partial, metadata)
-    scheduler = HeadEffect(job.sinks, job.recent, sums)
+    check_length(model, job.length, f"`length` is {job.length}")
+    progress = Progress(model, out, job, source)
+    scheduler = HeadEffect(job.sinks, job.recent, dict(progress.sums))
     decoder: Any = model.get_decoder()
-    saved_at, whole = time.monotonic(), dict(sums)
-    with PiKVCache(model, scheduler=scheduler, budget=2, page_size=1, window=1) as cache:
-        try:
-            for ids in pieces(done):
-                cache.reset()
-                with torch.no_grad():
-                    decoder(input_ids=ids.to(model.device), use_cache=True, **with_cache(cache))
-                done, whole = done + 1, dict(sums)
-                if time.monotonic() - saved_at > SAVE_EVERY_S:
-                    _save(partial, whole, metadata | {"done": done})
-                    saved_at = time.monotonic()
-        except ValueError:
-            raise  # resuming would fail again
-        except BaseException:
-            _save(partial, whole, metadata | {"done": done})
-            raise
-    if not done:
+    with (
+        PiKVCache(model, scheduler=scheduler, budget=2, page_size=1, window=1) as cache,
+        progress.saved_if_interrupted(),
+    ):
+        for ids in pieces(progress.done):
+            cache.reset()
+            with torch.no_grad():
+                decoder(input_ids=ids.to(model.device), use_cache=True, **with_cache(cache))
+            progress.done, progress.sums = progress.done + 1, dict(scheduler.sums)
+            progress.save_sometimes()
+    if not progress.done:
         raise ValueError(f"the texts have fewer than {job.length} tokens: give more, or `length`.")
-    if not whole:
+    if not progress.sums:
         raise ValueError(f"`model` is {type(model).__name__}, of which no layer can be paged.")
-    scores = {layer: effect.scores for layer, effect in sorted(whole.items())}
+    scores = {layer: effect.scores for layer, effect in sorted(progress.sums.items())}
     if not all(bool(s.isfinite().all()) for s in scores.values()):
         raise ValueError("the attention of the model returned numbers that are NaN or infinite.")
     tensors = {f"{SCORES}{layer}": found for layer, found in scores.items()}
-    write(out, tensors, metadata | {"done": done}, PROFILE.key)
-    partial.unlink(missing_ok=True)
+    progress.finish(tensors, {"done": progress.done})
     return scores
-
-
-def _save(path: Path, sums: dict[int, Effect], metadata: dict[str, Any]) -> None:
-    tensors = {f"{layer}.{k}": t for layer, e in sums.items() for k, t in e._asdict().items()}
-    write(path, tensors, metadata, PROFILE.key)
-
-
-def _load(path: Path, metadata: dict[str, Any]) -> tuple[int, dict[int, Effect]]:
-    """Return how many texts an interrupted call has read, and their sums by layer."""
-    if not path.exists():
-        return 0, {}
-    found = read_metadata(path, PROFILE)
-    expected = json.loads(json.dumps(metadata))
-    if any(found[name] != expected[name] for name in expected):
-        raise ValueError(
-            f"`{path}` was left by a profile of another model, other texts or other options: "
-            "delete it, or write to another file."
-        )
-    with safe_open(path, framework="pt") as file:
-        layers = {int(name.partition(".")[0]) for name in file.keys()}  # noqa: SIM118
-        return found["done"], {
-            layer: Effect(*(file.get_tensor(f"{layer}.{name}") for name in Effect._fields))
-            for layer in sorted(layers)
-        }

@@ -5,7 +5,7 @@ Shapes: H KV heads, n queries per KV head, T tokens, r rank, D key dim, Dv value
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +47,9 @@ def fit(
     held-out windows are returned: the principal axes, if training does not help.
     """
     fitting = Fitting(method, capture, rank, seed, device)
-    best = fitting.factors()
-    before = after = fitting.held_out_error(best)
-    for factors in fitting.training(steps):
-        error = fitting.held_out_error(factors)
-        if error < after:
-            best, after = factors, error
+    weights = [t for free in fitting.free.values() for t in free.values()]
+    judged = fitting.factors, fitting.held_out_error
+    best, before, after = descent(weights, fitting.loss, *judged, steps, RATE, most_norm=1.0)
     return Fit(fitting.finished(best), before, after)
 
 
@@ -67,7 +64,7 @@ class Fitting:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.method, self.scale, self.device, self.seed = method, capture.scale, device, seed
+        self.method, self.scale, self.device = method, capture.scale, device
         self.moments = {"key": capture.keys, "value": capture.values}
         if capture.values.first.shape[-1] == 0:  # latents
             del self.moments["value"]
@@ -81,6 +78,7 @@ class Fitting:
             self.sizes[name] = size.float()
             self.free[name] = {part: t.to(device) for part, t in free.items()}
         self.fitted, self.held_out = capture.fitted, capture.held_out
+        self.order = random.Random(seed)
 
     def factors(self) -> dict[str, Factors]:
         """Return copies of the current factors, which later training steps do not change."""
@@ -95,20 +93,13 @@ class Fitting:
             done |= {f"{name}_{part}": t.detach().cpu() for part, t in scaled.items()}
         return {name: tensor.contiguous() for name, tensor in done.items()}
 
-    def training(self, steps: int) -> Iterator[dict[str, Factors]]:
-        """Train by Adam on the relative squared error of attention; yield the factors a few times.
+    def loss(self) -> Tensor:
+        """Return the relative squared error of attention in the next window.
 
-        Each step uses one window; the order depends on `seed` only.
+        The order of the windows depends on the seed only.
         """
-        weights = [t for free in self.free.values() for t in free.values()]
-        order = random.Random(self.seed)
-
-        def loss() -> Tensor:
-            change, size = self._errors(order.choice(self.fitted), self.factors())
-            return (change / size).mean()
-
-        for _ in descent(weights, loss, steps, RATE, most_norm=1.0):
-            yield self.factors()
+        change, size = self._errors(self.order.choice(self.fitted), self.factors())
+        return (change / size).mean()
 
     @torch.no_grad()
     def held_out_error(self, factors: dict[str, Factors]) -> float:

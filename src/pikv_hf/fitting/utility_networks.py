@@ -6,7 +6,7 @@ m hidden units.
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,12 +35,8 @@ def fit_utility(
     Memory: the windows of the layer in float32.
     """
     fitting = Fitting(capture, rotary, seed, device)
-    best = fitting.network()
-    before = after = fitting.held_out_loss(best)
-    for network in fitting.training(steps):
-        loss = fitting.held_out_loss(network)
-        if loss < after:
-            best, after = network, loss
+    judged = fitting.network, fitting.held_out_loss
+    best, before, after = descent([*fitting.free.values()], fitting.loss, *judged, steps, RATE)
     return Fit({part: tensor.cpu() for part, tensor in best.items()}, before, after)
 
 
@@ -63,7 +59,7 @@ class Fitting:
         hidden = torch.randn(heads, dims, HIDDEN, generator=generator) / math.sqrt(dims)
         empty = torch.zeros(heads, HIDDEN, device=device)
         self.free: Network = {"hidden": hidden.to(device), "bias": empty, "out": empty.clone()}
-        self.seed = seed
+        self.order = random.Random(seed)
 
     def network(self) -> Network:
         """Return the current networks for unscaled states; gradients flow to `free`."""
@@ -71,15 +67,9 @@ class Fitting:
         bias = self.free["bias"] - (self.mean[:, None] @ hidden).squeeze(1)
         return {"hidden": hidden, "bias": bias, "out": self.free["out"].clone()}
 
-    def training(self, steps: int) -> Iterator[Network]:
-        """Train by Adam, one window a step, in a fixed order; yield the networks a few times."""
-        order = random.Random(self.seed)
-
-        def loss() -> Tensor:
-            return divergence(*order.choice(self.fitted), self.network())
-
-        for _ in descent([*self.free.values()], loss, steps, RATE):
-            yield {part: tensor.detach() for part, tensor in self.network().items()}
+    def loss(self) -> Tensor:
+        """Return the loss in the next window; their order depends on the seed only."""
+        return divergence(*self.order.choice(self.fitted), self.network())
 
     @torch.no_grad()
     def held_out_loss(self, network: Network) -> float:

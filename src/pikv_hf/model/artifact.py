@@ -137,21 +137,18 @@ def _name_of(model: PreTrainedModel) -> str:
 
 def _samples(model: PreTrainedModel) -> Iterator[tuple[str, list[float]]]:
     """Yield numbers of the first, middle and last layer whose attention weights can be read."""
-    by_layer: dict[str, list[tuple[str, Tensor]]] = {}
+    layers = []
     for name, module in model.named_modules():
         if (
             "attn" in name.rpartition(".")[2].lower()
             or "attention" in type(module).__name__.lower()
         ):
-            weights: Any = module.named_parameters(prefix=name)
-            plain = [(n, w) for n, w in weights if is_plain(w)]
+            plain = [(n, w) for n, w in module.named_parameters(prefix=name) if is_plain(w)]
             if plain:
-                by_layer[name] = plain
-    layers = list(by_layer.values())
+                layers.append(plain)
     last = len(layers) - 1
-    for idx in sorted(
-        {last * i // (SAMPLED_LAYERS - 1) for i in range(SAMPLED_LAYERS)} if layers else ()
-    ):
+    places = {last * i // (SAMPLED_LAYERS - 1) for i in range(SAMPLED_LAYERS)} if layers else ()
+    for idx in sorted(places):
         for name, weight in layers[idx]:
             step = max(weight.numel() // SAMPLES, 1)
             yield name, weight.detach().flatten()[::step][:SAMPLES].float().tolist()

@@ -22,9 +22,7 @@ class LatentQuery:
 
     def __init__(self, module: Any, query: Tensor, rank: int) -> None:
         self.rank = rank
-        self.value_dim = module.v_head_dim
-        heads = query.shape[1]
-        self.weight = matrix(module.kv_b_proj, rank, query).reshape(heads, -1, rank)
+        self.weight = matrix(module.kv_b_proj, rank, query).reshape(query.shape[1], -1, rank)
         self.nope_dim = module.qk_nope_head_dim
 
     def absorb(self, query: Tensor) -> Tensor:

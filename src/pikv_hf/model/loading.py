@@ -8,9 +8,12 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .versions import with_cache
 
 if TYPE_CHECKING:
 
@@ -40,6 +43,13 @@ def load(
     return model, tokenizer  # ty: ignore[invalid-explicit-return]
 
 
+def check_length(model: PreTrainedModel, tokens: int, given: str) -> None:
+    """Refuse texts of `tokens` tokens if `model` reads fewer; `given`: which argument asks."""
+    max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_tokens is not None and tokens > max_tokens:
+        raise ValueError(f"{given}, but the model reads at most {max_tokens} tokens.")
+
+
 def encode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,3 +60,11 @@ def encode(
     encoded = tokenizer(text, add_special_tokens=special_tokens, return_tensors="pt")
     ids = encoded.input_ids.to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def generate(
+    model: GenerativeModel, inputs: dict[str, Tensor], cache: Cache | None, streamer: Any, most: int
+) -> Any:
+    """Generate at most `most` tokens with `cache`; return an output that has the cache in it."""
+    options = {"streamer": streamer, "max_new_tokens": most, "return_dict_in_generate": True}
+    return model.generate(**inputs, **with_cache(cache), **options)

@@ -30,7 +30,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
     layers = DynamicCache(config=model.config).layers
     pageable = {i for i, layer in enumerate(layers) if type(layer) is DynamicLayer}
     found: dict[int, list[nn.Module]] = {}
-    for module in _text_decoder(model).modules():
+    decoder = model.get_decoder() if model.config.is_encoder_decoder else model
+    for module in decoder.modules():
         index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
         if not is_attention(module) or not isinstance(config, type(text_config)):
             continue
@@ -65,7 +66,3 @@ def _is_shared(text_config: PreTrainedConfig, idx: int) -> bool:
     if modes is not None:  # since 5.24 gemma4 names layers that store although none reuses them
         return modes[idx] == "store" and "reuse" in modes
     return bool(getattr(text_config, "num_kv_shared_layers", 0))
-
-
-def _text_decoder(model: PreTrainedModel) -> nn.Module:
-    return model.get_decoder() if model.config.is_encoder_decoder else model

@@ -27,28 +27,14 @@ from transformers.utils import logging
 
 from ..requirements import NEWEST_TRANSFORMERS, TESTED, VERSION, minor
 
+# Names of transformers that other files import from here, and from nowhere else.
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
-    "CACHE",
-    "PREFILL",
     "BaseStreamer",
     "CacheLayerMixin",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
-    "attention_implementation",
-    "cache_in",
-    "declared_gates",
-    "forward_inputs",
-    "full_attention_mask",
-    "given_cache",
-    "has_readable_masks",
-    "is_tested",
     "logging",
-    "unread_argument",
-    "unsupported",
-    "warn_if_untested",
-    "with_attention_implementation",
-    "with_cache",
 ]
 
 # Names of the cache among arguments and outputs of models and `generate`, the newest first.

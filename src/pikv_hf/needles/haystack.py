@@ -230,7 +230,9 @@ def make_haystack(
     words = length
     while True:
         haystack = _haystack_of(words, needles, seed, depth, kinds)
-        tokens = words if count is None else _max_tokens(haystack, count)
+        tokens = words
+        if count is not None:
+            tokens = max(count(haystack.prompt(i)) for i in range(needles)) + REPLY_ROOM
         if tokens <= length:
             return haystack
         words = min(words - 1, words * length // tokens)
@@ -248,8 +250,3 @@ def _haystack_of(
         questions=tuple(needle.question for needle in hidden),
         answers=tuple(needle.value for needle in hidden),
     )
-
-
-def _max_tokens(haystack: Haystack, count: Callable[[str], int]) -> int:
-    prompts = [haystack.prompt(index) for index in range(len(haystack.questions))]
-    return max(map(count, prompts)) + REPLY_ROOM

@@ -14,8 +14,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache.from_text import CacheOption
 from ..cache.pikv_cache import PiKVCache
-from ..model.loading import GenerativeModel, encode
-from ..model.versions import BaseStreamer, DynamicLayer, cache_in, with_cache
+from ..model.loading import GenerativeModel, encode, generate
+from ..model.versions import BaseStreamer, DynamicLayer, cache_in
 from ..requirements import VERSION
 from ..storage.memory import storage_bytes, tensors_in
 from .haystack import Haystack, make_haystack
@@ -115,13 +115,7 @@ def answer(
     inputs = encode(model, tokenizer, stack.prompt())
     spare = len(tokenizer(stack.answers[0], add_special_tokens=False).input_ids) + SPARE_TOKENS
     clock, cache = Clock(), option.make(model)
-    out = model.generate(
-        **inputs,
-        **with_cache(cache),
-        max_new_tokens=spare,
-        streamer=clock,
-        return_dict_in_generate=True,
-    )
+    out = generate(model, inputs, cache, clock, spare)
     steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
     new_tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     reply = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)[0]
@@ -146,20 +140,14 @@ def holdings(cache: Cache) -> dict[str, Any]:
         report = cache.report()
         names = ("nbytes", "bytes_per_token", "bf16_ratio", "error")
         return {name: getattr(report, name) for name in names}
-    nbytes = held_bytes(cache)
-    in_bf16 = sum(
-        sum(2 * tensor.numel() for tensor in tensors_in([layer.keys, layer.values]))
-        if type(layer) is DynamicLayer
-        else sum(tensor.nbytes for tensor in tensors_in(vars(layer)))
-        for layer in cache.layers
-    )
+    nbytes, in_bf16 = held_bytes(cache), 0
+    for layer in cache.layers:
+        can_be_bf16 = type(layer) is DynamicLayer
+        for tensor in tensors_in(vars(layer)):
+            in_bf16 += 2 * tensor.numel() if can_be_bf16 else tensor.nbytes
+    ratio = in_bf16 / nbytes if nbytes else 1.0
     per_token = nbytes / max(cache.get_seq_length(), 1)
-    return {
-        "nbytes": nbytes,
-        "bytes_per_token": per_token,
-        "bf16_ratio": in_bf16 / nbytes if nbytes else 1.0,
-        "error": None,
-    }
+    return {"nbytes": nbytes, "bytes_per_token": per_token, "bf16_ratio": ratio, "error": None}
 
 
 def summarize(trials: Sequence[Trial], caches: Sequence[CacheOption]) -> list[Row]:
@@ -222,7 +210,5 @@ def to_dict(
 
 
 def held_bytes(cache: Cache) -> int:
-    """Return the bytes of the distinct storages that `cache`, of any class, keeps alive."""
-    if isinstance(cache, PiKVCache):
-        return cache.nbytes
+    """Return the bytes of the distinct storages that `cache`, of transformers, keeps alive."""
     return storage_bytes(tensors_in([vars(layer) for layer in cache.layers]))

@@ -9,16 +9,17 @@ from torch import Tensor
 from ...layer.observations import EVERY, Observations
 from ...layer.state import LayerState
 from ...schedulers.attention_mass import attention_weights
+from .text import Part
 
 # Smallest mark of a repeated token; tokens that are not repeated have mark 0.
 MIN_MARK = torch.finfo(torch.float32).tiny
 
 
 class Listener(Observations):
-    """Observations that a layer has while the model repeats `columns[r]` of its tail in row r.
+    """Observations that a layer has while the model repeats a part of each row of its tail.
 
-    The first `lengths[r]` new tokens of row r are the repetition, which also reads the columns
-    `sinks[r]`. `marks` [B, H, n]: the largest attention that each tail token got.
+    The first new tokens of a row, as many as its part has ids, are the repetition. `marks`
+    [B, H, n]: the largest attention that each tail token got.
     """
 
     def __init__(self, state: LayerState) -> None:
@@ -27,20 +28,18 @@ class Listener(Observations):
         self.marks = state.tail.keys.new_zeros(
             *state.tail.keys.shape[:2], state.tail.length, dtype=torch.float32
         )
-        self.columns: list[Tensor] = []
-        self.sinks: list[Tensor] = []
-        self.lengths: list[int] = []
+        self.parts: list[Part] = []
 
-    def hear(self, columns: list[Tensor], sinks: list[Tensor], lengths: list[int]) -> None:
-        """Expect that the next forward pass repeats these columns of each row."""
-        self.columns, self.sinks, self.lengths = columns, sinks, lengths
+    def hear(self, parts: list[Part]) -> None:
+        """Expect that the next forward pass repeats this part of each row."""
+        self.parts = parts
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:
         """Mark the repeated columns by `queries` [B, H, G, q, D] of new tokens; keep no query."""
         tail_keys = self.state.tail.view()[0]
         before = tail_keys.shape[2] - queries.shape[3]
-        for row, (columns, sinks) in enumerate(zip(self.columns, self.sinks, strict=True)):
-            count = self.lengths[row]
+        for row, (columns, sinks, ids) in enumerate(self.parts):
+            count = len(ids)
             if count:
                 read = torch.cat([sinks, columns, torch.arange(before, before + count)])
                 keys = tail_keys[row][:, read.to(tail_keys.device)]

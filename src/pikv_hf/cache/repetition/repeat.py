@@ -1,13 +1,12 @@
 """One repetition of a whole text, which is taken back."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...layer.paged_layer import PagedLayer
+from ...storage.memory import tensors_in
 from ..paged_cache import PagedCache
 from ..token_log import TokenLog
 from .listener import Listener
@@ -36,13 +35,13 @@ def repeat(cache: PagedCache) -> None:
             for listener in listeners:
                 listener.state.listen(listener)
             for number in range(text.chunks):
-                chunk = text.chunk(number)
+                parts = text.chunk(number)
                 for listener in listeners:
-                    listener.hear(*chunk[:3])
+                    listener.hear(parts)
                 # Layers that are not paged cannot remove tokens: copies of them are used.
                 twins = [x if isinstance(x, PagedLayer) else _twin(x) for x in layers]
                 cache.stand_in(twins, TokenLog())
-                text.read(*chunk[2:])
+                text.read(parts)
                 for state in written:
                     state.crop(seen)
         finally:
@@ -58,12 +57,4 @@ def repeat(cache: PagedCache) -> None:
 
 def _twin(layer: Any) -> Any:
     """Copy a layer, tensors with a gradient included, which `deepcopy` alone refuses."""
-
-    def tensors(value: Any) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict | list | tuple):
-            for part in value.values() if isinstance(value, dict) else value:
-                yield from tensors(part)
-
-    return copy.deepcopy(layer, {id(t): t.detach().clone() for t in tensors(vars(layer))})
+    return copy.deepcopy(layer, {id(t): t.detach().clone() for t in tensors_in(vars(layer))})

@@ -1,6 +1,6 @@
 """The text that the model repeats, chunk by chunk."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,14 @@ from ...layer.state import LayerState
 from ...model.masks import visible_columns
 from ...model.versions import with_cache
 from ..paged_cache import PagedCache
+
+
+class Part(NamedTuple):
+    """Columns of a row's tail, the earlier sinks that they also read, and the ids to read."""
+
+    columns: Tensor
+    sinks: Tensor
+    ids: Tensor
 
 
 class Text:
@@ -34,33 +42,28 @@ class Text:
         self.mask = torch.cat([sealed, visible], dim=1).long()
         self.chunks = max(map(len, self.parts))
 
-    def chunk(self, number: int) -> tuple[list[Tensor], list[Tensor], list[int], list[Tensor]]:
-        """Return of each row: columns of chunk `number`, earlier sinks, number of ids, ids to read.
-
-        A row without such a chunk reads nothing.
-        """
-        columns, sinks, lengths, given = [], [], [], []
+    def chunk(self, number: int) -> list[Part]:
+        """Return of each row the part to be repeated in chunk `number`; it may be empty."""
+        found = []
         for row, parts in enumerate(self.parts):
             chunk = parts[number] if number < len(parts) else torch.arange(0)
-            new_ids = torch.arange(0)
-            if len(chunk):
-                before = parts[number - 1] if number else torch.arange(0)
-                text = torch.cat([before[max(len(before) - self.how.overlap, 0) :], chunk])
-                prompt = torch.tensor(self.how.prompt_ids, dtype=torch.int64)
-                new_ids = torch.cat([prompt, self.ids[row].cpu()[text]])
-            columns.append(chunk)
-            sinks.append(self.sinks[row][self.sinks[row] < chunk[0]] if len(chunk) else chunk)
-            lengths.append(len(new_ids))
-            given.append(new_ids)
-        return columns, sinks, lengths, given
+            if not len(chunk):
+                found.append(Part(chunk, chunk, chunk))
+                continue
+            before = parts[number - 1] if number else torch.arange(0)
+            text = torch.cat([before[max(len(before) - self.how.overlap, 0) :], chunk])
+            prompt = torch.tensor(self.how.prompt_ids, dtype=torch.int64)
+            ids = torch.cat([prompt, self.ids[row].cpu()[text]])
+            found.append(Part(chunk, self.sinks[row][self.sinks[row] < chunk[0]], ids))
+        return found
 
-    def read(self, lengths: list[int], given: list[Tensor]) -> None:
-        """Let the decoder read `given`, padded at the end, where no token sees the padding."""
+    def read(self, parts: list[Part]) -> None:
+        """Let the decoder read `parts`, padded at the end, where no token sees the padding."""
         # A single token would count as generated and release a prompt that is held.
-        width = max(2, *lengths)
-        ids = torch.zeros(len(given), width, dtype=torch.int64)
-        for row, new_ids in enumerate(given):
-            ids[row, : len(new_ids)] = new_ids
+        width = max(2, *(len(part.ids) for part in parts))
+        ids = torch.zeros(len(parts), width, dtype=torch.int64)
+        for row, part in enumerate(parts):
+            ids[row, : len(part.ids)] = part.ids
         positions = self.mask.sum(-1, keepdim=True) + torch.arange(width)
         assert self.cache.binding is not None, "a cache reads what its model reads"
         decoder: Any = self.cache.binding.decoder()
