@@ -73,6 +73,15 @@ def two_layers(name: str) -> PreTrainedModel:
     return build(name, "eager", **FEW_LAYERS.get(name, {}))
 
 
+@functools.cache
+def exact_model(name: str) -> PreTrainedModel:
+    """In float64, where no rounding error moves a number to the next code; none may change it."""
+    attn = "eager" if name == "gpt_oss" else "sdpa"
+    model = build(name, attn, dtype=torch.float64, **FEW_LAYERS.get(name, {}))
+    model.set_experts_implementation("eager")  # grouped products have no float64
+    return model
+
+
 def generate(
     model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, **options: Any
 ) -> Generated:

@@ -5,7 +5,8 @@ import torch
 from helpers import SMALL, paged, spans_of, tiny
 from pikv_kernels import partial_attention_reference
 from test_combinations import UNCALIBRATED
-from test_compressors import (
+from torch import Tensor
+from variants import (
     LOSSY,
     PAGE,
     REDUCED,
@@ -16,7 +17,6 @@ from test_compressors import (
     fitted,
     states,
 )
-from torch import Tensor
 
 from pikv_hf import PiKVCache
 from pikv_hf.storage.codec import flat_tokens

@@ -6,22 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import pikv
 from helpers import held_by, paged, tiny
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typer.testing import CliRunner, Result
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.commands.app import app
 from pikv_hf.fitting.head_effect import QUERIES, HeadEffect
 from pikv_hf.fitting.needle_texts import needle_pieces
 from pikv_hf.fitting.profile import profile
 from pikv_hf.fitting.profile_job import Job
 from pikv_hf.model import loading
 from pikv_hf.model.versions import CACHE, with_cache
-from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
+from pikv_hf.needles.haystack import make_haystack
 from pikv_hf.schedulers import Duo
 from pikv_hf.schedulers.duo import read_profile
 
@@ -235,11 +234,6 @@ def test_refusals(tmp_path, monkeypatch) -> None:
 # ---- the bundled model, the command ---------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bundled():
-    return loading.load(str(NEEDLE_MODEL))
-
-
 def test_needle_pieces(bundled) -> None:
     """All needles stand in the text and are asked for at its end; a call goes on where one stopped."""
     tokenizer = bundled[1]
@@ -275,10 +269,6 @@ def test_the_heads_that_retrieve(bundled, tmp_path) -> None:
     object.__setattr__(turned, "_streams", {layer: ~s for layer, s in duo._streams.items()})
     assert exact(duo) >= 7
     assert exact(turned) <= 4
-
-
-def pikv(*args) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def test_command(tmp_path) -> None:

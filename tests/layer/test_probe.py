@@ -16,9 +16,9 @@ from helpers import (
     spans_of,
     tiny,
 )
-from test_compressors import calibrated
 from test_observed import asked
 from torch import Tensor
+from variants import calibrated
 from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PiKVCache
