@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 from pikv_kernels import quantized_attention, quantized_attention_reference
+from tolerances import OVER_CODES
 from variants import (
     DTYPES,
     NAMES,
@@ -23,9 +24,6 @@ from pikv_hf.compressors import Compressor, Fp8, Int2, Int4, Int8
 from pikv_hf.compressors.integer import Integer
 from pikv_hf.storage.codec import flat_tokens
 
-# Attention over codes against float64 over the decoded pages: output relative to its norm, and LSE.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 3e-2}
-
 
 def check_attention(compressor: Compressor, dims, dtype, tokens: int, queries: int = 5) -> None:
     key_dim, value_dim = dims
@@ -36,8 +34,8 @@ def check_attention(compressor: Compressor, dims, dtype, tokens: int, queries: i
     keys, values = (flat_tokens(pages, tokens) for pages in compressor.decode(fields))
     expected, expected_lse = exact_attention(query, keys, values if value_dim else keys)
     assert out.shape == expected.shape and lse.shape == expected_lse.shape
-    assert distance(out, expected) <= TOLERANCE[dtype], "output"
-    assert (lse - expected_lse).abs().max() <= 4 * TOLERANCE[dtype] * query.norm(dim=-1).max()
+    assert distance(out, expected) <= OVER_CODES[dtype], "output"
+    assert (lse - expected_lse).abs().max() <= 4 * OVER_CODES[dtype] * query.norm(dim=-1).max()
 
 
 @NAMES_AND_DIMS
@@ -84,8 +82,8 @@ def test_kernel_against_its_reference(name, dtype) -> None:
     read = [compressor._numbers(part, fields) for part in ("key", "value")]
     actual = quantized_attention(query, *read, 41, SCALE)
     expected = quantized_attention_reference(query, *read, 41, SCALE)
-    assert distance(actual[0], expected[0]) <= TOLERANCE[dtype]
-    assert (actual[1] - expected[1]).abs().max() <= 10 * TOLERANCE[dtype]
+    assert distance(actual[0], expected[0]) <= OVER_CODES[dtype]
+    assert (actual[1] - expected[1]).abs().max() <= 10 * OVER_CODES[dtype]
 
 
 @pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if isinstance(c, (Integer, Fp8))])

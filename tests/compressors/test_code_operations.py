@@ -11,6 +11,7 @@ from pikv_kernels import (
     unpack_codes,
     unpack_codes_reference,
 )
+from tolerances import FLOAT64
 from variants import states
 
 
@@ -38,6 +39,6 @@ def test_all_float8_numbers(codes, dtype) -> None:
 @pytest.mark.parametrize("dim", [1, 2, 7, 64, 80, 96, 128, 576])
 def test_hadamard(dim) -> None:
     x, y = states("", 5, dim), states("", 5, dim, seed=1)
-    assert torch.allclose(hadamard(x), hadamard_reference(x), atol=1e-12)
-    assert torch.allclose(hadamard(hadamard(x)), x, atol=1e-12)
-    assert torch.allclose(hadamard(x) @ hadamard(y).mT, x @ y.mT, atol=1e-11)
+    assert torch.allclose(hadamard(x), hadamard_reference(x), rtol=0, atol=FLOAT64)
+    assert torch.allclose(hadamard(hadamard(x)), x, rtol=0, atol=FLOAT64)
+    assert torch.allclose(hadamard(x) @ hadamard(y).mT, x @ y.mT, rtol=0, atol=FLOAT64)

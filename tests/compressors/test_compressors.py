@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import SMALL, paged, tiny
+from tolerances import NEAREST_CODE
 from variants import (
     DTYPES,
     LOSSY,
@@ -116,7 +117,7 @@ def test_many_pages_of_a_longer_tensor(name, rows) -> None:
     for page in range(21):
         alone = (t[:, :, page : page + 1].contiguous() for t in (keys, values))
         for one, all_ in zip(compressor.decode(compressor.encode(*alone)), together, strict=True):
-            assert distance(all_[:, :, page : page + 1].double(), one.double()) < 3e-3
+            assert distance(all_[:, :, page : page + 1].double(), one.double()) < NEAREST_CODE
 
 
 # ---- bad input ----------------------------------------------------------------------------------

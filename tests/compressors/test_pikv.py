@@ -16,6 +16,7 @@ from helpers import (
     two_layers,
 )
 from random_pages import SEEDS, random_pages
+from tolerances import FLOAT64
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
@@ -89,7 +90,7 @@ def test_what_a_budget_buys(seed, allowed) -> None:
     assert (sizes[choice].sum(1) <= allowed * 20).all()
     spent = errors.gather(0, choice[None])[0].sum(1)
     for encoding, size in enumerate(sizes.tolist()):
-        assert size > allowed or (spent <= errors[encoding].sum(1) + 1e-12).all()
+        assert size > allowed or (spent <= errors[encoding].sum(1) + FLOAT64).all()
     if allowed == 8.0:
         assert (choice == 0).all()
 

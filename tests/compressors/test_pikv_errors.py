@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from random_pages import SEEDS, random_pages
+from tolerances import FIRST_ORDER, FLOAT64
 from torch import Tensor
 
 from pikv_hf.compressors import Identity, Int2, Int4
@@ -66,7 +67,7 @@ def test_errors_of_pages(seed, shrink, is_latent) -> None:
                 pages = [(k[row, head], v[row, head]) for k, v in ((keys, values), again)]
                 expected = predicted(*pages, queries[row, head], shrink)
                 actual = errors[number, row, head].tolist()
-                assert actual == pytest.approx(expected, rel=1e-9)
+                assert actual == pytest.approx(expected, rel=FLOAT64)
 
 
 @SEEDS
@@ -104,9 +105,9 @@ def test_small_changes_of_single_tokens_have_the_predicted_effects(seed, is_late
     for row in range(2):
         for head in range(2):
             whole, each = moved(row, head, [*range(5)]), [moved(row, head, [p]) for p in range(5)]
-            assert errors[row, head].sum().item() == pytest.approx(whole, rel=1e-6)
+            assert errors[row, head].sum().item() == pytest.approx(whole, rel=FLOAT64)
             expected = [whole * part / sum(each) for part in each]
-            assert errors[row, head].tolist() == pytest.approx(expected, rel=1e-3)
+            assert errors[row, head].tolist() == pytest.approx(expected, rel=FIRST_ORDER)
 
 
 def test_errors_of_many_pages_are_those_of_a_few_at_a_time() -> None:
@@ -114,4 +115,4 @@ def test_errors_of_many_pages_are_those_of_a_few_at_a_time() -> None:
     errors = output_errors((Int2(),), keys, values, queries, 0.5)[0, 1, 1]
     again = Int2().decode(Int2().encode(keys, values))
     pages = [(k[1, 1], v[1, 1]) for k, v in ((keys, values), again)]
-    assert errors.tolist() == pytest.approx(predicted(*pages, queries[1, 1], 0.5), rel=1e-9)
+    assert errors.tolist() == pytest.approx(predicted(*pages, queries[1, 1], 0.5), rel=FLOAT64)

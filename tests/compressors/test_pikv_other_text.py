@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tolerances import FLOAT64
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -128,9 +129,9 @@ def test_no_single_compressor_of_as_many_bytes_is_better(first_seed) -> None:
     singles = [loss(single, seeds) for single in SINGLES]
     for share in [*SHARES, *(size for size, _ in singles)]:
         size, error = loss(PiKV(share=share), seeds)
-        assert size <= share * (1 + 1e-9)
-        best = min(error for size, error in singles if size <= share * (1 + 1e-9))
-        assert error <= best * (1 + 1e-9)
+        assert size <= share * (1 + FLOAT64)
+        best = min(error for size, error in singles if size <= share * (1 + FLOAT64))
+        assert error <= best * (1 + FLOAT64)
         if share in BETWEEN:
             assert error < 0.9 * best
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from directions import GAUSSIAN, all_bits, directions, random
+from tolerances import PUBLISHED
 from torch.nn.functional import normalize
 
 from pikv_hf.compressors import TurboQuant, turboquant
@@ -16,7 +17,7 @@ def test_codebook_of_a_large_dim_is_that_of_max() -> None:
     for bits, upper in expected.items():
         levels = turboquant._codebook(bits, 2**14)
         half = torch.tensor(upper, dtype=levels.dtype)
-        torch.testing.assert_close(levels, torch.cat([-half.flip(0), half]), rtol=1e-3, atol=0)
+        torch.testing.assert_close(levels, torch.cat([-half.flip(0), half]), rtol=PUBLISHED, atol=0)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
