@@ -160,9 +160,9 @@ def small_bounds(node: ast.AST) -> Iterator[ast.AST]:
         bounds = [*node.comparators, node.left]
         bounds += [part for bound in bounds for part in ast.iter_child_nodes(bound)]
     for bound in bounds:
-        if isinstance(bound, ast.Constant) and isinstance(bound.value, float):
-            if 0 < bound.value < 0.005:
-                yield bound
+        value = bound.value if isinstance(bound, ast.Constant) else None
+        if isinstance(value, float) and 0 < value < 0.005:
+            yield bound
 
 
 def test_tolerances_are_named():

@@ -6,9 +6,7 @@ from helpers import FAMILIES, ONE_ROW, PADDED, tiny
 from zoo import prompt
 
 STATELESS = [name for name in FAMILIES if name != "qwen3_next"]  # those that may draft
-
 padding = pytest.mark.parametrize("lengths", [ONE_ROW, PADDED], ids=["one_row", "left_padded"])
-
 families = pytest.mark.parametrize("name", FAMILIES)
 
 

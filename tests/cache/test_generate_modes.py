@@ -44,7 +44,7 @@ def test_mode(name, lengths, mode) -> None:
     expected = generate(model, inputs, dynamic(model), **options)
     cache = PiKVCache(model, **SMALL)
     assert_same(generate(model, inputs, cache, **options), expected)
-    if expected.tokens.shape[1] == max(lengths) + 14:
+    if mode != "finished_rows":
         assert_sealed_in_prefill_and_decode(cache, max(lengths))
     assert slabs_of(paged(cache)[0])
 

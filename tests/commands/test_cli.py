@@ -15,17 +15,12 @@ from pikv_hf.fitting.calibration_job import METHODS as CALIBRATED
 from pikv_hf.fitting.calibration_job import PIKV_QUEST
 from pikv_hf.fitting.progress_bar import bar
 
-# ---- mistakes -----------------------------------------------------------------------------------
-
 
 def test_module_and_command_are_the_same():
     done = subprocess.run(
         [sys.executable, "-m", "pikv_hf", "--version"], check=True, capture_output=True, text=True
     )
     assert done.stdout.strip() == f"pikv_hf {__version__}"
-
-
-# ---- help, and what is shown in a file ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -7,9 +7,7 @@ from torch.nn.functional import normalize
 # Least mean squared errors of a scalar quantizer of N(0, 1) (Max, 1960); the paper rounds them to
 # 0.36, 0.117, 0.03 and 0.009 (after theorem 1). On a sphere of finite dim they are a little less.
 GAUSSIAN = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
-
 all_bits = pytest.mark.parametrize("bits", [2, 3, 4])
-
 all_variants = pytest.mark.parametrize("residual", [False, True], ids=["mse", "residual"])
 
 

@@ -103,7 +103,7 @@ def test_encoding_again_changes_nothing(name, dtype) -> None:
     assert distance(again, keys) <= 1.01 * distance(once, keys)
 
 
-# ---- attention over codes ---------------------------------------------------------------------
+# ---- many pages ---------------------------------------------------------------------------------
 
 
 @NAMES

@@ -114,11 +114,8 @@ def loss(method: Compressor, seeds: range) -> tuple[float, float]:
 
 
 TURBO = tuple(TurboQuant(bits=bits) for bits in (2, 3, 4))
-
 SINGLES = (Int8(), Int4(), Int2(), Fp8(), Svd(rank=4), Svd(rank=16), *TURBO)
-
 BETWEEN = (0.19, 0.25, 0.35, 0.45, 0.7)  # above what any single one of them takes
-
 SHARES = (0.16, 0.2, 0.4, *BETWEEN)
 
 

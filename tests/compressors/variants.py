@@ -34,17 +34,11 @@ VARIANTS: dict[str, Compressor] = {
 
 # They keep a part of what there is: of random numbers, no error follows from the bytes.
 REDUCED = ("svd", "think", *METHODS)
-
 NAMES = pytest.mark.parametrize("name", VARIANTS)
-
 LOSSY = [name for name in VARIANTS if name != "identity"]
-
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-
 DIMS = [(64, 64), (80, 80), (96, 96), (192, 128), (128, 64), (576, 0)]
-
 PAGE, SCALE = 16, 0.11
-
 NAMES_AND_DIMS = pytest.mark.parametrize(
     "name, dims",
     [pytest.param(name, dims, id=f"{name}-{dims}") for name in VARIANTS for dims in DIMS],

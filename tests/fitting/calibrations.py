@@ -15,9 +15,7 @@ from pikv_hf.model.versions import with_cache
 from pikv_hf.needles.haystack import make_haystack
 
 TINY = Job(length=40, windows=4, steps=4)
-
 KINDS = pytest.mark.parametrize("kind", METHODS.values(), ids=str)
-
 FAMILIES = pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 
 

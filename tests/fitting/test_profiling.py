@@ -232,7 +232,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
     assert [*tmp_path.iterdir()] == []
 
 
-# ---- the bundled model, the command ---------------------------------------------------------------
+# ---- the bundled model, the command -------------------------------------------------------------
 
 
 def test_needle_pieces(bundled) -> None:

@@ -181,7 +181,7 @@ def test_a_saved_cache(tmp_path) -> None:
     assert torch.equal(*logits)
 
 
-# ---- what is written, and when it is interrupted ------------------------------------------------
+# ---- what is refused ----------------------------------------------------------------------------
 
 
 def test_refusals(tmp_path) -> None:

@@ -25,9 +25,7 @@ from pikv_hf.needles.haystack import make_haystack
 from pikv_hf.schedulers import Candidates, KeyDiff, Knorm, PiKVQuest, Random, Scheduler
 
 TINY = Job(("pikv_quest",), length=40, windows=4, steps=4)
-
 LENGTH = 447
-
 STEPS = 300
 
 
