@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, the options, and what the architecture sweep prints at its end."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ def poisoned() -> Iterator[None]:
 
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Any:
+    """The model and the tokenizer that come with the package."""
+    from pikv_hf.model import loading
+    from pikv_hf.needles.haystack import NEEDLE_MODEL
+
+    return loading.load(str(NEEDLE_MODEL))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
+from tolerances import LOGITS
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from zoo import build, discover, prompt
 
@@ -30,7 +31,6 @@ MAIN_FAMILIES = (
 OTHERS_PER_RUN = 8
 NEW_TOKENS = 14
 LENGTHS = [(29,), (30, 27, 23)]  # with pages and a window of 4, prefill and decode seal several
-TOLERANCE = 1e-4
 
 
 class Generated(NamedTuple):
@@ -197,6 +197,6 @@ def assert_same(actual: Generated, expected: Generated) -> None:
     assert actual.logits.shape == expected.logits.shape
     error = (actual.logits - expected.logits).abs().amax(-1)  # [step, row]; NaN stays NaN
     steps = ", ".join(f"{step:.1e}" for step in error.amax(-1).tolist())
-    assert (error <= TOLERANCE).all(), f"logits differ, by step: {steps}"
+    assert (error <= LOGITS).all(), f"logits differ, by step: {steps}"
     assert torch.equal(actual.tokens, expected.tokens)
     assert actual.cache.get_seq_length() == expected.cache.get_seq_length()

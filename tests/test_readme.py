@@ -58,10 +58,14 @@ def test_commands_are_understood(command: str, tmp_path: Path, monkeypatch: pyte
 
 def test_make_has_the_targets_that_are_named():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z-]+)", README)):
+    targets = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert targets
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_links_to_files_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    targets = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert targets
+    for target in targets:
         assert (ROOT / target).exists(), target

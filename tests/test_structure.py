@@ -1,4 +1,4 @@
-"""What the design says of the source: who imports whom, file sizes, registries, print."""
+"""What the design says of the source: who imports whom, file sizes, registries, print; of tests."""
 
 import ast
 import dataclasses
@@ -16,6 +16,8 @@ SRC = ROOT / "src" / "pikv_hf"
 KERNELS = ROOT / "kernels" / "torch-ext" / "pikv_kernels"
 FILES = sorted([*SRC.rglob("*.py"), *KERNELS.rglob("*.py")])
 MOST_LINES = 400
+TESTS = sorted(file for file in Path(__file__).parent.rglob("*.py") if file.name != "tolerances.py")
+MOST_LINES_OF_TESTS = 350
 
 # Folders are floors: a file imports from its own folder and from those on earlier lines.
 FLOORS = [
@@ -141,6 +143,34 @@ def test_kernels_import_only_torch_triton_and_themselves(file: Path):
 @each_file(FILES)
 def test_no_long_files(file: Path):
     assert len(file.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_no_long_tests():
+    lines = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in TESTS}
+    assert not {name: count for name, count in lines.items() if count > MOST_LINES_OF_TESTS}
+
+
+def small_bounds(node: ast.AST) -> Iterator[ast.AST]:
+    """What `node` compares something with, or gives as its tolerance, if these are small numbers."""
+    bounds: list[ast.AST] = []
+    if isinstance(node, ast.Call):
+        names = ("rel", "abs", "rtol", "atol")
+        bounds = [keyword.value for keyword in node.keywords if keyword.arg in names]
+    if isinstance(node, ast.Compare):
+        bounds = [*node.comparators, node.left]
+        bounds += [part for bound in bounds for part in ast.iter_child_nodes(bound)]
+    for bound in bounds:
+        value = bound.value if isinstance(bound, ast.Constant) else None
+        if isinstance(value, float) and 0 < value < 0.005:
+            yield bound
+
+
+def test_tolerances_are_named():
+    """They stand in tolerances.py, each with its reason."""
+    for file in TESTS:
+        for node in ast.walk(tree_of(file)):
+            lines = [bound.lineno for bound in small_bounds(node)]
+            assert not lines, f"{file.name}, lines {lines}"
 
 
 @each_file([file for file in FILES if file.name != "cli.py"])

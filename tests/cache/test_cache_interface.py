@@ -309,3 +309,22 @@ def test_sizes(page_size, window, step) -> None:
         ]
         out.append(torch.cat(parts, dim=1))
     assert_close(*out)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_a_layer_lists_its_keys_and_values(name) -> None:
+    model = tiny(name)
+    ids, caches = prompt(model, (27,))["input_ids"], (dynamic(model), PiKVCache(model, **SMALL))
+    for cache in caches:
+        model(ids[:, :20], **with_cache(cache))
+        model(ids[:, 20:], **with_cache(cache))
+    for expected, layer in zip(*(cache.layers for cache in caches), strict=True):
+        assert_close(layer.keys, expected.keys)
+        assert_close(layer.values, expected.values)
+        with pytest.raises(AttributeError, match="`keys` of a paged layer cannot be set"):
+            layer.keys = expected.keys
+    dropping = PiKVCache(model, scheduler="knorm", budget=12, **SMALL)
+    assert dropping.layers[0].keys is None
+    model(ids, **with_cache(dropping))
+    with pytest.raises(RuntimeError, match="a cache that drops tokens"):
+        _ = dropping.layers[0].keys

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from helpers import ONE_ROW, PADDED, SMALL, forward, held_by, paged, tail_length, tail_states, tiny
-from test_compressors import calibrated
+from variants import calibrated
 from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PiKVCache

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers import ONE_ROW, SMALL, Scattered, dynamic, generate, paged, slabs_of, tiny
-from test_bad_input import assert_untouched
-from test_compressors import calibrated
+from test_bad_arguments import assert_untouched
+from variants import calibrated
 from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PiKVCache

@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import pikv
 from helpers import held_by, paged, tiny
 from safetensors.torch import load_file
+from tolerances import FITTED, SUMS, VISIBLE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typer.testing import CliRunner, Result
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
-from pikv_hf.commands.app import app
 from pikv_hf.fitting.head_effect import QUERIES, HeadEffect
 from pikv_hf.fitting.needle_texts import needle_pieces
 from pikv_hf.fitting.profile import profile
 from pikv_hf.fitting.profile_job import Job
 from pikv_hf.model import loading
 from pikv_hf.model.versions import CACHE, with_cache
-from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
+from pikv_hf.needles.haystack import make_haystack
 from pikv_hf.schedulers import Duo
 from pikv_hf.schedulers.duo import read_profile
 
@@ -79,8 +79,8 @@ def test_scores(name, tmp_path) -> None:
             full, *streams = streamed_outputs(model, piece, idx)
             changes = changes + torch.stack([(out - full).square().sum() for out in streams])
             norm = norm + full.square().sum()
-        assert torch.allclose(scores.double(), (changes / norm).sqrt(), rtol=1e-3, atol=1e-5)
-        assert scores.min() > 1e-3
+        assert torch.allclose(scores.double(), (changes / norm).sqrt(), rtol=FITTED, atol=SUMS)
+        assert scores.min() > VISIBLE
     assert {k: v.tolist() for k, v in read_profile(tmp_path / "heads").items()} == {
         k: v.tolist() for k, v in found.items()
     }
@@ -111,7 +111,7 @@ def test_a_local_head_and_a_global_one(local, tmp_path) -> None:
     model = with_heads(local)
     job = Job(length=300, sinks=2, recent=30)
     scores = measured(model, tmp_path / "heads", 2, job)[0]
-    assert scores[local] < 1e-3 and scores[1 - local] > 0.05
+    assert scores[local] < VISIBLE and scores[1 - local] > 0.05
     duo = Duo(tmp_path / "heads", 0.5, sinks=2, recent=30)
     ids = pieces_of(model, 1, 300)[0]
     cache = PiKVCache(model, scheduler=duo, page_size=1, window=1)
@@ -232,12 +232,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
     assert [*tmp_path.iterdir()] == []
 
 
-# ---- the bundled model, the command ---------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bundled():
-    return loading.load(str(NEEDLE_MODEL))
+# ---- the bundled model, the command -------------------------------------------------------------
 
 
 def test_needle_pieces(bundled) -> None:
@@ -275,10 +270,6 @@ def test_the_heads_that_retrieve(bundled, tmp_path) -> None:
     object.__setattr__(turned, "_streams", {layer: ~s for layer, s in duo._streams.items()})
     assert exact(duo) >= 7
     assert exact(turned) <= 4
-
-
-def pikv(*args) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def test_command(tmp_path) -> None:

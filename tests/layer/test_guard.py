@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 from helpers import ONE_ROW, SMALL, Scattered, forward, paged, tiny
-from test_compressors import calibrated
 from torch import Tensor
+from variants import calibrated
 from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, LossWarning, PiKVCache

@@ -6,6 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 from helpers import ONE_ROW, PADDED, forward, paged, queries_of, tiny
+from tolerances import SUMS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import build, prompt
@@ -50,7 +51,7 @@ def test_queries_are_those_of_the_newest_tokens(lengths, step) -> None:
     model, spy = tiny("mixtral"), Spy()
     inputs = prompt(model, lengths)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    everything = asked("mixtral", inputs)
+    everything, compared = asked("mixtral", inputs), 0
     cache = PiKVCache(model, compressor=spy, page_size=PAGE, window=WINDOW)
     for start in range(0, ids.shape[1], step):
         end = min(start + step, ids.shape[1])
@@ -59,10 +60,13 @@ def test_queries_are_those_of_the_newest_tokens(lengths, step) -> None:
         for layer, queries in zip(paged(cache), everything, strict=True):
             expected = queries[:, :, :, max(end - SEEN, 0) : end]
             expected = expected * mask[:, None, None, max(end - SEEN, 0) : end, None]
-            assert torch.allclose(queries_of(layer), expected, atol=1e-5)
+            assert torch.allclose(queries_of(layer), expected, atol=SUMS)
         given = [queries for queries in spy.given if queries.shape[0] == len(lengths)]
         for queries, layer in zip(given, paged(cache), strict=False):
             assert torch.equal(queries, queries_of(layer).flatten(2, 3) * layer.state.scale)
+            compared += 1
+    # The rows of a padded prompt are sealed one by one.
+    assert compared or (step == 100 and lengths == PADDED), "no queries of all rows were given"
     assert cache.nbytes > PiKVCache(model).nbytes
 
 
@@ -95,4 +99,4 @@ def test_latent_queries_score_the_latents() -> None:
         expected = newest @ keys.transpose(-1, -2)
         both = torch.cat([latents, rotary], dim=-1)
         absorbed = queries_of(layer)[:, 0] @ both.transpose(-1, -2)
-        assert torch.allclose(absorbed, expected, atol=1e-4)
+        assert torch.allclose(absorbed, expected, atol=SUMS)

@@ -13,6 +13,7 @@ from quantized import (
     replace_parts,
     round_weights,
 )
+from tolerances import EIGHT_BITS
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
@@ -106,4 +107,4 @@ def test_the_matrix_is_that_of_the_weight(kind, bias) -> None:
     linear = torch.nn.Linear(24, 10, bias=bias)
     expected = linear.weight.data.clone()
     found = matrix(LINEARS[kind](linear), 24, torch.zeros(1))
-    torch.testing.assert_close(found, expected, atol=0.002, rtol=0)
+    torch.testing.assert_close(found, expected, atol=EIGHT_BITS, rtol=0)

@@ -9,6 +9,7 @@ import transformers
 from helpers import tiny
 from packaging.version import Version
 from test_architectures import chosen
+from tolerances import FLOAT32, SHIFTED, SUMS
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import build
@@ -88,7 +89,7 @@ def test_keys_of_every_architecture(name) -> None:
         return
     after = keys_of(decoder, attention, some_ids(TOKENS), positions + SHIFT)
     for idx, rotary in found.items():
-        assert_close(rotary.rotate(before[idx], positions, positions + SHIFT), after[idx], 3e-5)
+        assert_close(rotary.rotate(before[idx], positions, positions + SHIFT), after[idx], SHIFTED)
         assert torch.equal(rotary.rotate(before[idx], positions, positions), before[idx])
 
 
@@ -102,7 +103,7 @@ def test_keys_behind_other_tokens(layout) -> None:
     behind = torch.cat([some_ids(SHIFT, seed=1), ids])
     before = keys_of(decoder, attention, ids, everywhere[:TOKENS])[0]
     after = keys_of(decoder, attention, behind, everywhere)[0][:, :, SHIFT:]
-    assert_close(rotary.rotate(before, everywhere[:TOKENS], everywhere[SHIFT:]), after, 1e-6)
+    assert_close(rotary.rotate(before, everywhere[:TOKENS], everywhere[SHIFT:]), after, FLOAT32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -116,9 +117,9 @@ def test_keys_far_away(layout) -> None:
         keys_of(decoder, attention, some_ids(TOKENS), at)[0] for at in (source, target)
     )
     assert not torch.allclose(before, after, atol=0.1)
-    assert_close(rotary.rotate(before, source, target), after, 1e-6)
+    assert_close(rotary.rotate(before, source, target), after, FLOAT32)
     free = keys_of(decoder, attention, some_ids(TOKENS), torch.zeros_like(source))[0]
-    assert_close(rotary.unrotate(before, source), free, 1e-6)
+    assert_close(rotary.unrotate(before, source), free, FLOAT32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -144,7 +145,7 @@ def test_queries_are_turned_like_keys(layout, monkeypatch) -> None:
         keys_of(decoder, attention, some_ids(TOKENS), positions + shift)
         free.append(rotary.unrotate(asked[0], positions + shift))
     assert not torch.allclose(free[0], asked[0], atol=0.1)
-    assert_close(free[0], free[1], 1e-5)
+    assert_close(free[0], free[1], SUMS)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "phimoe", "gemma4"])
@@ -223,7 +224,7 @@ def test_mean_of_rotations() -> None:
     free = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
     turned = [rotary.rotate(free, torch.zeros(5), at) for at in range(30, 70)]
     expected = torch.stack(turned).double().mean(0)
-    assert (rotary.ahead(free, 30, 40) - expected).abs().max() <= 1e-6
+    assert (rotary.ahead(free, 30, 40) - expected).abs().max() <= FLOAT32
     assert expected.norm() < 0.95 * free.norm()
     assert torch.equal(rotary.ahead(free, 30, 40)[..., 7:], free[..., 7:])
     assert torch.equal(rotary.ahead(free, 30, 40)[..., :1], free[..., :1])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import forward, paged, tiny
 from test_schedulers import OPEN, in_cached_space, kept, read_alone, snapkv
+from tolerances import NORMS, SUMS
 from zoo import prompt
 
 from pikv_hf import PiKVCache
@@ -108,11 +109,7 @@ def test_kept_set(name, lengths, method) -> None:
     assert not all(by_scores_alone), "norms make no difference"
 
 
-# Products in bfloat16 are rounded to 2^-9 of each number, a norm is the sum of 32.
-NORM_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-9}
-
-
-@pytest.mark.parametrize("dtype", NORM_ERROR, ids=str)
+@pytest.mark.parametrize("dtype", NORMS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_norms_in_blocks(seed, dtype, monkeypatch) -> None:
     """The same in blocks of any size, with several rows and GQA."""
@@ -129,7 +126,7 @@ def test_norms_in_blocks(seed, dtype, monkeypatch) -> None:
     for block in (1, 5 * 2 * 32, 2**24):
         monkeypatch.setattr(criticalkv, "BLOCK", block)
         found = criticalkv.projected_norms(tokens).double()
-        assert torch.allclose(found, expected, rtol=NORM_ERROR[dtype])
+        assert torch.allclose(found, expected, rtol=NORMS[dtype])
 
 
 def test_sinks_and_places_without_a_token() -> None:
@@ -168,7 +165,7 @@ class Spy(CriticalKV):
     def keep(self, tokens: Candidates, budget: int) -> torch.Tensor:
         expected = criticalkv.projected_norms(tokens)
         assert tokens.constants is not None
-        assert torch.allclose(tokens.constants[..., 0], expected, rtol=1e-5)
+        assert torch.allclose(tokens.constants[..., 0], expected, rtol=SUMS)
         self.decided.append(tokens.layer_idx)
         return super().keep(tokens, budget)
 

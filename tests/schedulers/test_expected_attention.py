@@ -7,6 +7,7 @@ import torch
 from helpers import forward, paged, queries_of, tail_states, tiny
 from test_observed import asked
 from test_schedulers import assert_same_best, best, in_cached_space, kept
+from tolerances import STATES
 from torch import Tensor
 from zoo import build, prompt
 
@@ -128,7 +129,7 @@ def test_scores(missing) -> None:
     for head, first in enumerate((0, missing)):
         mine = queries[0, [head]], keys[0, [head], first:], values[0, [head], first:]
         expected = expected_scores(scheduler, *mine, layer.state.scale, TURNING["mixtral"])
-        assert torch.allclose(scores[head, first:].double(), expected[0], rtol=1e-4)
+        assert torch.allclose(scores[head, first:].double(), expected[0], rtol=STATES)
 
 
 @pytest.mark.parametrize("wrong", [{"window_size": 0}, {"future": 0.5}, {"sinks": -1}])

@@ -8,6 +8,7 @@ import torch
 from helpers import SMALL, forward, paged, tail_labels, tiny
 from test_methods import Witness
 from test_schedulers import OPEN, kept
+from tolerances import FLOAT32, SUMS
 from zoo import build, prompt
 
 from pikv_hf import PiKVCache
@@ -98,20 +99,20 @@ def test_terms(term, heads, ragged) -> None:
             labels = [t[row, mine, -count:].tolist() for t in (tokens.experts, tokens.weights)]
             opened = [t[row, 0].tolist() for t in (tokens.open_experts, tokens.open_weights)]
             expected = plain_term(term, *labels, *opened)
-            assert found[row, head, -count:].tolist() == pytest.approx(expected, rel=1e-5)
+            assert found[row, head, -count:].tolist() == pytest.approx(expected, rel=SUMS)
             ranked = zip(
                 plain_ranks(norms[row, head, -count:].tolist()),
                 plain_ranks(found[row, head, -count:].tolist()),
                 strict=True,
             )
             both = [0.7 * a - 0.4 * b for a, b in ranked]
-            assert scores[row, head, -count:].tolist() == pytest.approx(both, abs=1e-5)
+            assert scores[row, head, -count:].tolist() == pytest.approx(both, abs=SUMS)
 
 
 def test_ranks_know_no_scale_and_keep_ties() -> None:
     scores = torch.tensor([[[5.0, 1.0, 1.0, -torch.inf, 1e30, 2.0, 1.0]]])
     assert ranks(scores, None)[0, 0].tolist() == pytest.approx(
-        plain_ranks(scores[0, 0].tolist()), abs=1e-6
+        plain_ranks(scores[0, 0].tolist()), abs=FLOAT32
     )
     assert torch.equal(ranks(scores * 1e-3, None), ranks(scores, None))
 
@@ -148,8 +149,8 @@ def test_kept_set(name, lengths, term) -> None:
             scores = torch.tensor(plain_term(term, *parts))
             count = BUDGET - OPEN
             limit = scores.sort(descending=True).values[count - 1]
-            sure = set((scores > limit + 1e-5).nonzero().flatten().tolist())
-            possible = set((scores >= limit - 1e-5).nonzero().flatten().tolist())
+            sure = set((scores > limit + SUMS).nonzero().flatten().tolist())
+            possible = set((scores >= limit - SUMS).nonzero().flatten().tolist())
             for head in heads:
                 found = {at - pad for at in head}
                 assert len(found) == count and sure <= found <= possible

@@ -15,6 +15,7 @@ from helpers import (
 )
 from test_observed import asked
 from test_schedulers import in_cached_space, kept
+from tolerances import FLOAT32, STATES
 from torch import Tensor
 from zoo import build, prompt
 
@@ -185,7 +186,7 @@ def test_a_second_text(name) -> None:
         sealed = [span["record"][0, :, :, 0] for span in spans_of(layer, [0])]
         marks = torch.cat([*sealed, layer.state.observed.record[0, :, :, 0]], dim=1).double()
         expected = torch.cat([older[:, :first], newer], dim=1)
-        assert torch.allclose(marks, expected, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(marks, expected, rtol=STATES, atol=FLOAT32)
 
 
 def test_where_a_prompt_ends() -> None:
@@ -302,7 +303,9 @@ def test_largest_in_blocks(seed, monkeypatch) -> None:
     monkeypatch.setattr("pikv_hf.schedulers.attention_mass.MIN_QUERIES", 1)
     for block in (1, 3 * 20 * 2 * 2, 2**24):
         monkeypatch.setattr("pikv_hf.schedulers.attention_mass.BLOCK", block)
-        assert torch.allclose(repetition.largest(queries, keys, 0.4).double(), expected, atol=1e-6)
+        assert torch.allclose(
+            repetition.largest(queries, keys, 0.4).double(), expected, atol=FLOAT32
+        )
 
 
 def test_refusals() -> None:

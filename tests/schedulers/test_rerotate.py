@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TOLERANCE, forward, paged, spans_of, tail_length
+from helpers import forward, paged, spans_of, tail_length
 from test_schedulers import kept
+from tolerances import DRIFT, FLOAT32, LOGITS
 from torch import Tensor
 from transformers import DynamicCache
 from zoo import build, prompt
@@ -135,8 +136,8 @@ def differences(model, scheduler, lengths=LENGTHS, **options) -> float:
 def test_streaming_llm_with_cache_positions(name, lengths) -> None:
     """The published method, step by step; without it, kept keys are too far away."""
     model = build(name)
-    assert differences(model, StreamingLLM(4, 20, rerotate=True), lengths) <= TOLERANCE
-    assert differences(model, StreamingLLM(4, 20), lengths) > 10 * TOLERANCE
+    assert differences(model, StreamingLLM(4, 20, rerotate=True), lengths) <= LOGITS
+    assert differences(model, StreamingLLM(4, 20), lengths) > 10 * LOGITS
 
 
 @pytest.mark.parametrize(
@@ -145,15 +146,15 @@ def test_streaming_llm_with_cache_positions(name, lengths) -> None:
 def test_pages_and_intervals(options) -> None:
     """However many tokens are dropped at a time."""
     model = build("mixtral")
-    assert differences(model, StreamingLLM(3, 17, rerotate=True), **options) <= TOLERANCE
+    assert differences(model, StreamingLLM(3, 17, rerotate=True), **options) <= LOGITS
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_tokens_in_every_head(name) -> None:
     """Each head closes its own gaps, of which there are many."""
     model = build(name)
-    assert differences(model, Scattered(), budget=30) <= TOLERANCE
-    assert differences(model, Random(), budget=30) > 10 * TOLERANCE
+    assert differences(model, Scattered(), budget=30) <= LOGITS
+    assert differences(model, Random(), budget=30) > 10 * LOGITS
 
 
 def test_gaps_of_heads_of_different_lengths() -> None:
@@ -168,12 +169,9 @@ def test_gaps_of_heads_of_different_lengths() -> None:
     moved = side_by_side(layer, stays, chosen, 7)["keys"]
     first = rotary.rotate(free[0, 0, [0, 3, 5, 6]], zero, torch.arange(3, 7))
     second = rotary.rotate(free[0, 1, [2, 4]], zero, torch.arange(5, 7))
-    assert (moved[0, 0] - first).abs().max() <= 1e-6
-    assert (moved[0, 1, :2] - second).abs().max() <= 1e-6
+    assert (moved[0, 0] - first).abs().max() <= FLOAT32
+    assert (moved[0, 1, :2] - second).abs().max() <= FLOAT32
     assert torch.equal(moved[0, 0, 2:], keys[0, 0, 5:]), "what stays keeps every bit"
-
-
-DRIFT = {torch.float32: 1e-4, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])

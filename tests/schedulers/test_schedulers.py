@@ -18,6 +18,7 @@ from helpers import (
     two_layers,
 )
 from test_observed import asked
+from tolerances import FLOAT32, LOGITS
 from torch import Tensor
 from zoo import prompt
 
@@ -39,7 +40,7 @@ def assert_same_best(found: set[int], expected: set[int], scores: Tensor) -> Non
     assert len(found) == len(expected)
     instead, missing = sorted(found - expected), sorted(expected - found)
     worse = scores[missing].sort().values - scores[instead].sort().values
-    assert (worse.abs() <= 1e-6 * scores.abs().max()).all(), (found, expected)
+    assert (worse.abs() <= FLOAT32 * scores.abs().max()).all(), (found, expected)
 
 
 def softmax_of_newest(queries: Tensor, keys: Tensor, scale: float, newest: int) -> Tensor:
@@ -190,7 +191,7 @@ def test_attention_mass_in_blocks(seed, monkeypatch) -> None:
     )[..., :-4]
     for block in (1, 5 * 2 * 3 * 2 * 7, 2**24):
         monkeypatch.setattr("pikv_hf.schedulers.attention_mass.BLOCK", block)
-        assert torch.allclose(attention_mass(tokens).double(), expected, atol=1e-6)
+        assert torch.allclose(attention_mass(tokens).double(), expected, atol=FLOAT32)
 
 
 def test_queries_older_than_every_key() -> None:
@@ -241,7 +242,7 @@ def test_generate(name, method) -> None:
     everything = PiKVCache(model, scheduler=method, budget=1000, **small)
     actual = generate(model, inputs, everything)
     assert torch.equal(actual.tokens, expected.tokens)
-    assert (actual.logits - expected.logits).abs().max() <= 1e-4
+    assert (actual.logits - expected.logits).abs().max() <= LOGITS
     for options in ({}, {"num_beams": 3}, {"prefill_chunk_size": 16}):
         cache = PiKVCache(model, scheduler=method, budget=24, compressor="int8", **small)
         generate(model, inputs, cache, **options)
