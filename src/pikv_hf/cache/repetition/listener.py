@@ -15,7 +15,7 @@ MIN_MARK = torch.finfo(torch.float32).tiny
 
 
 class Listener(Observations):
-    """Observations that a layer has while the model repeats `columns[r]` of its tail in row r.
+    """Replaces a layer's observations while the model repeats columns `columns[r]` of row r's tail.
 
     The first `lengths[r]` new tokens of row r are the repetition, which also reads the columns
     `sinks[r]`. `marks` [B, H, n]: the largest attention that each tail token got.
@@ -32,7 +32,7 @@ class Listener(Observations):
         self.lengths: list[int] = []
 
     def hear(self, columns: list[Tensor], sinks: list[Tensor], lengths: list[int]) -> None:
-        """Expect that the next forward pass repeats these columns of each row."""
+        """Set which columns of each row the next forward pass repeats."""
         self.columns, self.sinks, self.lengths = columns, sinks, lengths
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""One repetition of a whole text, which is taken back."""
+"""One repetition of a whole text, whose tokens are removed again."""
 
 import copy
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from .text import Text
 def repeat(cache: PagedCache) -> None:
     """Let the model repeat the tail tokens of `cache`, if its scheduler needs their marks.
 
-    The repetition is removed again: the cache is as before, with the marks as token statistics.
+    Afterwards the cache is as before, with the marks as statistics of the tail tokens.
     Nothing is repeated if the last forward pass has failed.
     """
     how = cache.settings.needs.repetition
@@ -39,7 +39,7 @@ def repeat(cache: PagedCache) -> None:
                 chunk = text.chunk(number)
                 for listener in listeners:
                     listener.hear(*chunk[:3])
-                # Layers that are not paged cannot remove tokens: copies of them are used.
+                # Layers that are not paged cannot remove tokens: the repetition writes to copies.
                 twins = [x if isinstance(x, PagedLayer) else _twin(x) for x in layers]
                 cache.stand_in(twins, TokenLog())
                 text.read(*chunk[2:])

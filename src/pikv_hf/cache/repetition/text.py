@@ -15,7 +15,7 @@ class Text:
     """The tail tokens of a cache, to be repeated as `how` says; `state`: a layer that has them."""
 
     def __init__(self, cache: PagedCache, how: Any, state: LayerState) -> None:
-        assert cache.log.ids is not None, "refused when they were read"
+        assert cache.log.ids is not None, "tokens without ids are refused"
         self.cache, self.how = cache, how
         length, first = state.tail.length, state.first_in_tail
         self.ids = cache.log.ids[:, first : state.num_seen].long()
@@ -35,7 +35,7 @@ class Text:
         self.chunks = max(map(len, self.parts))
 
     def chunk(self, number: int) -> tuple[list[Tensor], list[Tensor], list[int], list[Tensor]]:
-        """Return of each row: columns of chunk `number`, earlier sinks, number of ids, ids to read.
+        """Return by row: columns of chunk `number`, sinks before it, number of ids, ids to read.
 
         A row without such a chunk reads nothing.
         """
@@ -55,7 +55,7 @@ class Text:
         return columns, sinks, lengths, given
 
     def read(self, lengths: list[int], given: list[Tensor]) -> None:
-        """Let the decoder read `given`, padded at the end, where no token sees the padding."""
+        """Let the decoder read `given`, padded at the end, so that no token sees padding."""
         # A single token would count as generated and release a prompt that is held.
         width = max(2, *lengths)
         ids = torch.zeros(len(given), width, dtype=torch.int64)
