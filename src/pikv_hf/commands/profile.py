@@ -79,9 +79,9 @@ def profile_command(
 def _table(scores: dict[int, "Tensor"]) -> Table:
     import torch
 
-    title = "change of the output of attention when one KV head streams, of its norm"
+    title = "relative change of the output of attention when one KV head streams"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("layers", "KV heads", "least", *(f"{s:.0%}" for s in SHARES[1:-1]), "most"):
+    for heading in ("layers", "KV heads", "min", *(f"{s:.0%}" for s in SHARES[1:-1]), "max"):
         table.add_column(heading, justify="right")
     all_scores = torch.cat(list(scores.values())).double()
     found = all_scores.quantile(torch.tensor(SHARES, dtype=torch.float64)).tolist()

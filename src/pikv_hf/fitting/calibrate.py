@@ -32,7 +32,7 @@ def calibrate(
 ) -> dict[str, dict[int, Fit]]:
     """Fit the methods of `job` to the attention of `model` in `pieces`, and write them to `out`.
 
-    Three of four pieces are for training; the others judge whether it helped. An interrupted call
+    Three of four pieces are for training, the fourth judges the result. An interrupted call
     (an exception, Ctrl-C) writes its state to `out` + ".partial". Calling again with equal
     arguments resumes it and leads to the file that an uninterrupted call writes.
 
@@ -52,8 +52,8 @@ def calibrate(
     max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_tokens is not None and job.piece_tokens > max_tokens:
         raise ValueError(
-            f"`length` is {job.length}, and {job.piece_tokens - job.length} more tokens ask for "
-            f"these, but the model reads at most {max_tokens} tokens."
+            f"`length` is {job.length}, and {job.piece_tokens - job.length} tokens for queries are "
+            f"added, but the model reads at most {max_tokens} tokens."
         )
     rotaries = _rotaries(model) if PIKV_QUEST in job.methods else {}
     progress = Progress(model, out, job, source)
@@ -94,7 +94,7 @@ def text_pieces(
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks that end before white space, if they have any."""
+    """Yield the text of a file in blocks that end before white space, if a block has any."""
     rest = ""
     try:
         with path.open(encoding="utf-8") as file:
@@ -134,7 +134,7 @@ def _capture(
 
 
 def _rotaries(model: PreTrainedModel) -> dict[int, Rotary]:
-    """Return the rotary embedding of each layer; raise ValueError if it is not known."""
+    """Return the rotation of each layer's keys; raise ValueError if one is not known."""
     with LOCK:
         return binding_of(unwrap(model)).rotaries
 

@@ -14,11 +14,11 @@ def descent(
     loss: Callable[[], Tensor],
     steps: int,
     rate: float,
-    most_norm: float = math.inf,
+    max_norm: float = math.inf,
 ) -> Iterator[None]:
     """Minimize `loss`, which is called in each step, by Adam with a cosine rate that falls to 0.
 
-    Changes `weights` in place. Gradients are clipped to a norm of `most_norm`. Yields about
+    Changes `weights` in place. Gradients are clipped to a norm of `max_norm`. Yields about
     `CHECKS` times, the last time at the end, so that the caller can judge the weights.
     """
     weights = [tensor.requires_grad_() for tensor in weights]
@@ -29,8 +29,8 @@ def descent(
         optimizer.zero_grad()
         with torch.enable_grad():
             loss().backward()
-        if most_norm < math.inf:
-            torch.nn.utils.clip_grad_norm_(weights, most_norm)
+        if max_norm < math.inf:
+            torch.nn.utils.clip_grad_norm_(weights, max_norm)
         optimizer.step()
         if step % max(steps // CHECKS, 1) == 0 or step == steps:
             yield
