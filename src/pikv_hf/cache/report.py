@@ -143,7 +143,7 @@ class Report:
 
 
 def cache_bytes(cache: PagedCache) -> int:
-    """Return the bytes of the distinct storages behind all tensors of the cache, without files."""
+    """Return the bytes of the distinct storages of all tensors of the cache, without files."""
     return storage_bytes(_cache_tensors(cache))
 
 

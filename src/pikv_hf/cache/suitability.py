@@ -52,7 +52,7 @@ def _why_no_labels(model: PreTrainedModel, binding: Binding) -> str:
         return f"has nothing to label: {no_layer(unpaged_reasons(model.config, {}))}"
     decoder: Any = binding.decoder()
     if any(all_gates(decoder)):
-        return "has none that runs behind an attention layer which is paged"
+        return "has none that runs after a paged attention layer"
     return "has none that is found"
 
 
@@ -121,7 +121,7 @@ def unlabelled(cache: PagedCache, layer_idx: int, heard: int, tokens: int) -> st
 def warn_of_another_cache(cache: PagedCache) -> str:
     """Warn that `generate` goes on without its argument `cache`; return the warning."""
     text = (
-        f"{type(cache.model).__name__} goes on with another cache behind {cache.get_seq_length()} "
+        f"{type(cache.model).__name__} goes on with another cache after {cache.get_seq_length()} "
         "tokens: nothing of the PiKVCache that `generate` was given is read or written from there "
         "on. Models with two rotary scales ('longrope') do so where a text exceeds "
         "`original_max_position_embeddings`."

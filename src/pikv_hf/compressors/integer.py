@@ -22,7 +22,7 @@ SHRINK = {8: (1.0,), 4: (1.0, 0.94, 0.85, 0.75), 2: (1.0, 0.75, 0.64, 0.52, 0.41
 
 @dataclass(frozen=True)
 class Integer(Coded):
-    """Integer codes with a scale for each token, group of dims or channel of a page.
+    """Stores integer codes with a scale for each token, group of dims or channel of a page.
 
     number = scale * (code + 1/2), or scale * code with 8 symmetric bits, + zero if not symmetric.
     Scales and zeros have the dtype of the model. With 4 and 2 bits a few scales are tried, and the

@@ -32,7 +32,7 @@ CANDIDATES = (
 
 @dataclass(frozen=True)
 class PiKV(MixedCompressor):
-    """Each page in the encoding that spares attention the most error for its bytes.
+    """Stores each page in the encoding that saves attention the most error for its bytes.
 
     An interpretation of PiKV's hybrid compressor (arXiv 2508.06526): every page is encoded in all
     ways, and the error in the output of attention for the observed queries is measured and divided

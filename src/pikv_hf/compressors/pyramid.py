@@ -12,7 +12,7 @@ from .observed_attention import asked, page_masses
 
 @dataclass(frozen=True)
 class Pyramid(MixedCompressor):
-    """Pages in tiers: the more the newest queries attend to a page, the finer it is stored.
+    """Stores pages in tiers, with more bits the more the newest queries attend to a page.
 
     PiKV (arXiv 2508.06526) names a pyramid of precisions without defining one. Here the pages of a
     row that are sealed together are ordered, over all its KV heads, by the attention that the

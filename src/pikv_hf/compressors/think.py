@@ -13,7 +13,7 @@ from .base import Compressor, computed_dtype, portion
 
 @dataclass(frozen=True)
 class ThinK(Compressor):
-    """Keys without the channels that the newest queries use least (ThinK, arXiv 2407.21018).
+    """Drops the key channels that the newest queries use least (ThinK, arXiv 2407.21018).
 
     For each page of a row and KV head the floor((1 - ratio) D) channels j of largest |Q_j| |K_j|
     are kept. The product is the Frobenius norm of Q_j K_j^T in the paper, with Q the observed

@@ -52,8 +52,8 @@ def calibrate(
     max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_tokens is not None and job.piece_tokens > max_tokens:
         raise ValueError(
-            f"`length` is {job.length}, and {job.piece_tokens - job.length} tokens for queries are "
-            f"added, but the model reads at most {max_tokens} tokens."
+            f"`length` is {job.length}, and {job.piece_tokens - job.length} more tokens for "
+            f"queries are added, but the model reads at most {max_tokens} tokens."
         )
     rotaries = _rotaries(model) if PIKV_QUEST in job.methods else {}
     progress = Progress(model, out, job, source)

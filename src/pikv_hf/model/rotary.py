@@ -98,8 +98,8 @@ def check_axes(position_ids: Tensor | None) -> None:
         return
     if not (position_ids[:1] == position_ids).all():
         raise ValueError(
-            "`scheduler` moves keys or queries to other positions, which cannot be done behind images "
-            "or videos, whose tokens have several positions each: use another scheduler."
+            "`scheduler` moves keys or queries to other positions, which cannot be done after "
+            "images or videos, whose tokens have several positions each: use another scheduler."
         )
 
 
