@@ -12,7 +12,7 @@ class AttachableCache(ABC):
     """A cache that a `Binding` notifies of the forward passes of its model.
 
     Each forward pass with the cache calls `check_inputs`, `begin_forward`, `label` for each layer
-    whose gate ran, and `end_forward`. A forward pass that raises ends without `end_forward`.
+    whose gate ran, and `end_forward`. After a pass that raised, `check_inputs` is next.
     """
 
     #: The binding to the model; None while detached.

@@ -1,6 +1,6 @@
 """Refusals of inputs with which transformers would silently misread a cache.
 
-`generate` cuts off as many input ids as the cache is long, and does not compare them with it.
+`generate` drops as many first input ids as the cache is long, without comparing them.
 """
 
 from typing import Any

@@ -13,7 +13,7 @@ class LRU(Scheduler, TokenStatistics):
 
     r is the number of tokens since a token was used: since a query head of its KV head gave it at
     least `threshold` of its attention, or since it was cached. Being read does not count as use:
-    every query reads all pages, so only age would count.
+    every query reads all pages, so that only age would decide.
 
     Args:
         threshold: attention in (0, 1] that counts as use.
