@@ -32,7 +32,9 @@ DOC = ROOT / "docs" / "compatibility.md"
 # wrong use, and what the README shows.
 TESTS = (
     *("model/test_versions.py", "test_architectures.py", "cache/test_generate_modes.py"),
-    *("cache/test_bad_input.py", "schedulers/test_schedulers.py", "test_readme.py"),
+    *("cache/test_generate_again.py", "cache/test_generate_around.py"),
+    *("cache/test_bad_input.py", "cache/test_bad_arguments.py"),
+    *("schedulers/test_schedulers.py", "test_readme.py"),
 )
 PYTEST = (
     sys.executable,

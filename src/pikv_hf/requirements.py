@@ -9,8 +9,8 @@ from importlib.metadata import version
 
 VERSION = "0.1.0"  # the version of pikv_hf
 
-# Minor versions of transformers that the whole test suite has passed on; pyproject.toml caps at the
-# last one.
+# Oldest and newest minor version of transformers that the whole test suite has passed on;
+# pyproject.toml allows no newer one.
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 17), (5, 24)
 OLDEST_TORCH = (2, 11)
 OLDEST_PYTHON = (3, 10)

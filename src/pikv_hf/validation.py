@@ -34,7 +34,7 @@ def hint(name: str, names: Iterable[str], n: int = 2, cutoff: float = 0.6) -> st
 
 
 def parse_bytes(text: str) -> int | None:
-    """Parse a size such as '2GiB' or '500 MB' to bytes; None if `text` is no size."""
+    """Parse a size such as '2GiB' or '500 MB' to bytes; None if `text` is no size, or zero."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
     if match is None:
         return None

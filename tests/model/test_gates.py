@@ -120,7 +120,7 @@ def test_a_router_inside_attention_is_no_gate() -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "why"),
     [
-        ("nemotron_h", {}, "has none that runs behind an attention layer which is paged"),
+        ("nemotron_h", {}, "has none that runs after a paged attention layer"),
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "has none that is found"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Attention operations of PiKV: torch and triton only, nothing of transformers."""
+"""Attention operations of PiKV, which import torch or triton but not transformers."""
 
 from .codebook import (
     PACKED_TOGETHER,

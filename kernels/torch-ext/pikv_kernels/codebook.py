@@ -1,4 +1,4 @@
-"""Packed indices into a codebook of 4, 8 or 16 levels, which are looked up straight from the bytes.
+"""Packed indices into a codebook of 4, 8 or 16 levels; levels are looked up from whole bytes.
 
 Indices fill a word from its lowest bit, and words fill bytes in the same way. A word is a byte, or
 12 bits for indices of 3 bits (two words in three bytes). One entry of a table holds all levels of a
@@ -8,11 +8,11 @@ word, so that they are fetched together.
 import torch
 from torch import Tensor
 
-# By the bits of an index: indices per word, and indices that fill whole bytes together.
+# By the bits of an index: indices in a word, and the fewest indices that fill whole bytes.
 _PER_WORD = {2: 4, 3: 4, 4: 2}
 PACKED_TOGETHER = {2: 4, 3: 8, 4: 2}
 
-# A dtype as wide as all levels of a word together, by its bytes.
+# By number of bytes: a dtype that holds all levels of a word.
 _HOLDER = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 

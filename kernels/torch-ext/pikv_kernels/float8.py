@@ -10,8 +10,8 @@ _LAYOUT = {torch.float8_e4m3fn: (3, 120), torch.float8_e5m2: (2, 112)}
 def read_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert finite `codes`, float8_e4m3fn or float8_e5m2, exactly to bfloat16 or a wider dtype.
 
-    On CPU torch converts one number at a time. The bits of a number, shifted into a bfloat16,
-    differ from its value by a power of two, also if it is subnormal; this is 6 times faster.
+    On CPU torch converts one number at a time. Its bits, shifted into a bfloat16, differ from its
+    value by a constant power of two, subnormal numbers included; this is 6 times faster.
     """
     if codes.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32, torch.float64):
         return read_float8_reference(codes, dtype)

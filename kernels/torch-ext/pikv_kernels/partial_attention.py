@@ -26,8 +26,8 @@ def partial_attention(
         scale: factor of the scores.
 
     Returns:
-        `[B, H, R, Dv]` in the dtype of the query and the log-sum-exp `[B, H, R]` in float32
-        (natural logarithm).
+        `[B, H, R, Dv]` in the dtype of the query and the log-sum-exp `[B, H, R]` (natural
+        logarithm) in float32 (float64 for float64).
     """
     assert key.shape[2] > 0, "torch's CPU kernel ends the process without a key"
     fits = key.shape[-1] == value.shape[-1] and _is_flash_dtype(query)
@@ -61,8 +61,8 @@ def merge_partial(
 
     Args:
         out, more_out: `[B, H, R, Dv]`.
-        lse, more_lse: `[B, H, R]` float32; `more_lse` may be -inf for a row that saw no key, `lse`
-            may not.
+        lse, more_lse: `[B, H, R]`, float32 or float64; `more_lse` may be -inf for a row without
+            keys, `lse` may not.
 
     Returns:
         `[B, H, R, Dv]` in float32 (float64 for float64), so that many results merge without loss,
@@ -74,7 +74,7 @@ def merge_partial(
 
 
 def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-    """Return the output if the softmax has another key, of logit `sink` and value 0 (gpt-oss)."""
+    """Return `out` with one more key in the softmax, of logit `sink` and value 0 (gpt-oss)."""
     return (out * torch.sigmoid(lse - sink)[..., None]).to(out.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Partial attention over codes: query, scores and weights are scaled, but never K or V.
+"""Partial attention over codes: scales are applied to query, scores and weights, not to K or V.
 
 Shapes: B rows, H KV heads, R query rows per KV head, S pages of P tokens, T tokens, D key dim, Dv
 value dim, g groups of the head dim.
@@ -131,7 +131,7 @@ def _attend(
     scale: float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute `quantized_attention` of read codes; return also unnormalized weights, their sums."""
+    """Compute `quantized_attention` of read codes; return also raw weights and their sums."""
     score = _scores_per_channel if numbers[0].is_per_channel else _scores
     scores = score(query, codes[0], numbers[0], scale)[..., :tokens]
     if mask is not None:

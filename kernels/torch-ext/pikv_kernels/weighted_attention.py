@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .partial_attention import partial_attention_reference
 
-# Up to so many numbers of keys it is faster to widen them than to multiply twice.
+# Keys of at most this many numbers are widened to float32, which is faster than two products.
 FEW = 2**19
 
 
@@ -17,8 +17,8 @@ def weighted_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend with a few query rows; return also the weights `[B, H, R, T]`, float32 (float64).
 
-    This is as exact as a fused kernel, which keeps scores in float32: bfloat16 products are
-    rounded, so a second product adds what the first lost. Float16 could overflow and is widened.
+    This is as exact as a fused kernel, which keeps scores in float32: a bfloat16 product is
+    rounded, so a second product adds the remainder. Float16 could overflow and is widened.
 
     Args:
         query, key, value, mask, scale: as in `partial_attention`.

@@ -45,7 +45,7 @@ def unwrap(model: Any) -> PreTrainedModel:
 
 
 def binding_of(model: PreTrainedModel) -> "Binding":
-    """Return the binding of `model`, made if needed; hold `LOCK` until the cache acquires it."""
+    """Return or make the binding of `model`; the caller holds `LOCK` until a cache acquires it."""
     return _BINDINGS.get(model) or Binding(model)
 
 
@@ -70,7 +70,7 @@ class Binding:
         return rotaries(self.decoder(), self.attention)
 
     def acquire(self, *, labels: bool) -> None:
-        """Count a cache in; attach for the first, hook gates for the first that needs labels."""
+        """Count a cache in; the first one changes the model, the first `labels` hooks its gates."""
         try:
             if self.users == 0:
                 self._attach()
@@ -131,7 +131,7 @@ class Binding:
                 self._changes_of(source.module).add(hook)
         self._has_gate_hooks = True
 
-    # torch.compile traces these three hooks if no PiKVCache is used.
+    # torch.compile traces the next three hooks, unless a PiKVCache is used.
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         RUNNING.binding = self

@@ -12,8 +12,7 @@ class AttachableCache(ABC):
     """A cache that a `Binding` notifies of the forward passes of its model.
 
     Each forward pass with the cache calls `check_inputs`, `begin_forward`, `label` for each layer
-    whose gate is heard, and `end_forward`. After a forward pass that raised, the next call is the
-    `check_inputs` of the next pass.
+    whose gate ran, and `end_forward`. After a pass that raised, `check_inputs` is next.
     """
 
     #: The binding to the model; None while detached.
@@ -53,7 +52,7 @@ class AttachableCache(ABC):
         """End the forward pass over the token `ids`.
 
         Raises:
-            RuntimeError: the attention or the gate of a layer was not heard.
+            RuntimeError: the attention or the gate of a layer was not seen to run.
         """
 
     @abstractmethod

@@ -12,7 +12,7 @@ class _Running(threading.local):
     """The running forward pass of a thread; torch.compile guards on its attributes.
 
     `binding`: binding of the running model; `cache`, `ids`: cache and token ids of the forward
-    pass; `generating`: the cache that the running `generate` was given.
+    pass; `generating`: cache that was passed to the running `generate`.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class _Running(threading.local):
 
     @property
     def is_in_use(self) -> bool:
-        """True if a cache is used, by `generate` or a pass, or was left by a pass that failed."""
+        """True if `generate` or a forward pass uses a cache, or a failed forward pass left one."""
         return not (self.cache is None and SLOT.layer is None and self.generating is None)
 
 

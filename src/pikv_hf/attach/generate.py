@@ -42,9 +42,10 @@ class CheckedGenerate:
 
 
 def checked_prefill(model: PreTrainedModel) -> Callable[..., Any]:
-    """Return the prefill of `generate` for `model`, which tells the cache the prompt's length.
+    """Return a prefill of `generate` for `model` that tells the cache the length of the prompt.
 
-    `model.generate(cache=PiKVCache(model))` looks up `generate` before `CheckedGenerate` is set.
+    In `model.generate(cache=PiKVCache(model))`, Python looks `generate` up before attaching sets
+    `CheckedGenerate`, so only the prefill can be checked.
     """
     found, own = weakref.ref(model), vars(model).get(PREFILL)
 

@@ -16,7 +16,7 @@ LOSSLESS_WINDOW = 512
 
 
 def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
-    """Return `given` as a budget that `scheduler` can keep to; None = the scheduler's own."""
+    """Return `given` as a budget for `scheduler`, or refuse it; None = the scheduler's own."""
     if given is None:
         if scheduler is not None and scheduler.budget(0) is None:
             raise ValueError(f"`scheduler` is {scheduler}, which needs a `budget`: {ACCEPTED}.")
@@ -37,15 +37,15 @@ def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
     return budget
 
 
-def default_window(window: int | None, count: int | None, saves_memory: bool, least: int) -> int:
+def default_window(window: int | None, count: int | None, saves_memory: bool, sinks: int) -> int:
     """Return the number of newest tokens that are not sealed.
 
-    They must fit into a budget of `count` tokens beside `least` sinks. If pages save no memory, the
+    They must fit into a budget of `count` tokens beside the sinks. If pages save no memory, the
     default is larger: a longer tail is read in one piece and sealed less often.
     """
     if window is None:
         default = DEFAULT_WINDOW if saves_memory else LOSSLESS_WINDOW
-        return default if count is None else min(default, max(min(count // 2, count - least), 1))
+        return default if count is None else min(default, max(min(count // 2, count - sinks), 1))
     check_count("window", window)
     if count is not None and window >= count:
         raise ValueError(
@@ -108,7 +108,7 @@ def _check_together(scheduler: Scheduler | None, compressor: Compressor, router:
     selects = router is not None and not isinstance(router, All)
     if selects and (is_ragged or compressor.is_mixed):
         raise ValueError(
-            f"`router` is {router}, which selects pages, but those of "
-            f"{scheduler if is_ragged else compressor} are all read: use router='all', or another "
+            f"`router` is {router}, which selects pages, but all pages of "
+            f"{scheduler if is_ragged else compressor} are read: use router='all', or another "
             f"{'scheduler' if is_ragged else 'compressor'}."
         )

@@ -96,7 +96,7 @@ class AttachedCache(PagedCache):
         self.detach()
 
     def fill(self, config: Any, binding: Binding | None = None) -> None:
-        """Make the layers: transformers' own, but a paged one for every plain full attention."""
+        """Make the layers: paged if `binding` has their attention, else transformers' own."""
         self.config = config
         layers: list[Any] = DynamicCache(config=config).layers
         attention = {} if binding is None else binding.attention
@@ -133,7 +133,7 @@ class AttachedCache(PagedCache):
         return states
 
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
-        """Return whether a layer holds a state; before 5.23 models then write to it in place."""
+        """Return whether a layer holds a state, to which models before 5.23 then write in place."""
         if layer_idx is not None:
             self._check_use()
             self.step.note_written()
@@ -205,7 +205,7 @@ class AttachedCache(PagedCache):
     def skip_forward(self) -> None:
         """Note that a forward pass of `generate` did not use this cache, which it was given.
 
-        Guidance runs one such pass after each of ours; two in a row mean the cache is given up.
+        Guidance runs one such pass after each pass with the cache; after two in a row, warn.
         """
         self._num_skipped += 1
         if self._num_skipped == 2:

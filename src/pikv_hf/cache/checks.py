@@ -1,6 +1,6 @@
 """Refusals of inputs with which transformers would silently misread a cache.
 
-`generate` slices its inputs by the length of the cache and trusts that they fit it.
+`generate` drops as many first input ids as the cache is long, without comparing them.
 """
 
 from typing import Any
@@ -155,8 +155,8 @@ def _check_continued(cache: PagedCache, kwargs: dict[str, Any], length: int, see
 def _start(positions: Any, mask: Any, seen: int, prompt_end: int) -> tuple[Any, Any, Tensor | None]:
     """Return the first new position, the expected one without padding, and where they differ.
 
-    One value for each row; three times None if that is not known. Rows whose prompt ends in padding
-    never differ: `generate` counts on from a last position, which they do not have.
+    One value for each row, or None three times if positions are unknown. Rows whose prompt ends in
+    padding never differ: `generate` counts on from a last position, which they do not have.
     """
     if not (isinstance(positions, Tensor) and positions.dim() == 2):
         return None, None, None
@@ -178,7 +178,7 @@ def check_whole(cache: PagedCache) -> None:
 
 
 def half_done(failed: Change, *, can_be_cropped: bool) -> str:
-    """Return a sentence on what has failed and what can be done about it."""
+    """Return a message: what has failed, and what the user can call now."""
     if not failed.length:
         return (
             "sealing has failed, so that some layers of this PiKVCache hold pages of tokens and others "

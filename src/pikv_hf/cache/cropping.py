@@ -57,12 +57,12 @@ def _check_layer(layer: Any, amount: int) -> None:
 
 
 def _amounts(cache: PagedCache, failed: Change, tokens_to_remove: int) -> list[int | None] | None:
-    """Return by how many tokens to crop each layer, when the last pass has failed half-way.
+    """Return by how many tokens to crop each layer after a forward pass that failed half-way.
 
-    The amount is None for a layer that has nothing to remove. Returns None if no token is left.
+    A layer with nothing to remove has None. Returns None if no token would be left.
 
     Raises:
-        ValueError: fewer tokens than the pass had are to be removed.
+        ValueError: some tokens of the failed pass would be left.
         RuntimeError: the pass has made a change that cannot be undone.
     """
     if tokens_to_remove > -failed.length:

@@ -52,7 +52,7 @@ class CacheOption:
         return None if self.arguments is None else PiKVCache(model, **self.arguments)
 
     def probed(self) -> "CacheOption":
-        """Return this option with a probe of the cache's error; transformers' cache has none."""
+        """Return this option with `probe=True`; transformers' own cache stays as it is."""
         if self.arguments is None:
             return self
         return replace(self, arguments=self.arguments | {"probe": True})
@@ -66,7 +66,7 @@ def parse_cache(text: str) -> CacheOption:
     """Parse a text such as `scheduler=streaming_llm(sinks=8),budget=0.25`, `lossless` or `dynamic`.
 
     Raises:
-        ValueError: one sentence on what is wrong with `text`. No model is loaded to find out.
+        ValueError: one sentence says what is wrong with `text`. No model is needed for that.
     """
     text = text.strip()
     if text == DYNAMIC:
@@ -86,7 +86,7 @@ def parse_cache(text: str) -> CacheOption:
 
 
 def _call(text: str) -> ast.Call:
-    """Parse `text` as keyword arguments of a call; a method without a name gets its argument's."""
+    """Parse `text` as keyword arguments of a call; `keydiff` alone is `scheduler=keydiff`."""
     try:
         call = ast.parse(f"f({_as_python(text)})", mode="eval").body
     except SyntaxError:
@@ -115,7 +115,7 @@ def _as_python(text: str) -> str:
 
 
 def _kind_of(node: ast.expr) -> str:
-    """Return the argument that a method is for: `scheduler` for `keydiff` and `KeyDiff()`."""
+    """Return the argument that takes a method: `scheduler` for `keydiff` and `KeyDiff()`."""
     text = ast.unparse(node.func if isinstance(node, ast.Call) else node)
     for kind, (registry, _) in METHODS.items():
         if _known(text, registry) in registry:

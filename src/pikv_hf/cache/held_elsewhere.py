@@ -1,4 +1,4 @@
-"""Layers of a cache as its paged layers see them, and the bytes that are not for paged layers."""
+"""The layers of a cache as a paged layer sees them, and the bytes that are not for its pages."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from .token_log import log_bytes, num_kept_ids
 
 
 class HeldElsewhere(Neighbours):
-    """All layers of a cache: states of paged layers, and other layers.
+    """All layers of a cache: the states of paged layers (`paged`), and `others`.
 
-    Other layers are layers of transformers, and lists of states of a model's own cache class.
+    `others` are layers of transformers, and lists of states that a model's own cache class has.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ def _bytes_at(other: Any, end: int) -> int:
 def _guessed_bytes(other: Any, state: LayerState, end: int) -> int:
     """Estimate the bytes of an unwritten layer, with the heads and dims of the paged layer `state`.
 
-    States are taken to be as large as its tail.
+    A layer of states (linear attention) is assumed to be as large as the tail of that layer.
     """
     tail, settings = state.tail, state.settings
     numbers = tail.batch * tail.keys.shape[1] * (tail.keys.shape[3] + tail.values.shape[3])

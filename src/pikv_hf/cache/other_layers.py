@@ -17,9 +17,9 @@ def reads_full_mask(layer: Any) -> bool:
 
 
 def release_prompt(layer: Any) -> None:
-    """Copy the window of a sliding layer that is a view of the whole prompt, to free the prompt.
+    """Copy the window of a sliding layer if it is a view of a whole prompt, to free the prompt.
 
-    A view of one token more, as every decode step leaves it, is not worth a copy.
+    A decode step leaves a view of a tensor that is one token longer, which is not worth a copy.
     """
     if not getattr(layer, "is_sliding", False) or getattr(layer, "record_past", False):
         return
@@ -39,7 +39,7 @@ def release_cropped(layer: Any) -> None:
 
 
 def holds_nothing(layer: Any) -> bool:
-    """Return whether a layer has no tensors: its block has no state, or it was not written to."""
+    """Return whether a layer has no tensors: its block caches nothing, or was not run yet."""
     return not any(True for _ in tensors_in(vars(layer)))
 
 

@@ -20,10 +20,10 @@ class PagedCache(Cache, AttachableCache):
 
     Attributes:
         settings: the methods and numbers of the cache.
-        step: the step that runs, or has failed.
+        step: the forward pass that runs, or has failed half-way.
         reading: which part of the text is the prompt.
         padding: columns that were hidden when they left the tail.
-        elsewhere: all layers, as each paged layer sees the others.
+        elsewhere: all layers, so that a paged layer can ask about the others.
         log: the token ids that the cache has seen.
         config: the config of its model.
         note: why the model no longer uses the cache; None if it does.
@@ -75,7 +75,7 @@ class PagedCache(Cache, AttachableCache):
         return self.layers[layer_idx]
 
     def stand_in(self, layers: list[Any], log: TokenLog) -> None:
-        """Replace the layers and the log while the model repeats the text."""
+        """Use other `layers` and another `log`, as while the model repeats the text."""
         self.layers, self.log = layers, log
 
     @property

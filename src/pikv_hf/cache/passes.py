@@ -1,4 +1,4 @@
-"""Steps of a whole cache: a forward pass of its decoder, and sealing by itself."""
+"""Steps of a whole cache: begin and end of a forward pass, and sealing without one."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from .suitability import unheard
 
 
 def begin_forward(cache: PagedCache, length: int, mask: Any) -> None:
-    """Begin a forward pass of `length` tokens; a generated token releases a prompt that was held.
+    """Begin a forward pass of `length` tokens; a generated token first releases a held prompt.
 
-    `mask`: as the decoder is given it.
+    `mask`: the decoder's argument.
     """
     seen = cache.get_seq_length()
     cache.step.forget()  # what a failed forward pass or a `crop` has left
@@ -71,9 +71,9 @@ def prompt_length(
         return None
     ids, mask = given_ids(args, kwargs), kwargs.get("attention_mask")
     embeds = kwargs.get("inputs_embeds")
-    if isinstance(embeds, Tensor):  # they always cover the whole text
+    if isinstance(embeds, Tensor):  # embeddings always cover the whole text
         length = embeds.shape[1]
-    elif isinstance(ids, Tensor) and ids.dim() == 2:  # they, or the mask, cover the whole text
+    elif isinstance(ids, Tensor) and ids.dim() == 2:  # ids, or the mask, cover the whole text
         length = max(ids.shape[1], mask.shape[1] if isinstance(mask, Tensor) else 0)
     else:
         return None

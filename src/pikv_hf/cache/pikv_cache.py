@@ -42,7 +42,7 @@ class PiKVCache(AttachedCache):
         model: the model that will use the cache, which attaches to it. The model is restored by
             `detach()`, at the end of a `with` block, or when its last cache is collected. A model
             wrapped by PEFT or torch.compile is accepted.
-        config: the config of a model instead of the model: makes an unattached, lossless cache.
+        config: a model's config instead of the model: a lossless cache without paged layers.
         scheduler: which tokens are kept: a name of `SCHEDULERS`, a `Scheduler`, or None for all.
         budget: how much the scheduler keeps: a number of tokens of each row and KV head (int), a
             share of the tokens that the row has seen (float in (0, 1]), or bytes of the whole cache
@@ -50,13 +50,13 @@ class PiKVCache(AttachedCache):
             gives separate `prefill` and `decode` budgets: without `prefill` a prompt is kept whole;
             without `decode` generated tokens add to the kept tokens of the prompt.
         sinks: first tokens of each row that the scheduler never evicts.
-        interval: generated tokens between two evictions. Each eviction frees room for that many, at
-            most half of the budget. A larger interval is faster and holds less. None = a sixteenth
-            of the budget; 1 = whenever a page is sealed. In whole pages.
-        hold_prompt: evict and compress nothing of a prompt before its first generated token: a
-            prompt read in pieces then ends like one read at once, but is held whole until then.
-            Otherwise tokens are evicted after every piece. In your own loop, a pass of one token
-            counts as generated, except within `holding()`.
+        interval: generated tokens between two evictions, in whole pages. Each eviction frees room
+            for that many tokens, at most half of the budget. A larger interval is faster and holds
+            less. None = a sixteenth of the budget; 1 = evict whenever a page is sealed.
+        hold_prompt: evict and compress nothing of a prompt before its first generated token. A
+            prompt read in pieces then gives the result of one read at once, but is held whole until
+            then. Otherwise tokens are evicted after every piece. In your own loop, a forward pass
+            of one token counts as generation, except within `holding()`.
         compressor: how sealed pages are stored: a name of `COMPRESSORS`, a `Compressor`, or None
             for the model's dtype.
         router: which pages a query reads: a name of `ROUTERS`, a `Router`, or None for all. With a
@@ -65,7 +65,7 @@ class PiKVCache(AttachedCache):
         page_size: tokens of a page.
         window: newest tokens that are not sealed (so neither compressed nor evicted); None = 128,
             or 512 if nothing is compressed or evicted, and at most half of a budget given in tokens
-            or as a share. A given window shrinks, too, while a share comes to no more tokens.
+            or as a share. A given window is cut, too, where a share is not larger than it.
         probe: measure for `report()`, whenever pages are sealed, the error that this causes in the
             output of attention. It costs as much as sealing twice, and attention of 16 queries.
 
@@ -152,7 +152,7 @@ class PiKVCache(AttachedCache):
         self.start(layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let batch row i continue row `beam_idx[i]`; pages are shared, not copied."""
+        """Let batch row i continue old row `beam_idx[i]`; pages are shared, not copied."""
         check_whole(self)
         source = beam_idx.tolist()
         for layer in self.layers:
@@ -195,8 +195,8 @@ class PiKVCache(AttachedCache):
         answers = model.generate(**questions, cache=cache.fork(n))
         ```
 
-        A text read in several pieces within the block ends as if it was read at once. An exception
-        in the block also ends the holding; errors of the compression do not replace it.
+        A text read in several pieces within the block is kept as if it was read at once. An
+        exception in the block also ends the holding, and is raised even if compressing then fails.
         """
         self.reading.begin_block()
         try:

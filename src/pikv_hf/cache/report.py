@@ -26,8 +26,8 @@ class LayerReport:
     a row (mean of the KV heads), tail tokens included. `bf16_ratio`: bytes that all tokens seen
     would take in bfloat16, divided by `nbytes`. `tiers`: bytes of the encoded pages on the layer's
     device ("device"), in CPU memory ("ram") and in files ("disk"); `nbytes` excludes files only.
-    `error`: relative error of attention output over sealed tokens; None without `probe=True`. All
-    three ratios are None for layers of transformers and without tokens.
+    `error`: relative error of attention output over sealed tokens; None without `probe=True`.
+    `bytes_per_token`, `bf16_ratio` and `error` are None without tokens and in other layers.
     """
 
     layer: int
@@ -48,8 +48,8 @@ class Report:
     """The numbers of a cache and of its layers.
 
     `full_nbytes`: bytes of a full cache: in paged layers all tokens seen in the model's dtype,
-    padding included; other layers as they are. `full_bf16_nbytes`: likewise, with paged layers in
-    bfloat16. `tiers`: sums over the layers. `note`: why the model no longer uses the cache, if so.
+    padding included; other layers as they are. `full_bf16_nbytes`: as `full_nbytes`, with paged
+    layers in bfloat16. `tiers`: sums over layers. `note`: why the model stopped using the cache.
     `fork_nbytes`: bytes that `cache.fork()` copies; `fork(n)` copies n times as many.
     """
 
@@ -138,7 +138,7 @@ class Report:
 
 
 def cache_bytes(cache: PagedCache) -> int:
-    """Return the bytes of the distinct storages behind all tensors of the cache, without files."""
+    """Return the bytes of the distinct storages of all tensors of the cache, without files."""
     return storage_bytes(_cache_tensors(cache))
 
 
@@ -159,7 +159,7 @@ def _cache_tensors(cache: PagedCache) -> list[Tensor]:
 
 
 def _cells(rows: list[LayerReport]) -> list[str]:
-    """Return a line of the table for neighbouring layers: the sum of MiB, means of ratios."""
+    """Return the cells of neighbouring layers in the table: the sum of MiB, means of ratios."""
     first, last = rows[0].layer, rows[-1].layer
     return [
         str(first) if first == last else f"{first}-{last}",
@@ -203,7 +203,7 @@ def _layer_report(idx: int, layer: Any, why: str | None) -> LayerReport:
 
 
 def _row_tokens(layer: PagedLayer) -> float:
-    """Return the tokens that all rows hold, as the mean of the KV heads."""
+    """Return the number of tokens in all rows together, as the mean of the KV heads."""
     state = layer.state
     batch = state.tail.batch
     held = (state.pages.held(row) for row in range(batch))

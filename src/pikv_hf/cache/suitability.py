@@ -52,12 +52,12 @@ def _why_no_labels(model: PreTrainedModel, binding: Binding) -> str:
         return f"has nothing to label: {no_layer(unpaged_reasons(model.config, {}))}"
     decoder: Any = binding.decoder()
     if any(all_gates(decoder)):
-        return "has none that runs behind an attention layer which is paged"
+        return "has none that runs after a paged attention layer"
     return "has none that is found"
 
 
 def _check_moves(settings: Settings, binding: Binding) -> None:
-    """Refuse to move keys without a rotary embedding, or keys that are encoded again each time."""
+    """Refuse to move keys that have no rotary embedding, or are encoded again at each move."""
     scheduler, compressor = settings.scheduler, settings.compressor
     if scheduler is None or "rerotate" not in settings.needs.inputs:
         return
@@ -76,7 +76,7 @@ def _check_moves(settings: Settings, binding: Binding) -> None:
 def warn_if_idle(cache: PagedCache, stacklevel: int = 4) -> None:
     """Warn if no layer can be paged although the cache has methods that act on pages.
 
-    `stacklevel`: by default of whoever made, or attached, the cache.
+    `stacklevel`: by default the caller who made, or attached, the cache.
     """
     reasons, idle = cache.unpaged, cache.settings.methods
     if idle and len(reasons) == len(cache.layers_to_be):
@@ -116,9 +116,9 @@ def unlabelled(cache: PagedCache, layer_idx: int, heard: int, tokens: int) -> st
 
 
 def warn_of_another_cache(cache: PagedCache) -> str:
-    """Warn that `generate` goes on without `cache`, which it was given; return the sentence."""
+    """Warn that `generate` goes on without its argument `cache`; return the warning."""
     text = (
-        f"{type(cache.model).__name__} goes on with another cache behind {cache.get_seq_length()} "
+        f"{type(cache.model).__name__} goes on with another cache after {cache.get_seq_length()} "
         "tokens: nothing of the PiKVCache that `generate` was given is read or written from there "
         "on. Models with two rotary scales ('longrope') do so where a text exceeds "
         "`original_max_position_embeddings`."

@@ -6,19 +6,19 @@ from torch import Tensor
 from ..layer.settings import Settings
 from ..storage.memory import is_writable
 
-# Ids kept by a cache that evicts tokens, and so may read an endless stream.
+# Ids kept by a cache that evicts tokens: it may read an endless stream.
 MAX_IDS = 4096
 
 
 def num_kept_ids(settings: Settings) -> int | None:
     """Return about how many of the newest token ids a cache keeps; None = all."""
-    repeats = settings.scheduler is None or settings.needs.repetition is not None
-    return None if repeats else MAX_IDS
+    keeps_all = settings.scheduler is None or settings.needs.repetition is not None
+    return None if keeps_all else MAX_IDS
 
 
-def log_bytes(rows: int, tokens: int, most: int | None) -> int:
-    """Return the maximum bytes of `tokens` ids, of which about `most` are kept (None = all)."""
-    return 4 * rows * _room(tokens if most is None else min(tokens, 2 * most))
+def log_bytes(rows: int, tokens: int, max_ids: int | None) -> int:
+    """Return the maximum bytes of a log of `tokens` ids that keeps about `max_ids` (None = all)."""
+    return 4 * rows * _room(tokens if max_ids is None else min(tokens, 2 * max_ids))
 
 
 def _room(tokens: int) -> int:

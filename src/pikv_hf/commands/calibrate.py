@@ -39,7 +39,7 @@ def calibrate_command(
     rank: Annotated[
         int | None, typer.Option(help="Numbers stored per key or value. Default: dim / 4.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of context a piece.")] = CALIBRATION_LENGTH,
+    length: Annotated[int, typer.Option(help="Context tokens per piece.")] = CALIBRATION_LENGTH,
     windows: Annotated[int, typer.Option(help="Pieces kept for training.")] = WINDOWS,
     steps: Annotated[int, typer.Option(help="Training steps; 0 = principal axes.")] = STEPS,
     dtype: Dtype = "auto",
@@ -62,7 +62,7 @@ def calibrate_command(
         title = "error of the attention output on held-out text"
         out.print(_table(title, "compressor", "principal axes", fits))
     if scored:
-        title = "divergence from the attention of later queries on held-out text, in nats"
+        title = "divergence from later queries' attention on held-out text, in nats"
         out.print(_table(title, "scheduler", "equal shares", scored))
     out.print(f"Written: {output}", soft_wrap=True)
 

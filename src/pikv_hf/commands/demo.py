@@ -164,9 +164,9 @@ def _table(rows: Sequence["Row"], labels: Sequence[str], title: str) -> Table:
 
 def _speed_note(model: "PreTrainedModel", bundled: bool) -> str:
     note = (
-        "exact: answers right to the word. KV held: after the answer; bytes/token: of one held; "
-        "bf16/held: times that a full cache in bfloat16 is larger; error: of attention over sealed "
-        "tokens; times: medians, those of --probe included."
+        "exact: answers right to the word; KV held: after the answer; bytes/token: of one held; "
+        "bf16/held: a full cache in bfloat16 is this many times larger; error: of attention over "
+        "sealed tokens; times: medians, which include the time of --probe."
     )
     if bundled:
         note += (

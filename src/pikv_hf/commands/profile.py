@@ -68,9 +68,9 @@ def profile_command(
 def _table(scores: dict[int, "Tensor"]) -> Table:
     import torch
 
-    title = "change of the output of attention when one KV head streams, of its norm"
+    title = "relative change of the output of attention when one KV head streams"
     shares = [f"{share:.0%}" for share in SHARES[1:-1]]
-    made = table(title, [], ("layers", "KV heads", "least", *shares, "most"))
+    made = table(title, [], ("layers", "KV heads", "min", *shares, "max"))
     all_scores = torch.cat(list(scores.values())).double()
     found = all_scores.quantile(torch.tensor(SHARES, dtype=torch.float64)).tolist()
     made.add_row(str(len(scores)), str(len(all_scores)), *(f"{value:.3f}" for value in found))

@@ -135,7 +135,7 @@ def load(
 
 
 def parse_caches(caches: Sequence[str], compressors: Sequence[str] = ()) -> list["CacheOption"]:
-    """Parse the values of --cache, then those of --compressor, one option for each."""
+    """Parse the values of --cache, then the values of --compressor."""
     from ..cache.from_text import parse_cache
 
     texts = [("--cache", text) for text in caches]
@@ -150,7 +150,7 @@ def parse_caches(caches: Sequence[str], compressors: Sequence[str] = ()) -> list
 
 
 def distinct(options: Sequence["CacheOption"], probe: bool) -> list["CacheOption"]:
-    """Return `options` without repetitions; with `probe`, all measure their error."""
+    """Return `options` without repetitions; with `probe`, each measures its error."""
     once: dict[str, CacheOption] = {}
     for option in options:
         once.setdefault(option.name, option.probed() if probe else option)

@@ -31,7 +31,7 @@ class Compressor(PageCodec):
         """Check `model` once, before a cache is made for it.
 
         Raises:
-            ValueError: the compressor cannot serve it, e.g. was calibrated for another model.
+            ValueError: the compressor cannot serve it: it may be calibrated for another model.
         """
         return
 
@@ -44,7 +44,7 @@ class Compressor(PageCodec):
         return self
 
     def check_dims(self, key_dim: int, value_dim: int) -> None:
-        """Check the dims that a layer caches, if the model tells them, before a cache is made.
+        """Check the head dims of a layer before a cache is made, if the model tells them by then.
 
         Raises:
             ValueError: the compressor cannot store keys or values of these dims.
@@ -52,9 +52,9 @@ class Compressor(PageCodec):
         return
 
     def alternatives(self) -> "tuple[Compressor, ...]":
-        """Return compressors to try if this one loses too much: other options, or a relative.
+        """Return compressors to try if this one loses too much: other options, or similar methods.
 
-        `Int8` is tried, too; a warning names the compressors that lose less.
+        `Int8` is always tried. The `LossWarning` names the compressors that lose less.
         """
         return ()
 
@@ -62,15 +62,15 @@ class Compressor(PageCodec):
     def bytes_per_token(
         self, key_dim: int, value_dim: int, element_size: int, page_size: int
     ) -> float:
-        """Return the bytes of a token of one KV head in a full page, with its share of page data.
+        """Return the bytes of a token of one KV head in a full page and its share of page data.
 
         `element_size` is the size in bytes of a number of the model's dtype.
         """
 
 
-# Bounds of the float32 copies made when a long prompt is encoded. On a CPU, large copies do not fit
-# in its caches, and leave a hole or two in the heap per encoding. The many chunks of a prompt are
-# therefore encoded in smaller portions. On other devices every portion launches kernels.
+# Pages that are copied to float32 and encoded at a time. On a CPU these are few, as large copies
+# miss its caches and leave holes in the heap: 1 / `PORTIONS` of the pages, within two bounds. On an
+# accelerator they are many, because each portion launches kernels.
 PAGES_AT_A_TIME, MIN_AT_A_TIME, PORTIONS = 16, 4, 32
 PAGES_ON_ACCELERATORS = 1024
 

@@ -9,13 +9,13 @@ from .base import Compressor
 
 
 class Coded(Compressor):
-    """A compressor to codes with scales, which attention reads without decoding them."""
+    """Base of compressors that store codes with scales: attention reads codes without decoding."""
 
     gives_weights: ClassVar[bool] = True
 
     @abstractmethod
     def _numbers(self, name: str, fields: dict[str, Tensor]) -> Quantized:
-        """Return the codes and scales of pages for `name` "key" or "value"."""
+        """Return codes and scales of the keys (`name` is "key") or values ("value") of pages."""
 
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
@@ -39,6 +39,6 @@ class Coded(Compressor):
         return query.float() if query.dtype == torch.float16 else query
 
     def _both(self, fields: dict[str, Tensor]) -> tuple[Quantized, Quantized | None]:
-        """Return keys and values; values are None if the keys are their own values."""
+        """Return keys and values; values are None for latents, which are their own values."""
         is_latent = fields["value_codes"].shape[-1] == 0
         return self._numbers("key", fields), None if is_latent else self._numbers("value", fields)

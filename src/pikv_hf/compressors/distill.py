@@ -14,13 +14,13 @@ WIDTH = 2  # hidden units per stored number
 
 @dataclass(frozen=True)
 class Distill(LowRankAffine):
-    """`LowRankAffine` with a calibrated network that predicts, from the codes, what they lose.
+    """`LowRankAffine` with a network that predicts, from the codes, the part of x they lack.
 
     x is stored as c = x down, and decoded as c up + bias + gelu(c hidden + hidden_bias) out: a
     network of one hidden layer for each layer and KV head, which `pikv calibrate` trains to give
     the output of attention over the original keys and values (after Hinton et al., arXiv
-    1503.02531). Training begins with out = 0, which is `LowRankAffine`. out down = 0 holds, so that
-    decoded states are encoded again without a loss.
+    1503.02531). Training begins with out = 0, which is `LowRankAffine`. It keeps out down = 0, so
+    that decoded states are encoded again without a loss.
 
     Attention reads c and the hidden units, 3 r numbers, instead of keys and values.
 
@@ -38,7 +38,7 @@ class Distill(LowRankAffine):
         heads, rank = free["up"].shape[:2]
         width = WIDTH * rank
         drawn = torch.randn(heads, rank, width, generator=generator) / math.sqrt(rank)
-        # Codes differ much in size: scaled, each moves the hidden units equally.
+        # Codes differ much in size: scaled, each code moves the hidden units equally.
         size = spread[:, :rank].clamp_min(spread[:, :1] * 1e-6).sqrt().float()
         hidden = drawn / size[..., None]
         centre = (moments.mean.float()[:, None] @ free["down"]) @ hidden

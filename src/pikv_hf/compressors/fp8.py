@@ -13,7 +13,7 @@ FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 @dataclass(frozen=True)
 class Fp8(Coded):
-    """8-bit floating point with one scale per page and KV head, for keys and for values.
+    """Stores 8-bit floats with one scale per page and KV head, for keys and for values.
 
     scale = max|x| / (largest number of the format), in the dtype of the model. Numbers keep about
     the same relative error however small they are, so outlier channels need no scale of their own.

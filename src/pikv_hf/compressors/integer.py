@@ -15,18 +15,18 @@ from .coded import Coded
 
 KEY_AXES = ("token", "channel")
 
-# Scales to try, as shares of the scale that reaches the largest number: fewer codes gain more by
-# clipping. 1 is always tried: it makes encoding decoded pages again lossless up to rounding.
+# Scales to try, as shares of the scale whose codes reach the largest number: the fewer codes, the
+# more clipping gains. 1 is always tried, so that decoded pages are encoded again without loss.
 SHRINK = {8: (1.0,), 4: (1.0, 0.94, 0.85, 0.75), 2: (1.0, 0.75, 0.64, 0.52, 0.41)}
 
 
 @dataclass(frozen=True)
 class Integer(Coded):
-    """Integer codes with a scale for each token, group of dims or channel of a page.
+    """Stores integer codes with a scale for each token, group of dims or channel of a page.
 
     number = scale * (code + 1/2), or scale * code with 8 symmetric bits, + zero if not symmetric.
-    Scales and zeros have the dtype of the model. A few scales are tried, and the scale of least
-    squared error is used. Values, and keys by default, are quantized per token;
+    Scales and zeros have the dtype of the model. With 4 and 2 bits a few scales are tried, and the
+    scale of least squared error is used. Values, and keys by default, are quantized per token;
     `key_axis="channel"` quantizes keys per channel within a page (KIVI, arXiv 2402.02750). With
     `rotate`, numbers quantized per token are rotated by a Hadamard matrix, which spreads outlier
     channels (QuaRot, arXiv 2404.00456): attention rotates query and output instead of the pages.
@@ -144,7 +144,7 @@ class Integer(Coded):
 
     @property
     def _offset(self) -> float:
-        """Number added to a code; with few codes it is 1/2, for a level at 0 would waste one."""
+        """Number added to a code: 0 for 8 symmetric bits, else 1/2: a level at 0 wastes a code."""
         return 0.0 if self.bits == 8 and self.symmetric else 0.5
 
     def _numbers(self, name: str, fields: dict[str, Tensor]) -> Quantized:
@@ -192,7 +192,7 @@ class Int2(Integer):
 def _nearest_codes(
     states: Tensor, axis: int, bits: int, offset: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return int8 codes in the shape of `states`, and their scale in `dtype`, 0 for zeros."""
+    """Return int8 codes in the shape of `states`, and scales in `dtype`, 0 where all are zero."""
     highest = 2 ** (bits - 1) - 1
     lowest = -highest if offset == 0 else -highest - 1
     widest = states.abs().amax(axis, keepdim=True) / (highest + offset)
@@ -210,7 +210,7 @@ def _nearest_codes(
         if min_error is not None:
             best = torch.where(error < min_error, scale, best)
         min_error = error if min_error is None else error.minimum(min_error)
-    if min_error is not None:  # few codes may be worse than zeros, for instance for one outlier
+    if min_error is not None:  # few codes may be worse than all zeros, as beside one outlier
         best = best.masked_fill(min_error > states.square().sum(axis, keepdim=True), 0)
     # Computing the codes again is cheaper than choosing among the codes of all scales.
     return codes_of(best).to(torch.int8), best

@@ -17,7 +17,7 @@ from .moments import Moments
 Factors = dict[str, Tensor]
 
 # Numbers of a row that encoding copies at a time, and the maximum number of copies for a prompt.
-# Copies as large as the codes leave holes in the heap; many small ones are slow to launch on a GPU.
+# Copies as large as the codes leave holes in the heap; many small copies are slow on a GPU.
 COPIED, MAX_PORTIONS = 2**14, 32
 
 
@@ -31,7 +31,7 @@ class LowRank(Compressor):
     the best linear projection, or, after training, the factors that change attention outputs least.
     PiKV (arXiv 2508.06526) defines LoRA by this error; Palu (arXiv 2407.21118) is similar.
 
-    Attention reads the numbers: q . (c up) = (q up^T) . c, and sum p (c up) = (sum p c) up.
+    Attention reads the codes c: q . (c up) = (q up^T) . c, and sum p (c up) = (sum p c) up.
 
     Args:
         calibration: the file that `pikv calibrate` made for the model, which also fixes r.
@@ -69,7 +69,7 @@ class LowRank(Compressor):
         return replace(self, _head=head, _factors=factors)
 
     def with_factors(self, factors: Factors) -> Self:
-        """Return this compressor for the layer of `factors`, which is empty if it is not paged."""
+        """Return this compressor with the `factors` of a layer, none if the layer is not paged."""
         return replace(self, _factors=dict(factors))
 
     @property
@@ -101,7 +101,7 @@ class LowRank(Compressor):
         # Scaled before rounding, so that float16 holds the numbers.
         projected = (query.to(wide) @ key["up"].mT * scale).to(query.dtype)
         out, lse = partial_attention(projected, keys, values, None, 1.0)
-        if "bias" in key:  # adds the same to all scores here, but not in other partial results
+        if "bias" in key:  # adds one number to all scores of these pages, but not to other scores
             shift = query.to(wide) @ key["bias"][..., None]
             lse = lse + shift.squeeze(-1) * scale
         out = out.to(wide) @ value["up"]
@@ -129,13 +129,13 @@ class LowRank(Compressor):
     def constrained(cls, free: Factors) -> Factors:
         """Turn `free` parameters into factors with up down = 1; differentiable."""
         up = free["up"]
-        # At a singular matrix training gets NaN, which is never the best result, and no exception.
+        # A singular matrix gives training NaN, which is never the best result, not an exception.
         inverse, _ = torch.linalg.inv_ex(up @ free["down"])
         return {"down": free["down"] @ inverse, "up": up}
 
     @classmethod
     def rescaled(cls, factors: Factors, size: Tensor) -> Factors:
-        """Return the factors for states times `size` [H], given the factors for the states."""
+        """Turn `factors` fitted to states into factors for the states times `size` [H]."""
         return factors
 
     @classmethod
@@ -152,7 +152,7 @@ class LowRank(Compressor):
     # ---- for pages ------------------------------------------------------------------------------
 
     def of(self, name: str, device: torch.device, dtype: torch.dtype) -> Factors:
-        """Return the factors of keys or values in `dtype`; they stay on `device` from now on."""
+        """Return factors of `name` "key" or "value" in `dtype`; move them to `device` for good."""
         factors = self._bound()
         for part, tensor in factors.items():
             if tensor.device != device:

@@ -13,8 +13,8 @@ from .base import Compressor
 class MixedCompressor(Compressor):
     """A compressor that chooses one of several compressors for each page when it is sealed.
 
-    Pages are encoded and read by the chosen compressors, which see every page alone, as R pages of
-    one row and one head each. `observed_queries` is as large as its usual members need.
+    A page is encoded and read by its member alone, as a row of its own: keys of n pages come as
+    [n, 1, 1, P, Dk]. `observed_queries` must cover the members that need queries, such as `ThinK`.
     """
 
     @property
@@ -52,7 +52,7 @@ class MixedCompressor(Compressor):
 def check_members(argument: str, members: Any) -> None:
     """Raise an error unless `members` can be the members of a mixed compressor.
 
-    Calibrated compressors are refused: they encode each KV head differently, pages mix all heads.
+    Calibrated compressors are refused: they need pages by KV head, but members get them mixed.
     """
     if not isinstance(members, tuple) or not members:
         raise TypeError(f"`{argument}` is {members!r}; it must be a tuple of compressors.")

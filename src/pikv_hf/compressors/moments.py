@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """The number of states [H, n, D] seen, and their sums for each KV head in float64.
+    """First and second moments of states [H, n, D], as sums for each KV head in float64.
 
-    `first` [H, D] is the sum of the states, `second` [H, D, D] the sum of their outer products. The
-    memory does not grow with the number of states.
+    `count` states have the sum `first` [H, D]; their outer products have the sum `second`
+    [H, D, D]. The memory does not grow with the number of states.
     """
 
     count: int

@@ -23,7 +23,7 @@ Partial = tuple[Tensor, Tensor]
 def asked(keys: Tensor, queries: Tensor | None) -> Tensor:
     """Return `queries` [R, H, Q, Dk], scaled as in `encode_observed`, in float32 or float64.
 
-    If there are none, the newest keys replace them: no better guess of coming queries is at hand.
+    Without queries the newest keys replace them, the best guess of later queries at hand.
     """
     if queries is None:
         newest = keys.flatten(2, 3)[:, :, -STAND_INS:]
@@ -49,15 +49,15 @@ def output_errors(
 ) -> Tensor:
     """Estimate the squared error of attention outputs if a page is encoded, [M, R, H, S].
 
-    The error of the outputs of `queries` if all pages of a KV head are encoded is measured, and
+    With all pages of a KV head encoded, the error of the outputs of `queries` is measured, then
     divided among the pages in proportion to a prediction. To first order, replacing k_i, v_i by
     k_i + dk_i, v_i + dv_i changes the output o of a query q by the sum over i of
     a_i (dv_i + (q . dk_i) (v_i - o)), with a the attention weights. The prediction of a page is
     the sum of the squares of its terms over tokens and `queries`. It would be exact if the terms of
     tokens were independent; they are not, to a degree that differs between encodings.
 
-    Later queries attend elsewhere than observed queries: for the prediction, each squared weight
-    a_i^2 is moved by `shrink` towards the mean over all tokens of the KV head.
+    Later queries attend to other tokens than observed queries do. For the prediction, each squared
+    weight a_i^2 is therefore moved by `shrink` towards the mean over all tokens of the KV head.
     """
     output, lse = _attention(keys, values, queries)
     mean = _mean_squares(keys, queries, lse)[:, :, None, :, None]
@@ -132,7 +132,7 @@ def _attention(keys: Tensor, values: Tensor, queries: Tensor) -> Partial:
 def _with_pages(
     result: Partial | None, pages: tuple[Tensor, Tensor], originals: Tensor, queries: Tensor
 ) -> Partial:
-    """Merge `result` with attention over `pages`; the keys `originals` tell padding from tokens."""
+    """Merge `result` with attention over `pages`; zeros in the keys `originals` are padding."""
     keys, values = (states.flatten(2, 3).to(queries.dtype) for states in pages)
     mask = _hidden(originals, queries.dtype).flatten(2, 3)[:, :, None]
     more = partial_attention(queries, keys, values if values.shape[-1] else keys, mask, 1.0)

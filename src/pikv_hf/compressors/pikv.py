@@ -14,8 +14,8 @@ from .observed_attention import asked, output_errors
 from .svd import Svd
 from .turboquant import TurboQuant
 
-# Share by which weights of observed queries are moved to their mean. If it is lower, pages are
-# spoiled that later queries attend to; if it is higher, nothing is learnt from observed queries.
+# Share by which weights of observed queries are moved to their mean. A lower share spoils pages
+# that only later queries attend to; a higher share learns too little from observed queries.
 SHRINK = 0.5
 
 CANDIDATES = (
@@ -32,19 +32,19 @@ CANDIDATES = (
 
 @dataclass(frozen=True)
 class PiKV(MixedCompressor):
-    """Each page in the encoding that spares attention the most error for its bytes.
+    """Stores each page in the encoding that saves attention the most error for its bytes.
 
     An interpretation of PiKV's hybrid compressor (arXiv 2508.06526): every page is encoded in all
     ways, and the error in the output of attention for the observed queries is measured and divided
     among the pages (`output_errors`). Of encodings of equal size each KV head takes the better one.
-    The pages of a row that are sealed together, of all KV heads, have `share` of their full bytes
-    as a budget. All pages begin with the one size of least error that fits the budget; the rest of
-    it is spent where it reduces the error most per byte, page by page along the lower convex hull
-    of (bytes, error). So no page begins worse than with the best single encoding of that budget.
-    No token is dropped.
+    The budget is `share` of the full bytes of the pages of a row, of all KV heads, that are sealed
+    together. All pages begin with the one size of least error that fits the budget; the rest of the
+    budget is spent where a byte reduces the error most, page by page along the lower convex hull of
+    (bytes, error). So no page is worse off than with the best single encoding of that budget. No
+    token is dropped.
 
     Args:
-        share: share of the bytes of a full cache that pages may take, in (0, 1].
+        share: bytes that pages may take, as a share of their bytes in a full cache, in (0, 1].
         candidates: the encodings to choose from; calibrated ones are refused.
     """
 
@@ -90,7 +90,7 @@ class PiKV(MixedCompressor):
 
 
 def best_of_equal(errors: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """Reduce encodings of equal size to the encoding of least error in each KV head.
+    """Keep, of encodings of equal size, the encoding of least error in each KV head.
 
     `errors` is [M, R, H, S] and `sizes` [M]. Returns the errors [U, R, H, S] of U different sizes,
     the index of the encoding that each size stands for, [U, R, H], and the sizes.
@@ -106,7 +106,7 @@ def best_of_equal(errors: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, lis
 
 
 def cheapest(errors: Tensor, sizes: Tensor, allowed: float) -> Tensor:
-    """Choose the encoding of each page, int64 [R, n], for a mean of `allowed` bytes a page.
+    """Choose each page's encoding, int64 [R, n], for least error at `allowed` mean bytes a page.
 
     `errors` [M, R, n] is the error of each page in each encoding, `sizes` [M] the bytes of a page.
     Each row has its own budget.

@@ -12,13 +12,13 @@ from .observed_attention import asked, page_masses
 
 @dataclass(frozen=True)
 class Pyramid(MixedCompressor):
-    """Pages in tiers: the more the newest queries attend to a page, the finer it is stored.
+    """Stores pages in tiers, with more bits the more the newest queries attend to a page.
 
     PiKV (arXiv 2508.06526) names a pyramid of precisions without defining one. Here the pages of a
     row that are sealed together are ordered, over all its KV heads, by the attention that the
-    observed queries pay them (mean over queries of the softmax over these pages). The first
-    `shares[0]` of the pages get `tiers[0]`, and so on; numbers of pages are rounded. Without
-    queries the newest keys replace them. Pages keep their tier until eviction seals them again.
+    observed queries pay to a page (mean over queries of the softmax over these pages). The first
+    `shares[0]` of the pages get `tiers[0]`, and so on, rounded to whole pages. Without queries
+    the newest keys replace them. Pages keep their tier until eviction seals them again.
 
     Args:
         tiers: compressors, the finest first; calibrated ones are refused.

@@ -24,8 +24,8 @@ class Svd(Compressor):
     basis by powers of two, so that neither overflows the model's dtype, nor their squares float32.
 
     Args:
-        rank: numbers kept of a token, and vectors of a basis. It is limited to the tokens of a page
-            and the head dim, with which nothing is lost.
+        rank: numbers kept of a token, and vectors of a basis. A rank of at least the page size or
+            the head dim is reduced to the smaller of them, and nothing is lost.
     """
 
     rank: int = 16
@@ -46,7 +46,7 @@ class Svd(Compressor):
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
         coefficients = fields["key_coefficients"]
-        # Bases are multiplied with the queries or the tokens of their page, whichever are fewer.
+        # The bases of pages are multiplied with the queries, or with the tokens if these are fewer.
         if query.shape[2] > coefficients.shape[3]:
             return super().attend(query, fields, tokens, scale)
         key = coefficients, fields["key_basis"]
@@ -83,7 +83,7 @@ class Svd(Compressor):
             coefficients, basis = vectors, vectors.mT @ exact
         else:
             coefficients, basis = exact @ vectors, vectors.mT
-        # One factor is orthonormal, the other is as large as the singular values.
+        # One factor is orthonormal, the other has the size of the singular values.
         share = (size + _exponent(values.clamp_min(0).sqrt()[:, None])) // 2
         if tokens >= dim:
             share = size - share

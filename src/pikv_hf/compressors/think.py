@@ -13,14 +13,14 @@ from .base import Compressor, computed_dtype, portion
 
 @dataclass(frozen=True)
 class ThinK(Compressor):
-    """Keys without the channels that the newest queries use least (ThinK, arXiv 2407.21018).
+    """Drops the key channels that the newest queries use least (ThinK, arXiv 2407.21018).
 
     For each page of a row and KV head the floor((1 - ratio) D) channels j of largest |Q_j| |K_j|
     are kept. The product is the Frobenius norm of Q_j K_j^T in the paper, with Q the observed
     queries of all query heads of the KV head. The indices of the kept channels are stored, too.
     (The paper selects once for a whole prompt.) Values are kept unchanged, as in the paper's main
-    method. Without queries the channels of the largest keys are kept. The latents of MLA are
-    values, too, except for their rotary channels, of which a share `ratio` is pruned; the rest is
+    method. Without queries the channels of largest |K_j| are kept. The latents of MLA are values,
+    too, except for their rotary channels: a share `ratio` of these is pruned, other channels are
     kept unchanged. With DeepSeek's 64 rotary channels of 576 this saves at most 1/9 of the bytes.
 
     Attention reads the kept channels, and only these channels of the query. Tokens that a scheduler
@@ -46,9 +46,9 @@ class ThinK(Compressor):
     def check_dims(self, key_dim: int, value_dim: int) -> None:
         if value_dim == 0 and not 0 < self._rotary <= key_dim:
             raise ValueError(
-                "think drops channels of keys, but latents (MLA) are keys and values at once, apart "
-                "from a rotary part, of which this one knows nothing (as a member of another "
-                "compressor, or of a model that does not tell): use another compressor, such as int8."
+                "think drops key channels, but latents (MLA) are keys and values at once, apart "
+                "from a rotary part of unknown size (the config does not tell, or this is a member "
+                "of another compressor): use another compressor, such as int8."
             )
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class ThinK(Compressor):
         return self._pruned(keys, values, usage) | flag
 
     def _pruned(self, keys: Tensor, values: Tensor, usage: Tensor) -> dict[str, Tensor]:
-        """Prune keys; `usage` [R, H, 1, Dk] or [] is the sum of squares of the query channels."""
+        """Prune keys; `usage` [R, H, 1, Dk] or scalar is the sum of squares of query channels."""
         dim, step, wide = keys.shape[-1], portion(keys), computed_dtype(keys.dtype)
         norms = (torch.linalg.vector_norm(t, dim=-2, dtype=wide) for t in keys.split(step, dim=2))
         squares = torch.cat([*norms], dim=2).square()
@@ -101,7 +101,7 @@ class ThinK(Compressor):
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
         kept, pages = fields["kept_keys"], fields["kept_keys"].shape[2]
-        # Either query channels are copied for each page, or keys are decoded: the smaller copy.
+        # Query channels are copied for each page, or keys are decoded if that copy is smaller.
         if query.shape[2] > kept.shape[3] or "is_latent" in fields:
             return super().attend(query, fields, tokens, scale)
         index = fields["channels"].long()[:, :, :, None].expand(-1, -1, -1, query.shape[2], -1)

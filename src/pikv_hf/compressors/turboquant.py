@@ -21,10 +21,10 @@ class TurboQuant(Compressor):
     After a random rotation the coordinates of every vector have one known density, so a codebook
     made for that density needs no data. Keys and values use algorithm 1 of the paper with one
     change: the norm stored beside the codes makes a decoded vector as long as the original, while
-    the paper's norm shrinks it. This costs at most 3 % of distortion, and decoded pages of usual
-    head dims can be encoded again without loss. With `residual`, keys use algorithm 2 unchanged:
+    the paper's norm shrinks it. Distortion grows by at most 3 %, and decoded pages of usual head
+    dims can be encoded again without loss. With `residual`, keys use algorithm 2 unchanged:
     one bit less for the codebook, and the signs of a Gaussian sketch of the residual (QJL), with a
-    norm. Products with such keys are unbiased but vary more, and each further encoding adds
+    norm. Products with such keys are unbiased but vary more, and encoding the keys again adds
     variance. Norms are root mean squares (so that float16 holds them) in the dtype of the model.
 
     The rotation is a uniformly random orthogonal matrix and not a Hadamard matrix: it gives exactly
@@ -98,7 +98,7 @@ class TurboQuant(Compressor):
         return (key_dim + value_dim) * self.bits / 8 + norms * element_size
 
     def _encode(self, name: str, states: Tensor, residual: bool) -> dict[str, Tensor]:
-        """Return packed codes of `states` [..., P, D], and norms [..., P, 1 or (residual) 2]."""
+        """Return packed codes of `states` [..., P, D], and norms [..., P, 1 + residual]."""
         dim = states.shape[-1]
         if dim == 0:
             return {f"{name}_codes": states.to(torch.uint8), f"{name}_norms": states}
@@ -128,7 +128,7 @@ class TurboQuant(Compressor):
         return {"codes": pack_indices(codes, self.bits), "norms": norms.to(dtype)}
 
     def _stored(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return keys and values [..., P, D or (residual) 2 D] in the basis they are stored in."""
+        """Return keys and values [..., P, D], or 2 D with `residual`, in the stored basis."""
         keys = self._looked_up(fields["key_codes"], fields["key_norms"])
         return keys, self._looked_up(fields["value_codes"], fields["value_norms"])
 
@@ -144,7 +144,7 @@ class TurboQuant(Compressor):
         return torch.cat(states, dim=-1) if residual else states[0]
 
     def _restored(self, states: Tensor, residual: bool) -> Tensor:
-        """Transform `states` from the basis they are stored in to the original basis."""
+        """Transform `states` from the stored basis to the basis of the model."""
         dim = states.shape[-1] // (1 + residual)
         return _times(states, _basis(dim, residual, self.seed, states.device)) if dim else states
 

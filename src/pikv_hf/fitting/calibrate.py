@@ -34,7 +34,7 @@ def calibrate(
 ) -> dict[str, dict[int, Fit]]:
     """Fit the methods of `job` to the attention of `model` in `pieces`, and write them to `out`.
 
-    Three of four pieces are for training; the others judge whether it helped. An interrupted call
+    Three of four pieces are for training, the fourth judges the result. An interrupted call
     (an exception, Ctrl-C) writes its state to `out` + ".partial". Calling again with equal
     arguments resumes it and leads to the file that an uninterrupted call writes.
 
@@ -51,7 +51,7 @@ def calibrate(
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` is {type(model).__name__}: encoder-decoders are not calibrated.")
-    more = f"and {job.piece_tokens - job.length} more tokens ask for these"
+    more = f"and {job.piece_tokens - job.length} more tokens for queries are added"
     check_length(model, job.piece_tokens, f"`length` is {job.length}, {more}")
     rotaries: dict[int, Rotary] = {}
     if PIKV_QUEST in job.methods:
@@ -89,7 +89,7 @@ def text_pieces(
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks that end before white space, if they have any."""
+    """Yield the text of a file in blocks that end before white space, if a block has any."""
     rest = ""
     try:
         with path.open(encoding="utf-8") as file:

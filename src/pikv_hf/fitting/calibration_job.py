@@ -24,10 +24,10 @@ class Job:
             of the head dim.
         length: tokens of context in each piece of text.
         windows: pieces, drawn at random, whose keys and values are kept for training; a quarter as
-            many more are kept to judge it. They determine the memory that a calibration takes,
-            whatever the length of the texts. With few windows, training overfits.
-        steps: training steps; 0 = no training: the principal axes, and equal scores of all tokens
-            for `pikv_quest`.
+            many others are kept to judge it. Their number, not the length of the texts, determines
+            the memory that a calibration takes. With few windows, training overfits.
+        steps: training steps; 0 = no training: principal axes, and for `pikv_quest` equal scores
+            of all tokens.
 
     Raises:
         ValueError: an argument has a wrong type or is out of range.
@@ -53,5 +53,5 @@ class Job:
 
     @property
     def piece_tokens(self) -> int:
-        """Tokens of a piece: the context, one token that is not sealed, and those that query."""
+        """Tokens of a piece: the context, one token that stays in the tail, and `QUERIES` more."""
         return self.length + 1 + QUERIES

@@ -31,9 +31,9 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Capture:
-    """Moments of all keys and values of one layer, and a random sample of its windows.
+    """Moments of one layer's keys and values, and a random sample of its windows for training.
 
-    `held_out` are windows of pieces that the moments and `fitted` do not contain.
+    `held_out` are windows of other pieces, which neither the moments nor `fitted` contain.
     """
 
     scale: float
@@ -52,21 +52,21 @@ class Capture:
         moments = Moments.of(window.keys), Moments.of(window.values)
         return cls(scale, *moments, fitted=(_on_cpu(window),), held_out=())
 
-    def then(self, number: int, window: Window, most: int) -> "Capture":
+    def then(self, number: int, window: Window, max_windows: int) -> "Capture":
         """Return the capture with the window of piece `number` added.
 
-        `fitted` has at most `most` windows, `held_out` a quarter as many.
+        `fitted` has at most `max_windows` windows, `held_out` a quarter as many.
         """
         kept = _on_cpu(window)
         if number % HELD_OUT == 1:
-            held_out = _drawn(self.held_out, kept, number // HELD_OUT, -(-most // HELD_OUT))
+            held_out = _drawn(self.held_out, kept, number // HELD_OUT, -(-max_windows // HELD_OUT))
             return replace(self, held_out=held_out)
         before = number - (number + 2) // HELD_OUT
         return replace(
             self,
             keys=self.keys.plus(Moments.of(window.keys)),
             values=self.values.plus(Moments.of(window.values)),
-            fitted=_drawn(self.fitted, kept, before, most),
+            fitted=_drawn(self.fitted, kept, before, max_windows),
         )
 
 
@@ -87,18 +87,18 @@ class Recorder(Identity):
     """A lossless compressor that records the keys, values and queries it is given.
 
     Keys are recorded after RoPE; for MLA, latents and the queries projected to them. By layer,
-    `page` holds the keys and values of the current piece, `asked` its queries and their scale.
+    `page` holds keys and values of the current piece's context, `queries` queries and their scale.
     """
 
     layer_idx: int = -1
     page: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    asked: dict[int, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
+    queries: dict[int, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
 
     def bind(self, config: PreTrainedConfig, layer_idx: int) -> "Recorder":
         return replace(self, layer_idx=layer_idx)
 
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        if self.layer_idx not in self.page:  # later pages are of the tokens that query
+        if self.layer_idx not in self.page:  # later pages hold the tokens after the context
             # Copies, because the next layer may overwrite the buffer that a layer seals from.
             self.page[self.layer_idx] = keys[0, :, 0].clone(), values[0, :, 0].clone()
         return super().encode(keys, values)
@@ -106,7 +106,7 @@ class Recorder(Identity):
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        self.asked[self.layer_idx] = query[0], scale
+        self.queries[self.layer_idx] = query[0], scale
         return super().attend(query, fields, tokens, scale)
 
 
@@ -123,7 +123,7 @@ class Observer:
     def __init__(self, model: PreTrainedModel, length: int, windows: int) -> None:
         self.model, self.length, self.windows = model, length, windows
         self.captured = Captured(0, {})
-        # The whole context is one page, and its own tokens do not query it.
+        # The whole context is one page, and only later tokens query it.
         self._recorder = Recorder()
         self._cache = PiKVCache(model, compressor=self._recorder, page_size=length, window=1)
 
@@ -135,12 +135,12 @@ class Observer:
         """
         self._cache.reset()
         self._recorder.page.clear()
-        self._recorder.asked.clear()
+        self._recorder.queries.clear()
         decoder: Any = self.model.get_decoder()
         for part in ids.to(self.model.device).tensor_split([self.length + 1], dim=1):
             decoder(input_ids=part, use_cache=True, **with_cache(self._cache))
         number, layers = self.captured.pieces, dict(self.captured.layers)
-        for idx, (query, scale) in self._recorder.asked.items():
+        for idx, (query, scale) in self._recorder.queries.items():
             window = Window(_some(query, number), *self._recorder.page[idx])
             layers[idx] = (
                 Capture.first(window, scale)

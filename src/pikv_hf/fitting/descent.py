@@ -18,11 +18,11 @@ def descent(
     error: Callable[[Result], float],
     steps: int,
     rate: float,
-    most_norm: float = math.inf,
+    max_norm: float = math.inf,
 ) -> tuple[Result, float, float]:
     """Minimize `loss`, which is called in each step, by Adam with a cosine rate that falls to 0.
 
-    Changes `weights` in place. Gradients are clipped to a norm of `most_norm`. About `CHECKS`
+    Changes `weights` in place. Gradients are clipped to a norm of `max_norm`. About `CHECKS`
     times, the last time at the end, `error` judges what `read` makes of the weights.
 
     Returns:
@@ -39,8 +39,8 @@ def descent(
         optimizer.zero_grad()
         with torch.enable_grad():
             loss().backward()
-        if most_norm < math.inf:
-            torch.nn.utils.clip_grad_norm_(weights, most_norm)
+        if max_norm < math.inf:
+            torch.nn.utils.clip_grad_norm_(weights, max_norm)
         optimizer.step()
         if step % max(steps // CHECKS, 1) == 0 or step == steps:
             with torch.no_grad():

@@ -18,8 +18,8 @@ QUERIES = 64  # newest tokens of each text, whose attention is compared
 class Effect(NamedTuple):
     """Sums of squares over queries, in float64.
 
-    `changes` [H]: of the changes of the layer's output when only the respective head streams.
-    `output` []: of the layer's output when none does.
+    `changes` [H]: change of the layer's attention output when this head alone streams.
+    `output` []: that output when no head streams.
     """
 
     changes: Tensor
@@ -35,8 +35,8 @@ class Effect(NamedTuple):
 class HeadEffect(Scheduler):
     """Measures each KV head on a text of one row when it is sealed, and then evicts the text.
 
-    For each KV head: the squared change of the output of the layer's attention (after its output
-    projection; a gate in between is not applied) when this head, and no other, reads only the first
+    It measures the squared change of the output of the layer's attention (after the output
+    projection; an output gate is not applied) when this head, and no other, reads only the first
     `sinks` and the newest `recent` tokens. This is the definition of retrieval heads in
     DuoAttention (Xiao et al., arXiv 2410.10819, section 2.2), applied to one layer at a time.
 
@@ -67,7 +67,7 @@ class HeadEffect(Scheduler):
 
 
 def head_effect(tokens: Candidates, sinks: int, recent: int) -> Effect:
-    """Measure the KV heads of a layer with the queries kept of one row without padding."""
+    """Measure the KV heads of a layer with the observed queries of one row without padding."""
     assert tokens.values is not None and tokens.open_values is not None
     queries, output = tokens.queries, tokens.output
     assert queries is not None and output is not None

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..needles.haystack import Haystack, make_haystack
 
-NEEDLES = 4  # their questions and answers are about as long as the queries that are measured
+NEEDLES = 4  # their questions and answers have about as many tokens as queries are measured
 SEED = 5_000_000  # far from the seeds of the demo and the benchmarks
 
 

@@ -55,7 +55,7 @@ def profile(
         source: identifies the texts, so that a call with other texts is not resumed.
 
     Returns:
-        The scores [H] of each layer: norm of the change of its attention output when this head
+        The scores [H] of each layer: the norm of the change of its attention output when a head
         reads only sinks and recent tokens, over the output's norm. `model` is left as it was.
 
     Raises:

@@ -33,6 +33,6 @@ class Job:
         min_length = self.sinks + self.recent + QUERIES
         if self.length < min_length:
             raise ValueError(
-                f"`length` is {self.length}; it must be {min_length} or more: sinks, recent tokens "
-                f"and the {QUERIES} that ask, or no head could show that it reads anything else."
+                f"`length` is {self.length}; it must be {min_length} or more (sinks, recent "
+                f"tokens, {QUERIES} for queries): in a shorter text a head has little else to read."
             )

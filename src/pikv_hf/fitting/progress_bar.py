@@ -10,7 +10,7 @@ SECONDS = 10.0
 
 
 def bar(items: Iterable[Any] | None = None, **options: Any) -> Any:
-    """Return a tqdm bar on standard error; if that is no terminal, it prints every 10 seconds."""
+    """Return a tqdm bar on standard error, which a file or pipe gets every 10 seconds only."""
     if not sys.stderr.isatty():
         options |= {"delay": SECONDS, "mininterval": SECONDS, "maxinterval": SECONDS, "miniters": 1}
     return tqdm(items, **options)

@@ -24,7 +24,7 @@ RATE = 1e-2
 class Fit:
     """Factors of one layer, and the relative errors of its attention output on held-out windows.
 
-    `before` is the error of the untrained factors (principal axes), `after` that of `factors`,
+    `before` is the error of the untrained factors (principal axes), `after` the error of `factors`,
     which were chosen by their error on these windows.
     """
 
@@ -43,13 +43,13 @@ def fit(
 ) -> Fit:
     """Fit factors of `method` to the layer of `capture`, with at most `steps` training steps.
 
-    `rank` is by default a quarter of the head dim. The factors with the smallest error on the
-    held-out windows are returned: the principal axes, if training does not help.
+    `rank` None is a quarter of the head dim. The factors with the smallest error on the held-out
+    windows are returned: the principal axes, if training does not help.
     """
     fitting = Fitting(method, capture, rank, seed, device)
     weights = [t for free in fitting.free.values() for t in free.values()]
     judged = fitting.factors, fitting.held_out_error
-    best, before, after = descent(weights, fitting.loss, *judged, steps, RATE, most_norm=1.0)
+    best, before, after = descent(weights, fitting.loss, *judged, steps, RATE, max_norm=1.0)
     return Fit(fitting.finished(best), before, after)
 
 

@@ -28,8 +28,8 @@ def fit_utility(
     """Train the networks of the layer of `capture`, for at most `steps` steps of one window each.
 
     The loss is the divergence (Kullback-Leibler, in nats) of the softmax of u over the tokens of a
-    window from the mean attention of its queries to them. The newest eighth of the tokens, which no
-    cache would evict, is left out. Before training u is 0, so `Fit.before` is the loss of equal
+    window from the mean attention of its queries to them. The newest eighth of the tokens stands
+    for a cache's tail and is left out. Before training u is 0, so `Fit.before` is the loss of equal
     shares. The networks with the smallest loss on the held-out windows are returned.
 
     Memory: the windows of the layer in float32.
@@ -68,7 +68,7 @@ class Fitting:
         return {"hidden": hidden, "bias": bias, "out": self.free["out"].clone()}
 
     def loss(self) -> Tensor:
-        """Return the loss in the next window; their order depends on the seed only."""
+        """Return the loss in the next window; the order of windows depends on the seed only."""
         return divergence(*self.order.choice(self.fitted), self.network())
 
     @torch.no_grad()

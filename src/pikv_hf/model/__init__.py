@@ -1,1 +1,1 @@
-"""The model and the transformers that are installed: the only folder that names their internals."""
+"""Knowledge of models and of the installed transformers; no other folder names internals."""

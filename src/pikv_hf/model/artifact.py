@@ -1,8 +1,8 @@
 """Calibration files: tensors that were fitted to one model, and the identity of that model.
 
 A file is in the safetensors format. Its tensors are called `method.layer.part`, for instance
-`lowrank.3.key_up`. Its metadata is a single JSON text, which begins with the model. (A single text,
-because safetensors writes several in any order; so equal calibrations give equal files.)
+`lowrank.3.key_up`. Its metadata is one JSON text, which begins with the model: safetensors writes
+several metadata entries in any order, and equal calibrations must give equal files.
 """
 
 import json
@@ -36,7 +36,7 @@ SAME_WEIGHTS = 0.005
 
 @dataclass(frozen=True)
 class FileKind:
-    """A kind of file that names its model: its argument, metadata key, and command."""
+    """A kind of file made for one model: the argument that takes it, its key, its command."""
 
     argument: str
     key: str
@@ -48,7 +48,7 @@ CALIBRATION = FileKind("calibration", METADATA, "pikv calibrate")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """The identity of a model, as the metadata of a calibration state it.
+    """The identity of a model, as it is written into the metadata of a calibration.
 
     `fingerprint`: a few numbers of attention weights, by parameter. It does not depend on dtype or
     device, and does not read the whole model.
@@ -101,7 +101,7 @@ def read_metadata(path: str | PathLike[str], kind: FileKind = CALIBRATION) -> di
 
 
 def read_factors(path: str | PathLike[str], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix`, by the rest; read no others."""
+    """Read only tensors whose names begin with `prefix`; return them by the rest of the name."""
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}

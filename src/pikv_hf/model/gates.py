@@ -23,7 +23,7 @@ _EXPERT_ARGUMENTS = (("top_k_index", "top_k_weights"), ("router_indices", "routi
 
 @dataclass(frozen=True, eq=False)
 class ExpertsCall:
-    """An experts module that is called with the gate's choice, so with the experts that run."""
+    """An experts module whose arguments are the gate's choice: the experts that really run."""
 
     module: nn.Module
     names: tuple[str, str]
@@ -42,7 +42,7 @@ class ExpertsCall:
 
 @dataclass(frozen=True, eq=False)
 class GateOutput:
-    """A gate whose output has its choice, for models whose experts are not called with it."""
+    """A gate whose output is read, in models that do not pass its choice to an experts module."""
 
     module: nn.Module
     logits_index: int
@@ -55,7 +55,7 @@ class GateOutput:
         return self.module.register_forward_hook(heard)
 
     def _choice(self, output: Any) -> Choice:
-        """Return the gate's choice, or else the k largest logits with its scores or softmax."""
+        """Return the choice in `output`; else the top-k logits, weighted by scores or softmax."""
         parts = [output] if isinstance(output, Tensor) else list(output)
         logits = parts.pop(self.logits_index if len(parts) > 1 else 0)
         logits = logits.reshape(-1, logits.shape[-1])
@@ -79,7 +79,7 @@ class GateOutput:
 
 @dataclass(frozen=True, eq=False)
 class BlockOutput:
-    """The block around a gate: returns logits if it calls no gate or experts (MXFP4, kernels)."""
+    """The block around a gate; read if it returns logits and calls no gate (MXFP4, kernels)."""
 
     module: nn.Module
     top_k: int
@@ -92,7 +92,7 @@ class BlockOutput:
         return self.module.register_forward_hook(heard)
 
     def _logits(self, output: Any) -> Tensor | None:
-        """Return the second output if it has numbers of more experts a token than are chosen."""
+        """Return the second output if it is logits [tokens, experts], experts > `top_k`."""
         if not isinstance(output, tuple) or len(output) < 2:
             return None
         hidden, logits = output[:2]
@@ -119,9 +119,9 @@ def block_of(gate: Gate, decoder: PreTrainedModel) -> BlockOutput:
 def gates_of_layers(
     decoder: PreTrainedModel, attention: dict[int, list[nn.Module]]
 ) -> dict[int, Gate]:
-    """Return, by cache layer, its first gate between its attention and the next paged attention.
+    """Return, by cache layer, the first gate between its attention and the next paged attention.
 
-    The gate labels the tokens of the layer. Layers without a gate (dense ones) are left out.
+    That gate labels the tokens of the layer. Layers without a gate (dense layers) are left out.
     """
     gates: dict[int, Gate] = {}
     for name, gate in all_gates(decoder):

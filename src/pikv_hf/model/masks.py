@@ -33,7 +33,7 @@ def rows_by_visibility(
 ) -> list[tuple[list[int], Tensor | None]]:
     """Group batch rows that see equal subsets of the oldest `count` of the last `length` columns.
 
-    A group is its rows and the columns that they see (None = all). A column hidden from the newest
+    Returns (rows, visible columns; None = all) for each group. A column hidden from the newest
     query is padding. Rows that see nothing are left out.
     """
     visible = visible_columns(mask, length)

@@ -20,7 +20,7 @@ _NATIVE = {
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Return whether the class name of `module` is that of an attention class."""
+    """Return whether the class name of `module` ends like an attention class's."""
     return re.search(r"(Attention|MLA)\d*$", type(module).__name__) is not None
 
 

@@ -20,10 +20,10 @@ def is_plain(weight: Any) -> bool:
 
 
 def matrix(projection: Any, size: int, like: Tensor) -> Tensor:
-    """Return the matrix [out, size] that `projection` applies to states like `like`.
+    """Return the matrix [out, size] that `projection` applies to states [..., size].
 
-    `like` gives their dtype and device. Without a plain weight the matrix is computed by applying
-    the module to unit vectors, which costs as much as projecting `size` tokens.
+    `like` has the dtype and device of the states. Without a plain weight the module is applied to
+    unit vectors, which costs as much as projecting `size` tokens.
     """
     if type(projection) is nn.Linear and is_plain(projection.weight):
         return projection.weight
@@ -45,7 +45,7 @@ def output_projection(module: Any) -> Any:
             return found
     raise ValueError(
         f"`scheduler` reads the output projection of {type(module).__name__}, which has none of "
-        f"{OUTPUTS} that is a linear module with its weight at hand, or one that applies it."
+        f"{OUTPUTS} that is a linear module with its weight at hand, or other with `in_features`."
     )
 
 

@@ -11,7 +11,7 @@ from .versions import cache_in
 
 # Positions at which keys are probed; low frequencies are visible only at large positions.
 PROBED = (0, 1, 1023, 1_000_003)
-# Share of a key's change with position that may stay unexplained: float32, shorter types.
+# Share of a key's change with position that may stay unexplained, in float32 and in 16 bits.
 UNEXPLAINED, UNEXPLAINED_SHORT = 1e-3, 3e-2
 # A key that changes by less than this share of its norm does not depend on its position.
 UNCHANGED = 1e-3
@@ -69,7 +69,7 @@ class Rotary:
     ) -> tuple[Tensor, Tensor]:
         """Return cosine and sine [..., T, n] of the angles from `source` to `target`.
 
-        Each position's angle is rounded to float32, as in the model; their difference is not.
+        Angles of positions are rounded to float32, as in the model; their differences are not.
         """
         frequencies = self.frequencies.to(device)
         a, b = (at.to(device, torch.float32)[..., None] * frequencies for at in (source, target))
@@ -98,16 +98,16 @@ def check_axes(position_ids: Tensor | None) -> None:
         return
     if not (position_ids[:1] == position_ids).all():
         raise ValueError(
-            "`scheduler` moves keys or queries to other positions, which cannot be done behind images "
-            "or videos, whose tokens have several positions each: use another scheduler."
+            "`scheduler` moves keys or queries to other positions, which cannot be done after "
+            "images or videos, whose tokens have several positions each: use another scheduler."
         )
 
 
 def rotaries(decoder: Any, attention: dict[int, list[nn.Module]]) -> dict[int, Rotary]:
     """Return the rotation of each layer in `attention`, the modules of `decoder` by cache layer.
 
-    One forward pass of four tokens gives the keys of a token at several positions; the rotation is
-    found that explains them by the frequencies of the rotary modules. Changes nothing.
+    One forward pass gives the keys of one token at the positions `PROBED`. The frequencies of the
+    rotary modules are tried until a rotation explains these keys. Changes nothing.
 
     Raises:
         ValueError: no such rotation explains the keys, angles change with the sequence length, or
@@ -150,8 +150,8 @@ def _keys_by_position(
 ) -> dict[int, Tensor]:
     """Return the keys [len(PROBED), H, D] of one token at each probed position, by layer.
 
-    Only the `rotary` modules get these positions. The rest of the decoder gets position 0: other
-    uses of positions (sparse attention, temperatures) may not allow such large ones.
+    Only the `rotary` modules get these positions, and the rest of the decoder gets position 0:
+    sparse attention or temperatures may not allow such large ones. Without them all get `PROBED`.
     """
     device = decoder.device if decoder.device.type != "meta" else "cpu"
     probed = torch.tensor(PROBED, device=device)[:, None]
@@ -216,8 +216,8 @@ def _fit(keys: Tensor, candidates: list[Tensor], idx: int) -> Rotary:
 def _layouts(frequencies: Tensor, first: Tensor, others: Tensor) -> Iterator[Rotary]:
     """Yield rotations by `frequencies` of the first or last dims, with both kinds of pairs.
 
-    First in the given order, then in the order that fits the keys best: models that see images
-    order frequencies by axis.
+    The frequencies come first in the given order, then in the order that fits the keys best:
+    models that see images order frequencies by axis.
     """
     pairs = frequencies.numel()
     rest = first.shape[-1] - 2 * pairs

@@ -42,7 +42,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def unsupported() -> str:
-    """Return a sentence that the installed transformers is not supported by pikv_hf."""
+    """Return a message: the installed transformers is not supported by pikv_hf."""
     return (
         f"transformers {transformers.__version__} is not supported by pikv_hf {VERSION} ({TESTED})"
     )
@@ -96,7 +96,7 @@ def given_cache(inputs: dict[str, Any]) -> Any:
 
 
 def unread_argument(name: str) -> str:
-    """Return a sentence that a cache was passed as the argument `name`, which nothing reads."""
+    """Return a message: a cache was passed as the argument `name`, which nothing reads."""
     if is_tested():
         return (
             f"`{name}` is a PiKVCache, but the argument that transformers {transformers.__version__} "
@@ -108,7 +108,7 @@ def unread_argument(name: str) -> str:
 def forward_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return all arguments of a forward pass of `module` by name, also positional arguments."""
+    """Return the arguments of a forward pass of `module` by name, positional ones included."""
     if not args:
         return kwargs
     return dict(zip(_parameters(type(module)), args, strict=False)) | kwargs

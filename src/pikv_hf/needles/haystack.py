@@ -129,7 +129,7 @@ class Needle:
 
     @property
     def question(self) -> str:
-        """The question and the start of its answer: the value is what comes next."""
+        """The question and the start of its answer, which the value completes."""
         return f"what is the {self.kind} for {self.key} ? the {self.kind} for {self.key} is"
 
 
@@ -150,7 +150,7 @@ class Haystack:
 
 
 def is_exact(generated: str, answer: str) -> bool:
-    """Return True if `generated` starts with the words of `answer`; case and marks are ignored."""
+    """Return True if `generated` starts with the words of `answer`; ignore case, punctuation."""
     expected = answer.split()
     return re.findall(r"\w+", generated.lower())[: len(expected)] == expected
 
@@ -170,7 +170,7 @@ def draw_needles(rng: random.Random, count: int, kinds: Sequence[str] = KINDS) -
 
 
 def draw_filler(rng: random.Random, room: int) -> list[str]:
-    """Return random sentences of exactly `room` words in total (0, or at least 4)."""
+    """Return random sentences of `room` words in all; `room` is 0, or at least 4."""
     sentences = []
     while room:
         fits = [len(t) == room or room - len(t) >= _SHORTEST for t in _TEMPLATES]

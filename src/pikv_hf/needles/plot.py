@@ -48,7 +48,7 @@ def _label(
     labels: Sequence[str],
     renderer: "RendererBase",
 ) -> None:
-    """Write each label beside its point, where it covers no point and no other label."""
+    """Write each label beside its point, at the first offset that covers no point or label."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 

@@ -21,7 +21,7 @@ from ..storage.memory import storage_bytes, tensors_in
 from .haystack import Haystack, make_haystack
 
 SPARE_TOKENS = 2
-"""Tokens that a reply may be longer than the answer."""
+"""Tokens that are generated beyond the length of the answer."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Row:
-    """Results of one cache: numbers of answers; medians of bytes, ratios, errors and times."""
+    """Results of one cache: counts of answers; medians over questions of all other numbers."""
 
     cache: str
     questions: int
@@ -96,7 +96,7 @@ def run(
 ) -> Iterator[Trial]:
     """Answer the first question of each haystack with each cache, and yield the trials.
 
-    The cache that begins changes with each question, so that a slow moment affects all alike.
+    Each question begins with another cache, so that a slow moment affects all caches alike.
     """
     for number, stack in enumerate(stacks):
         first = number % len(caches)
@@ -135,7 +135,7 @@ def answer(
 
 
 def holdings(cache: Cache) -> dict[str, Any]:
-    """Return the fields of a `Trial` that say what `cache` holds; it may be of any class."""
+    """Return the fields of a `Trial` that say what `cache`, of any class, holds."""
     if isinstance(cache, PiKVCache):
         report = cache.report()
         names = ("nbytes", "bytes_per_token", "bf16_ratio", "error")

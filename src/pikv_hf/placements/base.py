@@ -12,12 +12,12 @@ class Placement(ABC):
 
     @abstractmethod
     def place(self, states: Tensor, layers: int) -> list[Tier]:
-        """Return the kinds of memory for pages of keys `states` [B, H, T, D] of one of `layers`.
+        """Return the tiers of a layer, one of `layers`, whose keys are like `states` [B, H, T, D].
 
-        They are filled in this order; the last one has no limit. Pages are read on its device.
+        Tiers are filled in this order; the last one has no limit.
         """
 
     @property
     def reads_ahead(self) -> bool:
-        """True if tiers are to be told of pages before these are read."""
+        """True if tiers are to be told before their pages are read."""
         return False

@@ -12,8 +12,8 @@ from .base import Placement
 class Local(Placement):
     """Keeps pages where accelerate (`device_map`, cpu and disk offload) runs their layer.
 
-    The device of the keys is the place. `hf_device_map` names the place of the weights, which for
-    an offloaded layer is not where it runs.
+    That is the device of the keys. `hf_device_map` names the place of the weights, where an
+    offloaded layer does not run.
     """
 
     def place(self, states: Tensor, layers: int) -> list[Tier]:

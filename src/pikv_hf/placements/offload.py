@@ -17,17 +17,17 @@ class Offload(Local):
     Each layer has an equal part of both amounts (bytes, or text such as "2GiB"), so that copies are
     spread over a forward pass. The amounts count the encoded keys and values of sealed pages, with
     the room made for more. Tail tokens (`window`), positions and labels are always on the layer's
-    device. `offload_folder` exists, and its disk sets the speed; pages are there in mapped files
-    without names, which vanish with the pages, the cache or the process.
+    device. `offload_folder` must exist, and its disk sets the speed. Its files are mapped and have
+    no names; they vanish with the pages, the cache or the process.
 
-    The tiers are those of FlexGen (Sheng et al., arXiv 2303.06865), whose policy is shares, too: a
-    decode step reads every page, so that only the number of near pages matters. A page is never
-    moved once it is sealed. Fetching pages as they are read, as LRU does (with everything read, LRU
-    is FIFO), would find none near: each would be given up before its turn comes again.
+    The tiers are those of FlexGen (Sheng et al., arXiv 2303.06865), which also fixes a share for
+    each: a decode step reads every page, so only the number of pages on the device matters. A page
+    is never moved once it is sealed. Moving pages to the device when they are read (LRU) would not
+    help: each page would leave the device before it is read again.
 
-    Far pages are read block by block. An accelerator copies them from pinned memory, the next block
-    while attention reads the current one. A CPU reads them in place; files of the next layer are
-    read ahead. On a CPU `device_bytes` and `ram_bytes` are the same memory.
+    Other pages are read block by block. An accelerator copies them from pinned memory, the next
+    block while attention reads the current one. A CPU reads them in place; files of the next layer
+    are read ahead. On a CPU `device_bytes` and `ram_bytes` are the same memory.
     """
 
     device_bytes: int | str = 0

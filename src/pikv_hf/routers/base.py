@@ -16,9 +16,9 @@ class Router(ABC):
 
     @abstractmethod
     def select(self, query: Tensor, meta: TokenTable, pages: int) -> Tensor | None:
-        """Return indices [R, H, K] int64 of the pages that `query` [R, H, G, D] reads, of `pages`.
+        """Return indices [R, H, K] int64 < `pages` of the pages that `query` [R, H, G, D] reads.
 
-        `meta` has columns [R or 1, H or 1, pages * P, ...] of the tokens of these pages:
-        `positions`, and `experts` and `weights` [..., k] in a layer with a gate. None reads all
-        pages, in place. Changes nothing.
+        `meta` has columns [R or 1, H or 1, pages * P, ...] of the tokens of all pages: `positions`,
+        and `experts` and `weights` [..., k] in a layer with a gate. Return None to read all pages,
+        in place. Changes nothing.
         """

@@ -30,7 +30,7 @@ class AdaKV(Wrapper):
         super().__post_init__()
         if not self.scorer.traits.is_per_head or self.scorer.traits.is_ragged:
             raise ValueError(
-                f"`scorer` is {self.scorer!r}, whose heads do not choose each for itself; it must be "
+                f"`scorer` is {self.scorer!r}, whose heads do not choose independently; it must be "
                 "one that scores every KV head apart, such as SnapKV()."
             )
         check_number("alpha", self.alpha, "[0, 1]")

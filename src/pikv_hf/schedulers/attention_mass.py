@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .base import Candidates
 
-# Numbers in a block of attention weights, 4 MiB in float32, which fits into a CPU's cache; and the
-# fewest queries of a block, so that its product is one of matrices.
+# Numbers in a block of attention weights: 4 MiB in float32, which fit into a CPU's cache. A block
+# has several queries in any case, so that they are multiplied as a matrix.
 BLOCK, MIN_QUERIES = 2**20, 16
 # On accelerators blocks are larger, because each of them launches kernels.
 BLOCK_ON_ACCELERATORS = 2**24
@@ -19,7 +19,7 @@ def attention_mass(tokens: Candidates) -> Tensor:
     """Return the attention [R, H, G, T] float32 that each candidate gets from each query head.
 
     It is the mean over the observed queries of softmax(scale * q k^T), causal, over the candidates
-    and the tail tokens. Without an observed query all candidates get the same.
+    and the tail tokens. Without observed queries it is zeros [R, H, 1, T].
     """
     queries, opened = tokens.queries, tokens.open_keys.shape[2]
     count = tokens.keys.shape[2]

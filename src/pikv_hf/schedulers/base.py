@@ -19,18 +19,18 @@ from .top_tokens import best_places
 class Candidates:
     """The tokens that a scheduler chooses from, oldest first, and what it may read of its layer.
 
-    Shapes: R rows, H KV heads, T places in each head, D key dim, Dv value dim. Tail tokens are no
-    candidates: they are kept in any case. Inputs that `Scheduler.needs` does not ask for are None.
+    Shapes: R rows, H KV heads, T places in each head, D key dim, Dv value dim. The n tail tokens
+    (`open_...`) are no candidates: they are always kept. Inputs that `needs` leaves out are None.
 
     Attributes:
         positions: [R, H, T] int64, ascending: columns of the sequence, padding included.
         keys: [R, H, T, D] as the cache holds them: after their rotary embedding, or latents.
         values, open_values: [R, H, T, Dv] and [R, H, n, Dv]; Dv = 0 beside latents.
-        open_keys: [R, H, n, D] of the newest n tokens, those in the tail.
-        seen: tokens that layer `layer_idx` has ever been given.
+        open_keys: [R, H, n, D] of the tail tokens, which are the newest.
+        seen: number of tokens that layer `layer_idx` has read, evicted tokens and padding included.
         queries: [R, H, G, m, D] of the newest m tokens and the G query heads of each KV head, zeros
             at padding: as many as the scheduler needs, or fewer at first.
-        scale: the factor of queries times keys.
+        scale: factor of the products of queries and keys.
         statistics: [R, H, T, c] numbers of each token, after all queries so far.
         constants: [R, H, T, c] numbers of each token that never change.
         row_state: [R, c] numbers of each row, as the last decision left them.
@@ -40,8 +40,8 @@ class Candidates:
         latent_rank: if keys are latents, the number of their dims that are the value, too.
         experts, weights: [R, 1 or H, T, k], the choice of the model's gate; None without a gate.
         open_experts, open_weights: [R, 1, n, k], the same choice for the tail tokens.
-        output, module: output projection's weight [hidden, Hq * Dv], and the attention module.
-        rotary: the rotation of keys and queries; a difference of columns is one of positions.
+        output, module: weight [hidden, Hq * Dv] of the output projection; the attention module.
+        rotary: rotation of keys and queries; columns differ by as much as positions do.
         notes: what earlier layers left for later ones; empty at the first layer of a forward pass.
     """
 
@@ -71,7 +71,7 @@ class Candidates:
     notes: dict[Any, Any] = field(default_factory=dict)
 
     def number(self) -> Tensor:
-        """Count the older tokens in the head of each place: [R or 1, H or 1, T]; < 0 = no token."""
+        """Return ages [R or 1, H or 1, T] of places: rank in their head, 0 = oldest; -1 = empty."""
         if self.valid is None:
             return torch.arange(self.keys.shape[2], device=self.keys.device)[None, None]
         return self.valid.cumsum(-1).masked_fill(~self.valid, 0) - 1
@@ -151,7 +151,7 @@ class Needs:
     repetition: Any = None
 
     def __or__(self, other: Needs) -> Needs:
-        """Return the combined needs; where both compute the same kind of number, `other` does."""
+        """Return the combined needs; if both compute a kind of number, `other`'s way is used."""
         return Needs(
             queries=max(self.queries, other.queries),
             inputs=self.inputs | other.inputs,
@@ -183,7 +183,7 @@ class Traits:
 
 
 class Scheduler(ABC):
-    """Chooses, whenever tokens leave the tail, the sealed and newly sealed tokens to keep.
+    """Chooses which tokens to keep among all that have left the tail, whenever more leave it.
 
     A scheduler is a frozen dataclass: its configuration, without run state. It defines `scores`,
     and `needs` if scores read more than keys and positions; everything else has a default. Its
@@ -204,15 +204,15 @@ class Scheduler(ABC):
         return Traits()
 
     def check(self, model: PreTrainedModel, layers: int) -> None:
-        """Check, before a cache is attached, if it can serve `model`, `layers` layers of it paged.
+        """Check, before a cache is attached, `model`, of which `layers` layers are paged.
 
         Raises:
-            ValueError: it cannot, as when its file was made for another model.
+            ValueError: the scheduler cannot serve it; its file may be for another model.
         """
         return
 
     def tensors(self, layer_idx: int) -> Iterable[Tensor]:
-        """Return the tensors that it holds for a layer, which count as bytes of the cache."""
+        """Return the scheduler's tensors for a layer, which count as bytes of the cache."""
         return ()
 
     def lengths(self, layer_idx: int, left: int, budget: int) -> Tensor:
@@ -233,13 +233,13 @@ class Scheduler(ABC):
     def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
         """Return how many tokens paged layer `layer` of `layers` may hold in pages.
 
-        `budget` is the mean over the layers, `available` the number if no token had been evicted.
+        `budget` is the mean over the layers, `available` the tokens that have left the tail.
         """
         return budget
 
     @abstractmethod
     def scores(self, tokens: Candidates) -> Tensor:
-        """Return scores [R, H, T]: the highest are kept, of equal ones the later tokens.
+        """Return scores [R, H, T]. The highest are kept; of equal scores, the later tokens.
 
         Scores of places without a token are never read.
         """
@@ -265,7 +265,7 @@ class Scheduler(ABC):
     def keep(self, tokens: Candidates, budget: int) -> Tensor:
         """Return the indices [R, H, K] of the places to keep, ascending.
 
-        KV heads keep at most `budget` tokens on average. Only a ragged scheduler may keep fewer
-        than K tokens of a head: its last indices are then -1.
+        KV heads keep at most `budget` tokens on average, unless they have `lengths`. If a ragged
+        scheduler keeps fewer than K tokens of a head, the last indices of that head are -1.
         """
         return best_places(self.ranked(tokens, budget), budget)

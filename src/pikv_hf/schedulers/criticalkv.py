@@ -22,18 +22,18 @@ BLOCK_ON_ACCELERATORS = 2**24
 class CriticalKV(Wrapper, TokenConstants):
     """Keeps tokens that change the output most (Feng et al., arXiv 2502.03805, algorithm 1).
 
-    A KV head chooses in two stages. `first_stage_ratio` of its tokens are those with the highest
-    scores. The rest are those with the highest (score + `epsilon`) times the L1 norm of the value
-    behind the layer's output projection, averaged over the query heads of the KV head. The
-    paper's bound of the error needs both stages. Norms are computed once, when a token leaves the
-    tail, and kept with it: 4 bytes for each KV head.
+    A KV head chooses in two stages: a share `first_stage_ratio` of its tokens by the highest score,
+    and the rest by the highest (score + `epsilon`) times the L1 norm of the value after the layer's
+    output projection, averaged over the query heads of the KV head. The paper's bound of the error
+    needs both stages. The norm is computed once, when a token leaves the tail, and kept with the
+    token: 4 bytes for each KV head.
 
     Tail tokens have no part in the budget of the stages. In `AdaKV(CriticalKV(...))` the scores
     alone share the budget among heads; each head then chooses in two stages, beyond its share
     `alpha`.
 
     Args:
-        scorer: scheduler whose scores are attention or stand for it.
+        scorer: scheduler whose scores are attention, or an estimate of it.
         first_stage_ratio: share of tokens that the scores alone choose, in [0, 1].
         epsilon: addend of every score in the second stage, >= 0.
     """
@@ -84,10 +84,10 @@ class CriticalKV(Wrapper, TokenConstants):
 
 
 def projected_norms(tokens: Candidates) -> Tensor:
-    """Return the L1 norm [R, H, T] float32 of each value behind the output projection.
+    """Return the L1 norm [R, H, T] float32 of each value after the output projection.
 
-    It is the mean over the query heads of each KV head. Memory is needed for one head and one block
-    of tokens at a time. The values of latents (MLA) are those that each query head expands.
+    The norm is a mean over the query heads of each KV head. Memory is needed for one head and one
+    block of tokens at a time. Latents (MLA) are first expanded to the values of each query head.
     """
     assert tokens.output is not None and tokens.values is not None, "they are the constant inputs"
     output, values, up = tokens.output, tokens.values, None

@@ -20,20 +20,20 @@ SCORES = "scores."
 class Duo(Scheduler):
     """Keeps all tokens in some heads, few in others (Xiao et al., arXiv 2410.10819, section 2).
 
-    DuoAttention: retrieval heads keep every token, streaming heads sinks and recent tokens. The
-    share `sparsity` of the model's KV heads streams: the heads with the lowest scores in the
+    DuoAttention: retrieval heads keep every token, streaming heads only sinks and recent tokens. A
+    share `sparsity` of the model's KV heads streams, the heads with the lowest scores in the
     profile. The paper learns scores by distillation; `pikv profile` measures how much the output of
     the layer's attention changes when the head streams.
 
-    The heads set their lengths, so that the cache is given no `budget`. Tokens are evicted in
-    pages: a streaming head holds up to `page_size - 1` more. An eviction reads and writes the
-    layer's pages once, so that a larger `interval` of the cache is faster.
+    The lengths of the heads follow, so the cache is given no `budget`. Tokens are evicted in pages:
+    a streaming head holds up to `page_size - 1` tokens more. An eviction reads and writes all pages
+    of a layer, so a larger `interval` of the cache is faster.
 
     Args:
         profile: the file that `pikv profile` made for the model.
         sparsity: share of all KV heads that stream, in [0, 1].
         sinks: first tokens that a streaming head keeps, >= 0.
-        recent: newest tokens that it keeps, >= 1; not less than the cache's `window`.
+        recent: newest tokens that a streaming head keeps, >= 1 and >= the cache's `window`.
     """
 
     needs_file: ClassVar[bool] = True

@@ -15,19 +15,19 @@ BLOCK = 1024
 class ExpectedAttention(Scheduler):
     """Keeps tokens that future queries will attend to (Devoto et al., arXiv 2510.00636, sec. 3).
 
-    Queries without their positions are taken for normally distributed, with the mean m and the
-    covariance S of the newest `window_size` queries, turned to the mean of the next `future`
-    positions. The expected exp(scale * q k) is exp(scale * m k + scale^2 * k S k / 2). The score is
-    its share among all tokens but the sinks, averaged over the query heads of a KV head, plus
-    `epsilon`, times the norm of the value. For latents (MLA) the norm is that of the dims that are
-    the value, too. The paper uses all queries of the prompt; a larger `window_size` takes memory.
+    Position-free queries are assumed to be normally distributed. Mean m and covariance S of the
+    newest `window_size` queries are rotated by the mean rotation of the next `future` positions.
+    The expected exp(scale * q k) is exp(scale * m k + scale^2 * k S k / 2). A token's score is its
+    share of these among all tokens but sinks, averaged over the query heads of a KV head, plus
+    `epsilon`, times the norm of its value (of a latent: of the dims that are the value, too). The
+    paper uses all queries of the prompt; a larger `window_size` takes memory.
 
     Args:
         window_size: newest tokens whose queries count.
         future: positions ahead over which the rotation is averaged.
         sinks: first tokens of each row, which are kept, and whose queries do not count; >= 0.
-        use_covariance: False: as if S were 0.
-        use_vnorm: False: not times the norm of the value.
+        use_covariance: use S; False = take S for 0.
+        use_vnorm: multiply by the norm of the value.
         epsilon: addend of every share, >= 0.
     """
 

@@ -15,19 +15,19 @@ TERMS = ("spread", "confidence", "popularity", "agreement")
 class Expert(Wrapper):
     """Adds terms of the model's gate to the scores of another scheduler (PiKV's own).
 
-    The score of a token is a weighted sum of ranks, by the scorer and by each term, so that scales
-    do not matter. A rank is the share of candidates of the KV head that are lower, ties in the
-    middle. With p, the weights of a token's k experts over their sum, its terms are:
+    The score of a token is a weighted sum of its ranks by the scorer and by each term, so that
+    scales do not matter. A rank is the share of the KV head's candidates that are lower; ties count
+    half. With p, the weights of a token's k experts over their sum, the terms are:
 
     - spread: the entropy of p. Always 0 with one expert a token.
     - confidence: the largest weight as the gate gave it. With two experts whose weights add up to
       1 it orders tokens as the spread does, reversed.
-    - popularity: how often its experts are chosen among the candidates, the mean by p.
-    - agreement: how often its experts are chosen among the tail tokens, each choice weighted by the
-      p of the tail token, the mean by p.
+    - popularity: how many candidates chose an expert, averaged over the token's experts by p.
+    - agreement: how many tail tokens chose an expert, each counted by its own p, averaged over the
+      token's experts by p.
 
-    By default tokens are kept whose experts the tail tokens do not use. That helped on the bundled
-    model (docs/benchmarks), where the other terms did little, or harm. Another model may need
+    By default tokens are kept whose experts the tail tokens do not use. This term helped on the
+    bundled model (docs/benchmarks), the other terms did little, or harm. Another model may need
     another sign. A layer without a gate uses the scorer alone. Tokens of infinite score, such as
     the scorer's sinks, are kept unless `weight` is 0.
 
@@ -48,8 +48,8 @@ class Expert(Wrapper):
         super().__post_init__()
         if self.scorer.traits.is_ragged or not self.scorer.traits.decides_by_scores:
             raise ValueError(
-                f"`scorer` is {self.scorer!r}, in which not the scores alone decide: put it around, as "
-                "in AdaKV(Expert(SnapKV()))."
+                f"`scorer` is {self.scorer!r}, which decides by more than scores: put it "
+                "outside, as in AdaKV(Expert(SnapKV()))."
             )
         for name in ("weight", *TERMS):
             value = getattr(self, name)
@@ -117,7 +117,7 @@ def shares(weights: Tensor) -> Tensor:
 
 
 def ranks(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the share [R, H, T] of tokens of the head that are lower; equal ones count half."""
+    """Return the share [R, H, T] of tokens of the head that score lower; equals count half."""
     if valid is not None:
         scores = scores.expand(valid.shape).masked_fill(~valid, -torch.inf)
     scores = scores.contiguous()

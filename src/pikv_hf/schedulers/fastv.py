@@ -15,9 +15,9 @@ class FastV(Scheduler):
     """Lets layer `layer` choose for all later ones (Chen et al., arXiv 2403.06764, section 4.1).
 
     It ranks tokens by the attention that the newest tokens pay them, averaged over heads; this
-    layer and all later ones keep the same tokens. Earlier layers keep everything, on top of the
-    budget, which the other layers share: R = 50 % in the paper is a budget of 0.5. The paper prunes
-    a prompt once; here the choice is made anew whenever tokens are sealed.
+    layer and all later layers keep the same tokens. Earlier layers keep everything, and only the
+    others have the budget: R = 50 % in the paper is a budget of 0.5. The paper prunes a prompt
+    once; here the choice is made anew whenever tokens are sealed.
 
     Args:
         layer: the first layer that evicts, among the paged layers; at least 1.

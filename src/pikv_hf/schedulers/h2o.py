@@ -12,9 +12,9 @@ class H2O(Scheduler, TokenStatistics):
     """Keeps heavy hitters and recent tokens (Zhang et al., arXiv 2306.14048, algorithm 1).
 
     The score is the sum of the attention that a token got from all queries while it was held, and
-    from all query heads of its KV head. While decoding it is added up within attention itself, if
+    from all query heads of its KV head. A decode step takes the weights from its own attention, if
     pages are stored uncompressed or as codes with scales. For a prompt, and for tokens that may be
-    taken back, it is computed a second time, a few queries at a time.
+    removed again, attention is computed a second time, a few queries at a time.
 
     Args:
         recent_ratio: share of the budget, in [0, 1], for newest tokens and tail; the paper: 0.5.

@@ -13,8 +13,8 @@ BLOCK = 1024
 class Knorm(Scheduler):
     """Keeps keys of small norm (Devoto et al., arXiv 2406.11430, section 3).
 
-    In many language models a key of small L2 norm gets much attention. That is a property of the
-    model, not of attention: in the bundled model keys of large norm do.
+    In many language models a key of small L2 norm gets much attention. Not in all: in the bundled
+    model keys of large norm get much attention.
     """
 
     def scores(self, tokens: Candidates) -> Tensor:

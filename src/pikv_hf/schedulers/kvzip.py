@@ -12,13 +12,13 @@ class KVzip(Scheduler):
     """Keeps tokens that help to repeat the text (Kim et al., arXiv 2505.23416, section 3).
 
     A document is read within `with cache.holding():`, or a prompt with `hold_prompt=True`. Before
-    its tokens are evicted, the model reads it a second time behind itself, in chunks, which are
-    then removed. The score of a token is the largest attention that it gets from any query of
+    its tokens are evicted, the model reads the text again after itself, in chunks that are then
+    removed. The score of a token is the largest attention that it gets from any query of
     its chunk's repetition and any query head of its KV head; the softmax is over the chunk, its
     repetition and the sinks. Scores do not depend on a question, and cost about one more prefill.
 
-    Questions and answers behind the text are not repeated. They are kept before all other tokens,
-    the newest first, until a second text is held, which is repeated with those still in the tail.
+    Questions and answers after the text are not repeated. They are kept before all other tokens,
+    the newest first. A second text that is held is repeated with any of them still in the tail.
     In the paper heads and layers share one budget; `AdaKV(KVzip(), alpha=0)` shares each layer's.
 
     Args:
@@ -45,6 +45,6 @@ class KVzip(Scheduler):
         return Needs(repetition=self)
 
     def scores(self, tokens: Candidates) -> Tensor:
-        assert tokens.statistics is not None, "the cache keeps what a repetition marks"
+        assert tokens.statistics is not None, "a repetition has marked the tokens"
         marks = tokens.statistics[..., 0]
         return marks.masked_fill(marks == 0, torch.inf)

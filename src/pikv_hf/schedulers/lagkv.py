@@ -12,13 +12,13 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class LagKV(Scheduler):
-    """Keeps tokens that stand out from the tokens behind them (arXiv 2504.04704, section 2.2).
+    """Keeps tokens that stand out from the tokens after them (arXiv 2504.04704, section 2.2).
 
-    Behind the first `sinks` tokens the sequence, tail tokens included, is cut into partitions of
+    After the first `sinks` tokens the sequence, tail tokens included, is cut into partitions of
     `lag_size`. Each dim of keys and values is scaled by its minimum and maximum in the next
     partition. The score of a token is the standard deviation over its dims, as a softmax over its
-    partition, averaged over keys and values. Every partition keeps the same share of its tokens,
-    but the last full one and the rest keep all. Latents (MLA) count as keys. Needs no queries.
+    partition, averaged over keys and values. Each partition keeps an equal share of its tokens; the
+    last full one, and tokens after it, stay. Latents (MLA) count as keys. Needs no queries.
 
     Args:
         sinks: first tokens kept, >= 0.

@@ -12,8 +12,8 @@ class LRU(Scheduler, TokenStatistics):
     """Evicts least recently used tokens (PiKV, arXiv 2508.06526, table of schedulers: u = -r).
 
     r is the number of tokens since a token was used: since a query head of its KV head gave it at
-    least `threshold` of its attention, or since it was cached. If every token that is read counted
-    as used, the oldest would be evicted, because all pages are read.
+    least `threshold` of its attention, or since it was cached. Being read does not count as use:
+    every query reads all pages, so that only age would decide.
 
     Args:
         threshold: attention in (0, 1] that counts as use.
@@ -45,5 +45,5 @@ class LRU(Scheduler, TokenStatistics):
 
 
 def last_use(before: Tensor, is_used: Tensor, asked_at: Tensor) -> Tensor:
-    """Return the last use [R, H, T] of tokens: `before`, or by queries at `asked_at` [m]."""
+    """Return the column [R, H, T] of the last use: `before`, or of queries at `asked_at` [m]."""
     return torch.maximum(before, (is_used * asked_at[:, None].float()).amax(dim=2))

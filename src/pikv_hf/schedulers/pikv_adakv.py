@@ -16,7 +16,7 @@ class PiKVAdaKV(Wrapper, RowState):
 
     A controller for each row and layer moves theta, the share of the budget that is used, which is
     1 at first: theta <- theta + rate * (target - recall). The recall is the share of the newest
-    queries' attention that kept tokens get. The algorithm of the paper named Ada-KV is `adakv`.
+    queries' attention that kept tokens get. The method of the Ada-KV paper is `adakv`.
 
     Args:
         scorer: scheduler whose scores choose the tokens to keep.

@@ -16,8 +16,8 @@ class PiKVLayerSum(Scheduler):
 
     a_i is the attention that the newest `window_size` tokens pay token i, averaged over these
     tokens and over all heads of a layer, so that its heads keep the same tokens. A layer chooses as
-    soon as it has run: layer l sums over the layers up to l; only the last layer knows the whole
-    sum. A layer adds nothing for tokens that it has evicted, and nothing at all within its budget.
+    soon as it has run, by the sum over the layers up to itself; only the last layer has the whole
+    sum. A layer adds nothing for tokens that it has evicted, nor while it is within its budget.
 
     Args:
         window_size: newest tokens whose attention counts.

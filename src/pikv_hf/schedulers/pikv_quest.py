@@ -26,8 +26,8 @@ class PiKVQuest(Scheduler, TokenConstants):
     KV head of each layer has a network of one hidden layer. It reads the value of a token and its
     key, turned back to position 0: from keys as cached it would learn where tokens stood in the
     texts of the calibration. For latents (MLA) it reads the latent and the rotary key. The score is
-    the softmax of u over the candidates. `pikv calibrate --method pikv_quest` fits it to the
-    distribution of later queries' attention over the tokens of a text.
+    the softmax of u over the candidates. `pikv calibrate --method pikv_quest` trains the networks
+    to predict the distribution of later queries' attention over the tokens of a text.
 
     Args:
         calibration: the file that `pikv calibrate` made for the model.

@@ -16,7 +16,7 @@ class PyramidKV(Wrapper):
 
     Args:
         scorer: scheduler that chooses the tokens of each layer.
-        beta: mean budget over the budget of the last layer, > 1.
+        beta: mean budget divided by the budget of the last layer, > 1.
     """
 
     scorer: Scheduler = field(default_factory=SnapKV)

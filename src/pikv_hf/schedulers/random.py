@@ -14,7 +14,7 @@ MULTIPLIERS = (-49064778989728563, -4265267296055464877)
 class Random(Scheduler):
     """Keeps tokens at random: the control that every policy must beat.
 
-    A score is a hash of `seed`, layer, KV head and position, the same in every row and eviction.
+    A score is a hash of `seed`, layer, KV head and position: equal in all rows and evictions.
     """
 
     seed: int = 0

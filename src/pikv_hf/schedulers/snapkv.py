@@ -19,7 +19,7 @@ class SnapKV(Scheduler):
 
     Args:
         window_size: newest tokens whose queries count; the cache's `window` should not be shorter.
-        kernel_size: tokens that are averaged, odd.
+        kernel_size: neighbouring tokens whose attention is averaged, odd.
     """
 
     window_size: int = 64

@@ -15,8 +15,8 @@ class StreamingLLM(Scheduler):
     in pages: between two evictions up to `page_size - 1` more are held.
 
     The paper counts positions within the cache: with `rerotate` the sinks move up to the recent
-    tokens whenever a token between is evicted. Since keys of 16 bits would drift by rounding, one
-    more byte is held for each dim that turns. Without `rerotate`, kept keys keep their RoPE phase.
+    tokens whenever tokens between them are evicted. Keys of 16 bits would drift by rounding, so one
+    more byte is held for each rotated dim. Without `rerotate`, kept keys keep their positions.
 
     Args:
         sinks: first tokens kept, >= 0.

@@ -5,23 +5,23 @@ from torch import Tensor
 
 
 def best_places(scores: Tensor, count: int) -> Tensor:
-    """Return ascending indices [..., count] of the best `scores` [..., T], the later of equals."""
+    """Return ascending indices [..., count] of the highest `scores` [..., T], later if equal."""
     count = min(count, scores.shape[-1])
     return _ascending(mask_of_best(scores, count), count).unflatten(0, scores.shape[:-1])
 
 
 def best_of_each_head(scores: Tensor, counts: Tensor) -> Tensor:
-    """Return indices [..., K] of the `counts` [...] highest `scores`, filled up with -1."""
+    """Return indices of the `counts` [...] highest `scores`: [..., max count], padded with -1."""
     width = int(counts.max())
     mask = mask_of_best(scores, counts)
     absent = torch.arange(width, device=counts.device) >= counts[..., None]
-    # Rows with fewer than K choose columns behind all tokens, which are then replaced by -1.
+    # Rows with smaller counts also choose columns after the last token, which then become -1.
     chosen = torch.cat([mask, torch.arange(width, device=counts.device) < absent.sum(-1, True)], -1)
     return _ascending(chosen, width).unflatten(0, counts.shape).masked_fill(absent, -1)
 
 
 def mask_of_best(scores: Tensor, counts: int | Tensor) -> Tensor:
-    """Return a mask [..., T] of the `counts` (int or [...]) highest `scores` [..., T] of each row.
+    """Mark the `counts` (int or [...]) highest `scores` [..., T] of each row: a mask [..., T].
 
     Of equal scores the later ones are chosen. NaN counts as infinity.
     """
@@ -41,7 +41,7 @@ def mask_of_best(scores: Tensor, counts: int | Tensor) -> Tensor:
 
 
 def _ascending(mask: Tensor, count: int) -> Tensor:
-    """Return the columns [n, count] where `mask` [..., T] is True, `count` of each row."""
+    """Return the columns [n, count] where `mask` [..., T] is True; n rows, `count` True in each."""
     rows, width = mask.flatten(0, -2), mask.shape[-1]
     flat = torch.nonzero_static(rows.flatten(), size=len(rows) * count)
     first = width * torch.arange(len(rows), device=mask.device)

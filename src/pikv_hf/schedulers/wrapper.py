@@ -9,7 +9,7 @@ from .base import Candidates, Needs, Scheduler, Traits
 
 @dataclass(frozen=True)
 class Wrapper(Scheduler):
-    """A scheduler that forwards to another one; subclasses change how its scores are used.
+    """Uses the scores of another scheduler; subclasses change how they decide what is kept.
 
     Args:
         scorer: scheduler whose scores are used.

@@ -1,1 +1,1 @@
-"""The model repeats what a cache holds back, which marks each token with the attention it gets."""
+"""Repetition of a held text by the model: the attention that a token gets is its mark (KVzip)."""

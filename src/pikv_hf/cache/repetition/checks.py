@@ -1,4 +1,4 @@
-"""Refusals of caches whose scheduler has the model repeat a text."""
+"""Refusals by schedulers that let the model repeat a text."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def check_repetition(how: Any, model: PreTrainedModel, native: type | None) -> N
 
 
 def check_held(cache: PagedCache, kwargs: dict[str, Any], length: int) -> None:
-    """Refuse to read `length` tokens that the scheduler must have repeated, but that cannot be.
+    """Refuse to read `length` tokens that cannot be repeated, if the scheduler needs that.
 
     Only the first text is repeated: later ones, such as questions about it, need not be held.
 

@@ -16,7 +16,7 @@ MIN_MARK = torch.finfo(torch.float32).tiny
 
 
 class Listener(Observations):
-    """Observations that a layer has while the model repeats a part of each row of its tail.
+    """Replaces a layer's observations while the model repeats a part of each row of its tail.
 
     The first new tokens of a row, as many as its part has ids, are the repetition. `marks`
     [B, H, n]: the largest attention that each tail token got.
@@ -31,7 +31,7 @@ class Listener(Observations):
         self.parts: list[Part] = []
 
     def hear(self, parts: list[Part]) -> None:
-        """Expect that the next forward pass repeats this part of each row."""
+        """Set which part of each row the next forward pass repeats."""
         self.parts = parts
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""One repetition of a whole text, which is taken back."""
+"""One repetition of a whole text, whose tokens are removed again."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ from .text import Text
 def repeat(cache: PagedCache) -> None:
     """Let the model repeat the tail tokens of `cache`, if its scheduler needs their marks.
 
-    The repetition is removed again: the cache is as before, with the marks as token statistics.
+    Afterwards the cache is as before, with the marks as statistics of the tail tokens.
     Nothing is repeated if the last forward pass has failed.
     """
     how = cache.settings.needs.repetition
@@ -38,7 +38,7 @@ def repeat(cache: PagedCache) -> None:
                 parts = text.chunk(number)
                 for listener in listeners:
                     listener.hear(parts)
-                # Layers that are not paged cannot remove tokens: copies of them are used.
+                # Layers that are not paged cannot remove tokens: the repetition writes to copies.
                 twins = [x if isinstance(x, PagedLayer) else _twin(x) for x in layers]
                 cache.stand_in(twins, TokenLog())
                 text.read(parts)

@@ -23,7 +23,7 @@ class Text:
     """The tail tokens of a cache, to be repeated as `how` says; `state`: a layer that has them."""
 
     def __init__(self, cache: PagedCache, how: Any, state: LayerState) -> None:
-        assert cache.log.ids is not None, "refused when they were read"
+        assert cache.log.ids is not None, "tokens without ids are refused"
         self.cache, self.how = cache, how
         length, first = state.tail.length, state.first_in_tail
         self.ids = cache.log.ids[:, first : state.num_seen].long()
@@ -43,7 +43,7 @@ class Text:
         self.chunks = max(map(len, self.parts))
 
     def chunk(self, number: int) -> list[Part]:
-        """Return of each row the part to be repeated in chunk `number`; it may be empty."""
+        """Return the part of each row in chunk `number`, empty if the row has no such chunk."""
         found = []
         for row, parts in enumerate(self.parts):
             chunk = parts[number] if number < len(parts) else torch.arange(0)
@@ -58,7 +58,7 @@ class Text:
         return found
 
     def read(self, parts: list[Part]) -> None:
-        """Let the decoder read `parts`, padded at the end, where no token sees the padding."""
+        """Let the decoder read `parts`, padded at the end, so that no token sees padding."""
         # A single token would count as generated and release a prompt that is held.
         width = max(2, *(len(part.ids) for part in parts))
         ids = torch.zeros(len(parts), width, dtype=torch.int64)
