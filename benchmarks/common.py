@@ -85,7 +85,7 @@ def write(layer: Any, keys: Tensor, values: Tensor) -> None:
     layer.update(keys, values)
     if isinstance(layer, PagedLayer):
         assert take_layer() is layer
-        layer.finish(None)
+        layer.finish()
 
 
 def fill(cache: Any, tokens: int, shape: tuple[int, int, int], dtype: torch.dtype) -> Any:

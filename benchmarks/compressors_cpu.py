@@ -122,7 +122,7 @@ def step_of(model: Any, compressor: Compressor, tokens: int) -> Callable[[], Ten
         layer.update(*new)
         assert take_layer() is layer
         out = attend(layer, model, query, None, SCALE)
-        layer.finish(None)
+        layer.finish()
         return out
 
     return step

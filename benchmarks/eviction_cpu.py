@@ -181,8 +181,8 @@ def step(layer: Any, states: tuple[Tensor, Tensor], query: Tensor, scale: float)
     assert take_layer() is layer
     attend(layer, None, query, None, scale)
     if layer.state.observed.limit:
-        layer.observe(query, None, scale)
-    layer.finish(None)
+        layer.observe(query, scale)
+    layer.finish()
 
 
 def filled(model: Qwen3MoeForCausalLM, scheduler: str | None, compressor: str | None) -> Any:
@@ -199,8 +199,8 @@ def filled(model: Qwen3MoeForCausalLM, scheduler: str | None, compressor: str | 
     assert take_layer() is layer
     if layer.state.observed.limit:
         query = torch.randn(1, SHAPE[0] * GROUPS, 64, SHAPE[1])
-        layer.observe(query.to(torch.bfloat16), None, SCALE)
-    layer.finish(None)
+        layer.observe(query.to(torch.bfloat16), SCALE)
+    layer.finish()
     if cache.settings.needs_labels:
         chosen = 1, tokens, DECODER_LAYER["num_experts_per_tok"]
         layer.label(torch.randint(DECODER_LAYER["num_experts"], chosen), torch.rand(chosen))

@@ -122,8 +122,8 @@ def append(cache: Any, keys: Tensor, values: Tensor, query: Tensor, attends: boo
             if attends:
                 attend(layer, None, query, None, SCALE)  # ty: ignore[invalid-argument-type]
             if layer.state.observed.limit:
-                layer.observe(query, None, SCALE)
-            layer.finish(None)
+                layer.observe(query, SCALE)
+            layer.finish()
     if isinstance(cache, PiKVCache):
         cache.end_forward(None)
 

@@ -199,6 +199,6 @@ def test_the_exception_within_holding_is_the_one_that_is_raised() -> None:
     with pytest.raises(KeyError, match="mine"), cache.holding():
         layer = paged(cache)[0]
         layer.update(torch.full((1, 2, 20, 16), torch.nan), torch.zeros(1, 2, 20, 16))
-        layer.finish(None)
+        layer.finish()
         raise KeyError("mine")
     assert not cache.reading.is_held

@@ -9,6 +9,7 @@ from pikv_hf import PiKVCache
 from pikv_hf.compressors import Compressor, MixedCompressor
 from pikv_hf.storage.codec import encoded
 from pikv_hf.storage.page_table import PageTable
+from pikv_hf.storage.room import NO_ROOM
 
 
 class Asked:
@@ -21,13 +22,16 @@ class Asked:
         self.tables: dict[PageTable, dict[tuple[int, int], list[Tensor]]] = {}
         append = PageTable.append
 
-        def watched(table, span, rows, batch, queries=None, *rest):
+        def watched(table, span, rows, batch, queries=None, room=NO_ROOM, lengths=None):
             if queries is not None:
                 mine = self.tables.setdefault(table, {})
+                columns = span["positions"].expand(len(rows), -1, -1)[:, 0]
                 for number, row in enumerate(rows):
-                    seals = mine.setdefault((row, int(span["positions"].max())), [])
-                    seals.append(queries[number : number + 1])
-            return append(table, span, rows, batch, queries, *rest)
+                    count = len(span) if lengths is None else lengths[number]
+                    if count:
+                        seals = mine.setdefault((row, int(columns[number, count - 1])), [])
+                        seals.append(queries[number : number + 1])
+            return append(table, span, rows, batch, queries, room, lengths)
 
         monkeypatch.setattr(PageTable, "append", watched)
 
@@ -50,7 +54,7 @@ def decoded(compressor: Compressor, keys: Tensor, values: Tensor, queries: Tenso
 
 
 class Sealing(DynamicLayer):
-    """A DynamicLayer that, after each forward, encodes and decodes what a page would hold by then.
+    """A DynamicLayer that encodes and decodes what a page would hold when a layer seals it.
 
     `hidden` [B] are the left-padded columns of each row, which enter no page; `asked` the queries
     of each seal, by row and last column.
@@ -62,18 +66,25 @@ class Sealing(DynamicLayer):
         super().__init__()
         self.compressor, self.is_latent, self.hidden = compressor, is_latent, hidden
         self.asked = asked
-        self.sealed = 0
+        self.ends = list(hidden)
+        self.due = 0
 
     def update(self, key_states, value_states, *args, **kwargs):
         seen = super().update(key_states, value_states, *args, **kwargs)
         before = [tensor.clone() for tensor in seen]
-        count = (self.get_seq_length() - self.sealed - self.window) // self.page_size
-        end = self.sealed + max(count, 0) * self.page_size
-        for row in range(len(self.keys)):
-            start = max(self.sealed, self.hidden[row % len(self.hidden)])
-            if start < end:
-                self._seal(row, start, end)
-        self.sealed = end
+        length = self.get_seq_length()
+        if length >= self.due or key_states.shape[2] > 1:
+            self.due = length + self.page_size
+            ends = [
+                end + max(length - self.window - end, 0) // self.page_size * self.page_size
+                for end in self.ends
+            ]
+            for row in range(len(self.keys)):
+                prompt = row * len(ends) // len(self.keys)  # beams of a prompt are side by side
+                start, end = self.ends[prompt], ends[prompt]
+                if start < end:
+                    self._seal(row, start, end)
+            self.ends = ends
         return tuple(before)
 
     def _seal(self, row: int, start: int, end: int) -> None:
@@ -94,7 +105,8 @@ class Sealing(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        self.sealed = min(self.sealed, self.get_seq_length())
+        self.ends = [min(end, self.get_seq_length()) for end in self.ends]
+        self.due = 0
 
 
 def sealing(model, name: str, compressor: Compressor, lengths, asked):

@@ -87,7 +87,7 @@ def write(cache: PiKVCache, bad: float, part: int) -> None:
     states = [torch.randn(1, 2, 16, 16) for _ in range(2)]
     states[part][0, 1, 5, 3] = bad
     layer.update(*states)
-    layer.finish(None)
+    layer.finish()
 
 
 @pytest.mark.parametrize("name", [name for name in COMPRESSORS if name != "identity"] + ["both"])

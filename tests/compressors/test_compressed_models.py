@@ -125,7 +125,7 @@ def test_what_a_scheduler_keeps_is_not_changed_again(name) -> None:
         for at in range(0, 80, 4):
             layer.update(keys[:, :, at : at + 4], values[:, :, at : at + 4])
             assert take_layer() is layer
-            layer.finish(None)
+            layer.finish()
         spans = [slab.span([0], with_values=True) for slab in slabs_of(layer)]
         held.append(torch.cat([span["values"] for span in spans], dim=2)[:, :, :6])
     assert distance(held[1], held[0]) < SUMS

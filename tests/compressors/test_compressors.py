@@ -171,5 +171,5 @@ def test_numbers_without_a_code(name, bad, part) -> None:
     match = f"layer {layer.state.layer_idx}: {title} cannot store {['key', 'value'][part]}s that are NaN"
     layer.update(*pair)
     with pytest.raises(ValueError, match=match):
-        layer.finish(None)
+        layer.finish()
     cache.reset()

@@ -69,7 +69,7 @@ def test_a_number_far_from_the_others(name, dtype, size) -> None:
     for part in pair:
         part[0, 1, 5, 3] = size
     layer.update(*pair)
-    layer.finish(None)
+    layer.finish()
     (span,) = spans_of(layer, [0])
     for part, original in zip(("keys", "values"), pair, strict=True):
         near, exact = span[part].double(), original[:, :, : len(span)].double()

@@ -125,7 +125,7 @@ def test_what_a_scheduler_moves_to_other_pages() -> None:
             for at in range(0, 80, 8):
                 layer.update(keys[:, :, at : at + 8], values[:, :, at : at + 8])
                 assert take_layer() is layer
-                layer.finish(None)
+                layer.finish()
             spans = [slab.span([0], with_values=True) for slab in slabs_of(layer)]
             places = torch.cat([span["positions"][0, 0] for span in spans]).long()
             near = torch.cat([span["values"] for span in spans], dim=2)

@@ -14,47 +14,13 @@ from helpers import (
     tiny,
     two_layers,
 )
+from sealing import sealing
 from tolerances import VISIBLE
-from transformers.cache_utils import DynamicLayer
 from zoo import prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.compressors import Int4, Pyramid, TurboQuant, turboquant
 from pikv_hf.schedulers import StreamingLLM
-
-
-class FakeQuantized(DynamicLayer):
-    """A DynamicLayer that returns decoded tokens where a paged layer has sealed them."""
-
-    method, is_latent, sealed = TurboQuant(), False, 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.sealed = min(self.sealed, self.get_seq_length())
-        states = super().update(key_states, value_states, *args, **kwargs)
-        old = [s[:, :, : self.sealed] for s in states]
-        dims = [s.shape[-1] for s in states]
-        if self.is_latent:  # latent and rotary key are one key
-            old = [torch.cat(old, dim=-1), old[1][..., :0]]
-        shape = old[0].shape[:3]
-        decoded = self.method.decode(self.method.encode(*(s.flatten(0, 1) for s in old)))
-        old = [s.unflatten(0, shape[:2]) for s in decoded]
-        if self.is_latent:
-            old = old[0].split(dims, dim=-1)
-        full = [torch.cat([o, s[:, :, self.sealed :]], 2) for o, s in zip(old, states, strict=True)]
-        excess = states[0].shape[2] - self.sealed - SMALL["window"]
-        self.sealed += max(excess // SMALL["page_size"], 0) * SMALL["page_size"]
-        return full
-
-
-def quantized_dynamic(model, name, method):
-    cache = dynamic(model)
-    for idx, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[idx] = FakeQuantized()
-            cache.layers[idx].is_latent = name == "deepseek_v3"
-            cache.layers[idx].method = method
-    return cache
-
 
 METHODS = {"4": TurboQuant(), "3": TurboQuant(3, seed=1), "residual": TurboQuant(4, True)}
 
@@ -67,7 +33,7 @@ def test_generate(name, method, mode) -> None:
     model = two_layers(name)
     inputs = prompt(model, PADDED, seed=1)  # with seed 0 two beams are 2e-6 apart: a tie
     cache = PiKVCache(model, compressor=method, **SMALL)
-    expected = generate(model, inputs, quantized_dynamic(model, name, method), **mode)
+    expected = generate(model, inputs, sealing(model, name, method, PADDED, {}), **mode)
     assert_same(generate(model, inputs, cache, **mode), expected)
     if not mode:
         assert_sealed_in_prefill_and_decode(cache, max(PADDED))
@@ -86,7 +52,7 @@ def test_crop(name, removed) -> None:
     logits = []
     for cache in (
         PiKVCache(model, compressor=method, **SMALL),
-        quantized_dynamic(model, name, method),
+        sealing(model, name, method, (40, 40), {}),
     ):
         forward(model, ids[:, :26], mask[:, :26], cache)
         forward(model, ids[:, 26:28], mask[:, :28], cache)
@@ -107,7 +73,7 @@ def test_under_a_scheduler(name) -> None:
     model, method = tiny(name), TurboQuant(2)
     inputs = prompt(model, PADDED, seed=1)
     cache = PiKVCache(model, compressor=method, scheduler=StreamingLLM(), **SMALL)
-    expected = generate(model, inputs, quantized_dynamic(model, name, method))
+    expected = generate(model, inputs, sealing(model, name, method, PADDED, {}))
     assert_same(generate(model, inputs, cache), expected)
 
 
@@ -115,7 +81,7 @@ def test_wrong_codebook_shows_in_the_logits(monkeypatch) -> None:
     """The control of the tests above: pages read with another codebook than the oracle's."""
     model, method = tiny("mixtral"), TurboQuant()
     inputs = prompt(model, PADDED)
-    expected = generate(model, inputs, quantized_dynamic(model, "mixtral", method))
+    expected = generate(model, inputs, sealing(model, "mixtral", method, PADDED, {}))
     tables = turboquant._tables
     monkeypatch.setattr(turboquant, "_tables", lambda bits, dim, *rest: tables(bits, 576, *rest))
     with pytest.raises(AssertionError):

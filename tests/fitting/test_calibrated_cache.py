@@ -90,4 +90,4 @@ def test_numbers_that_have_no_code(kind, part, tmp_path) -> None:
         layer.update(*pair)
         named = f"layer 1: {kind.name} cannot store {['key', 'value'][part]}s that are NaN or inf"
         with pytest.raises(ValueError, match=named):
-            layer.finish(None)
+            layer.finish()

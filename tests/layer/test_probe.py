@@ -72,8 +72,8 @@ def feed(layer, keys, values, queries, chunks) -> float:
         before = layer.state.num_departed[0] if layer.state.num_departed else 0
         layer.update(keys[:, :, start:end], values[:, :, start:end])
         assert take_layer() is layer
-        layer.observe(queries[:, :, start:end], None, SCALE)
-        layer.finish(None)
+        layer.observe(queries[:, :, start:end], SCALE)
+        layer.finish()
         new = slice(before, layer.state.num_departed[0])
         for row in range(len(keys) if new.start < new.stop else 0):
             query = queries[row, :, max(end - QUERIES, 0) : end]
@@ -121,13 +121,13 @@ def test_a_scheduler_does_not_thin_the_error_out() -> None:
     for scheduler in (None, StreamingLLM(sinks=6, window=20)):
         options = {"compressor": "int4", "scheduler": scheduler, "probe": True}
         layer = paged(PiKVCache(tiny("mixtral"), page_size=4, window=8, **options))[0]
-        keys, values, queries = random_tokens(90, 4)
-        for start in range(0, 90, 3):
-            part = slice(start, start + 3)
+        keys, values, queries = random_tokens(92, 4)
+        for start in range(0, 92, 4):
+            part = slice(start, start + 4)
             layer.update(keys[:, :, part], values[:, :, part])
             assert take_layer() is layer
-            layer.observe(queries[:, :, part], None, SCALE)
-            layer.finish(None)
+            layer.observe(queries[:, :, part], SCALE)
+            layer.finish()
         errors.append(layer.state.probe.error)
     assert errors[0] == pytest.approx(errors[1]) and errors[0] > 0.01
 
@@ -136,7 +136,7 @@ def test_a_scheduler_does_not_thin_the_error_out() -> None:
 
 
 @pytest.mark.parametrize("name, model_name", CASES)
-@pytest.mark.parametrize("lengths", [ONE_ROW, (30, 12)], ids=["one_row", "left_padded"])
+@pytest.mark.parametrize("lengths", [ONE_ROW, (30, 17)], ids=["one_row", "left_padded"])
 def test_of_a_prompt(name, model_name, lengths) -> None:
     """Over the tokens that a prompt seals; of latents, what is expanded to values counts."""
     model = tiny(model_name)

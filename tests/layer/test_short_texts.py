@@ -41,7 +41,7 @@ def lengths(layer: PagedLayer, pieces: Iterable[int]) -> Iterator[int]:
     for new in pieces:
         layer.update(*torch.randn(2, ROWS, HEADS, new, DIM))
         assert take_layer() is layer
-        layer.finish(None)
+        layer.finish()
         layer.state.step.release()
         seen += new
         yield seen
@@ -84,7 +84,7 @@ def test_a_full_tail_stays_where_it_is() -> None:
     for _ in lengths(layer, [1] * 1300):
         places.append((layer.state.tail.keys.data_ptr(), layer.state.tail.values.data_ptr()))
     moved = [at for at in range(1, 1300) if places[at] != places[at - 1]]
-    assert len(moved) <= 25 and max(moved) < 512 + 64
+    assert len(moved) <= 25 and max(moved) < 512 + 128
     layer.reset()
     read = lengths(layer, [900, *[1] * 400])
     next(read)
@@ -114,7 +114,7 @@ def test_beside_dynamic_cache(name, options, length) -> None:
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_a_fork_copies_what_the_report_says(name) -> None:
     model = tiny(name, max_position_embeddings=1024)
-    for length, options in ((72, {}), (400, {"compressor": "int4", "window": 32})):
+    for length, options in ((72, {}), (480, {"compressor": "int4", "window": 32})):
         cache = PiKVCache(model, **options)
         inputs = prompt(model, (length,))
         forward(model, *inputs.values(), cache)

@@ -8,6 +8,7 @@ from tolerances import SUMS
 from zoo import prompt
 
 from pikv_hf import PiKVCache
+from pikv_hf.layer.departure import open_places
 from pikv_hf.schedulers import H2O, AdaKV
 
 BUDGET, PROMPT, TOKENS = 20, 40, 56
@@ -98,7 +99,9 @@ def test_records_do_not_depend_on_pages(chunk) -> None:
         for row in range(2):
             for span in spans_of(layer, [row]):
                 total[row] += span["record"][0, ..., 0].sum(-1)
-        total += layer.state.observed.record[..., 0].sum(-1)
+        held, is_open = layer.state.observed.record.shape[2], open_places(layer.state)
+        is_open = 1 if is_open is None else is_open[:, None, :held]
+        total += (layer.state.observed.record[..., 0] * is_open).sum(-1)
         pending = (
             0 if layer.state.observed.pending is None else layer.state.observed.pending.shape[3]
         )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pikv_kernels import add_sink, merge_partial, partial_attention
 from torch import Tensor, nn
 
@@ -72,9 +73,10 @@ def _paged(
         result = attend(state, module, query, attention_mask, scale, sink), None
         _refuse_gradients(result[0])
     visible = state.step.over_queries(attention_mask)
+    layer.note_columns(visible, query.shape[2])
     if state.observed.limit and state.unpaged_reason is None:
-        _observe(layer, module, query, visible, scale)
-    layer.finish(visible)
+        _observe(layer, module, query, scale)
+    layer.finish()
     return result
 
 
@@ -91,15 +93,15 @@ def _raise_on_backward(gradient: Tensor) -> None:
     )
 
 
-def _observe(
-    layer: PagedLayer, module: nn.Module, query: Tensor, mask: Tensor | None, scale: float
-) -> None:
+def _observe(layer: PagedLayer, module: nn.Module, query: Tensor, scale: float) -> None:
     """Hand the newest queries to the layer, in the space and dtype of its cached keys."""
     state = layer.state
-    newest = query[:, :, -state.observed.limit :]
+    newest = query
+    if state.columns.hidden is None:  # else older queries of rows with padding may be among them
+        newest = query[:, :, -state.observed.limit :]
     if state.latent_rank is not None:
         newest = LatentQuery(module, newest, state.latent_rank).absorb(newest)
-    layer.observe(newest.to(state.tail.keys.dtype), mask, scale)
+    layer.observe(newest.to(state.tail.keys.dtype), scale)
 
 
 def attend(
@@ -139,7 +141,7 @@ def _attend(
         state.observed.forget_counted()
         out, lse = _attend_all(state, packed, length, mask, scale)
     else:
-        additive = None if mask is None else _tail_mask(state, packed, mask, length)
+        additive = _tail_mask(state, packed, mask, length)
         out, lse = attend_counting(state, slabs, packed, additive, scale)
     out = out.reshape(batch, heads, length, -1)
     if sink is not None:
@@ -153,38 +155,61 @@ def _attend_all(
     """Attend from `query` [B, H, G * q, D] to the tail and the pages that the router selects."""
     out, lse = _attend_tail(state, query, length, mask, scale)
     for slab in state.pages.slabs:
-        for more_out, more_lse in _attend_slab(state, slab, query, scale):
+        for more_out, more_lse in _attend_slab(state, slab, query, length, scale):
             out, lse = merge_partial(out, lse, more_out, more_lse)
     return out, lse
 
 
 def _attend_slab(
-    state: LayerState, slab: UniformPages | RaggedPages, query: Tensor, scale: float
+    state: LayerState, slab: UniformPages | RaggedPages, query: Tensor, length: int, scale: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield partial results [B, H, R, Dv] over pages, which lie in the past of all queries."""
-    batch = query.shape[0]
+    batch, covered = query.shape[0], _covered(state, length, query)
     # Ragged pages are read whole: a router that selects pages is refused with them.
     selected = _selected_pages(state, slab, query) if isinstance(slab, UniformPages) else None
     if selected is not None and isinstance(slab, UniformPages):
         reader_queries = query.index_select(0, slab.index("readers", query.device))
-        for fields, tokens in slab.selected_blocks(selected):
-            yield _spread(*slab.codec.attend(reader_queries, fields, tokens, scale), slab, batch)
-    elif slab.is_read_by_all(batch) and slab.is_in_order():
+        readers = slab.index("readers", query.device)
+        covered = None if covered is None else covered.index_select(0, readers)
+        for part in slab.attend_selected(reader_queries, selected, scale, covered):
+            yield _spread(*part, slab, batch)
+    elif covered is None and slab.is_read_by_all(batch) and slab.is_in_order():
         yield from slab.attend(query, scale)
     else:
         # Batch rows that share a stored row (beams, forks) attend together: it is read once.
         grouped = query.index_select(0, slab.index("asked", query.device))
         grouped = grouped.unflatten(0, (slab.rows, -1)).transpose(1, 2)
-        for both in slab.attend(grouped.flatten(2, 3), scale):
+        if covered is not None:
+            covered = covered.index_select(0, slab.index("asked", query.device))
+            covered = covered.unflatten(0, (slab.rows, -1)).flatten(1, 2)
+        for both in slab.attend(grouped.flatten(2, 3), scale, covered):
             each = (t.unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)
             results = (t.index_select(0, slab.index("places", t.device)) for t in each)
             yield _spread(*results, slab, batch)
 
 
+def _covered(state: LayerState, length: int, query: Tensor) -> Tensor | None:
+    """Return [B, R, n] bool, True where a row of `query` [B, H, R, D] may not see a column.
+
+    None: all tokens in pages are seen. A query that is not masked by itself is as the last one.
+    """
+    covered, seen = state.columns.covered, state.num_seen
+    if covered is None:
+        return None
+    key = (covered, length, seen, query.shape[2], query.device)
+
+    def make() -> Tensor:
+        each = covered if covered.shape[1] == length else covered[:, -1:].expand(-1, length, -1)
+        each = F.pad(each, (0, seen - each.shape[2])).to(query.device)
+        return each.repeat(1, query.shape[2] // length, 1)
+
+    return state.step.remember("covered", key, make)
+
+
 def _selected_pages(state: LayerState, slab: UniformPages, query: Tensor) -> Tensor | None:
     """Return the pages of a slab that the router lets `query` [B, H, R, D] read; None = all."""
     router = state.settings.router
-    if router is None or slab.length % slab.page_size:
+    if router is None or any(length % slab.page_size for length in slab.lengths):
         return None
     meta = slab.meta.narrow(0, slab.length)
     if not slab.is_in_order():
@@ -200,7 +225,7 @@ def _attend_tail(
     """Attend from `query` [B, H, G * q, D] to the tail, causally among the new tokens."""
     keys, values = state.tail.view()
     if length == 1:
-        additive = None if mask is None else _tail_mask(state, query, mask, length)
+        additive = _tail_mask(state, query, mask, length)
         return _partial(query, keys, values, additive, scale)
     # With one attention head per query head, on expanded keys, a mask of q x n is enough.
     heads = query.shape[1]
@@ -216,9 +241,21 @@ def _attend_tail(
 
 def _tail_mask(state: LayerState, query: Tensor, mask: Tensor | None, length: int) -> Tensor | None:
     """Return the mask of the tail's columns, computed once for all layers of a forward pass."""
-    tokens = state.tail.length
-    key = (mask, length, tokens, query.dtype, query.device)
-    return state.step.remember("mask", key, lambda: _additive(mask, length, tokens, query))
+    tokens, starts = state.tail.length, state.starts
+    key = (mask, length, tokens, starts, query.dtype, query.device)
+
+    def make() -> Tensor | None:
+        additive = _additive(mask, length, tokens, query)
+        departed = [start - state.first_in_tail for start in starts]
+        if not any(departed):
+            return additive
+        # Only the rows that started later still have these columns in the tail.
+        ends = torch.tensor(departed, device=query.device)[:, None]
+        is_gone = (torch.arange(tokens, device=query.device) < ends)[:, None, None]
+        additive = query.new_zeros(1, 1, 1, tokens) if additive is None else additive
+        return additive.masked_fill(is_gone, torch.finfo(query.dtype).min)
+
+    return state.step.remember("mask", key, make)
 
 
 def _partial(

@@ -31,6 +31,8 @@ def counted_slabs(state: LayerState, length: int) -> Slabs | None:
         return None
     if observed.counted is None and observed.has_pending:
         return None  # the statistics would miss the pending queries
+    if state.columns.hidden is not None or state.columns.covered is not None:
+        return None  # rows hold different numbers of tokens, or not all are seen
     batch = state.tail.batch
     readable = [
         slab
@@ -53,7 +55,10 @@ def attend_counting(
     compressor = state.pages.codec
     page_query = compressor.into_pages(query, slabs[0].fields)
     blocks = (block for slab in slabs for block in slab.blocks())
-    results = [compressor.attend_weighted(page_query, *block, scale) for block in blocks]
+    results = [
+        compressor.attend_weighted(page_query, block.fields, block.tokens, scale)
+        for block in blocks
+    ]
     out, lse = functools.reduce(_merged, ((out, lse) for out, lse, _ in results))
     results.append(weighted_states(query, *state.tail.view(), mask, scale))
     out, lse = merge_partial(*results[-1][:2], compressor.out_of_pages(out), lse)
@@ -62,7 +67,7 @@ def attend_counting(
         weights.detach() * (part - lse).detach().exp()[..., None] for _, part, weights in results
     ]
     weights = torch.cat(shares, dim=-1).float()[:, :, :, None]
-    position = torch.arange(state.num_seen - 1, state.num_seen, device=query.device)
+    position = torch.arange(state.num_seen - 1, state.num_seen, device=query.device)[None]
     observed.count(statistics.updated(_records(state, slabs), weights, position))
     return out, lse
 

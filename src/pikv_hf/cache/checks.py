@@ -126,11 +126,13 @@ def _check_training(model: PreTrainedModel, embeds: Any) -> None:
 
 
 def _check_continued(cache: PagedCache, kwargs: dict[str, Any], length: int, seen: int) -> None:
-    """Refuse a mask that changes for cached columns, or positions that do not follow `seen`.
+    """Refuse a mask that shows padding again, or positions that do not follow `seen`.
+
+    Tokens in pages that the mask hides are hidden from the queries of the pass.
 
     Waits for the device once if a mask or positions are given.
     """
-    mask, padding = kwargs.get("attention_mask"), cache.padding
+    mask, columns = kwargs.get("attention_mask"), cache.columns
     own = full_attention_mask(mask)
     if own is not None and own.dim() == 4 and own.shape[1] > 1 and cache.is_paged:
         raise ValueError(
@@ -138,18 +140,29 @@ def _check_continued(cache: PagedCache, kwargs: dict[str, Any], length: int, see
             "tokens without such a mask: call `cache.reset()` and give one from the first tokens on, "
             "or a mask for all heads."
         )
-    changed = padding.changed(mask, seen + length)
+    found = columns.differences(mask, seen + length, cache.starts)
+    shown, covered, changed = found or (None, None, None)
     first, expected, wrong = _start(kwargs.get("position_ids"), mask, seen, cache.prompt_end)
-    faults = [fault.any() for fault in (changed, wrong) if fault is not None]
-    if not faults or not torch.stack([fault.to(faults[-1].device) for fault in faults]).any():
+    is_shown, is_covered, is_changed, is_wrong = _any(shown, covered, changed, wrong)
+    columns.cover(covered if is_covered else None)
+    if (is_shown or is_changed) and shown is not None and changed is not None:
+        columns.refuse(shown, changed)
+    if not is_wrong:
         return
-    if changed is not None and changed.any():
-        padding.refuse(changed, seen)
     at = expected if isinstance(expected, int) else expected.tolist()
     raise ValueError(
         f"the new tokens start at position {first.tolist()}, but the cache ends at {at}: "
         f"`{CACHE}` holds {seen} tokens; {_CONTINUE}."
     )
+
+
+def _any(*faults: Tensor | None) -> list[bool]:
+    """Return of each fault whether it is True anywhere, all with one wait for a device."""
+    given = [fault.any() for fault in faults if fault is not None]
+    if not given:
+        return [False] * len(faults)
+    found = iter(torch.stack([fault.to(given[-1].device) for fault in given]).tolist())
+    return [False if fault is None else next(found) for fault in faults]
 
 
 def _start(positions: Any, mask: Any, seen: int, prompt_end: int) -> tuple[Any, Any, Tensor | None]:

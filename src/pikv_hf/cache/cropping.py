@@ -37,7 +37,7 @@ def crop(cache: PagedCache, tokens_to_remove: int) -> None:
             release_cropped(layer)
     length = cache.get_seq_length()
     cache.log.crop(length)
-    cache.padding.crop(length)
+    cache.columns.crop(length)
     with cache.step.sealing(length):
         for layer in cache.layers:  # once all layers are cropped
             if isinstance(layer, PagedLayer):

@@ -48,7 +48,7 @@ class HeldElsewhere(Neighbours):
     def _counted(self, state: LayerState) -> int:
         batch, end = state.tail.batch, state.num_seen + state.settings.page_size
         total = log_bytes(batch, end, num_kept_ids(state.settings))
-        total += storage_bytes(state.padding.tensors())
+        total += storage_bytes(state.columns.tensors())
         for tail in (unpaged.tail for unpaged in self.unpaged):
             room = tail.keys.shape[2]
             held = storage_bytes(tail.tensors())

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..attach.contract import AttachableCache
-from ..layer.padding import Padding
+from ..layer.columns import Columns
 from ..layer.paged_layer import PagedLayer
 from ..layer.reading import Reading
 from ..layer.settings import Settings
@@ -22,7 +22,7 @@ class PagedCache(Cache, AttachableCache):
         settings: the methods and numbers of the cache.
         step: the forward pass that runs, or has failed half-way.
         reading: which part of the text is the prompt.
-        padding: columns that were hidden when they left the tail.
+        columns: which columns of the sequence are tokens, and which are padding.
         elsewhere: all layers, so that a paged layer can ask about the others.
         log: the token ids that the cache has seen.
         config: the config of its model.
@@ -38,12 +38,12 @@ class PagedCache(Cache, AttachableCache):
     def make_parts(self, settings: Settings) -> None:
         """Make the parts of a cache without layers and tokens."""
         self.settings, self.step, self.reading = settings, Step(), Reading()
-        self.padding, self.elsewhere = Padding(), HeldElsewhere()
+        self.columns, self.elsewhere = Columns(), HeldElsewhere()
         self.log = TokenLog(num_kept_ids(settings))
 
     def paged_layer(self, facts: LayerFacts) -> PagedLayer:
         """Return a new paged layer of this cache."""
-        parts = (self.settings, self.step, self.reading, self.padding, self.elsewhere)
+        parts = (self.settings, self.step, self.reading, self.columns, self.elsewhere)
         state = LayerState(facts, self.config, CacheParts(*parts))
         self.elsewhere.paged.append(state)
         return PagedLayer(state)
@@ -110,6 +110,12 @@ class PagedCache(Cache, AttachableCache):
     def rows(self) -> int | None:
         """Batch rows that the cache holds; None if no paged layer has tokens."""
         return next((state.tail.batch for state in self.states if state.is_written), None)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first column of each row that has not left its tail; () if no layer has pages."""
+        paged = (state for state in self.states if state.unpaged_reason is None)
+        return next((state.starts for state in paged if state.is_written), ())
 
     @property
     def prompt_end(self) -> int:

@@ -147,7 +147,7 @@ class PiKVCache(AttachedCache):
             else:
                 layers[idx] = fresh
         self.log.reset()
-        self.padding.reset()
+        self.columns.reset()
         self.step.reset()
         self.start(layers)
 
@@ -161,7 +161,7 @@ class PiKVCache(AttachedCache):
             else:
                 layer.reorder_cache(beam_idx)
         self.log.map_rows(beam_idx)
-        self.padding.map_rows(beam_idx)
+        self.columns.map_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row `repeats` times; pages are shared, not copied."""
@@ -182,7 +182,7 @@ class PiKVCache(AttachedCache):
         if self.log.ids is not None:
             self.log.map_rows(torch.arange(self.log.ids.shape[0])[indices.cpu()])
         if rows is not None:
-            self.padding.map_rows(torch.arange(rows)[indices.cpu()])
+            self.columns.map_rows(torch.arange(rows)[indices.cpu()])
 
     @contextlib.contextmanager
     def holding(self) -> Generator[Self, None, None]:

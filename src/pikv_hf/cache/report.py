@@ -152,7 +152,7 @@ def fork_bytes(cache: PagedCache) -> int:
 def _cache_tensors(cache: PagedCache) -> list[Tensor]:
     tensors = [cache.log.ids] if cache.log.ids is not None else []
     tensors += tensors_in({k: v for k, v in vars(cache).items() if k not in ("layers", "log")})
-    tensors += [*cache.step.buffer.tensors(), *cache.padding.tensors()]
+    tensors += [*cache.step.buffer.tensors(), *cache.columns.tensors()]
     for layer in cache.layers:
         tensors += _layer_tensors(layer)
     return tensors

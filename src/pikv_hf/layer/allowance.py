@@ -3,53 +3,42 @@
 import itertools
 import math
 
-from torch import Tensor
-
-from ..model.masks import visible_columns
 from ..storage.memory import storage_bytes
 from .rerotation import rest_bytes
 from .state import LayerState
 
 
-def excess(state: LayerState) -> tuple[int, int]:
-    """Return how many of the oldest tail tokens to seal now, in whole pages.
+def is_over_budget(state: LayerState, seen: int) -> bool:
+    """Return True if a row of `seen` tokens would exceed its budget if none had been evicted.
 
-    The second number is how many tokens the layer must have seen before more have to be sealed.
+    All layers agree, as their tails must be equal. Bytes differ between layers: always True.
     """
-    window, page_size, opened = state.settings.window, state.settings.page_size, state.tail.length
-    rows = _row_windows(state) if state.settings.has_share else set()
-    # A row with too few tokens for a page does not shorten the tail of other rows.
-    full = [now for held, now, _ in rows if held >= now + page_size]
-    count = max(opened - min([window, *full]), 0) // page_size * page_size
-    opened -= count
-    missing = [min(now, later) - min(held, opened) for held, now, later in rows]
-    return count, state.num_seen + max(min([window - opened, *missing]) + page_size, 1)
+    budget, scheduler = state.settings.budget, state.settings.scheduler
+    if scheduler is None:
+        return False
+    if budget is not None and budget.bytes_in_force(state.num_generated) is not None:
+        return True
+    tokens = _tokens_held(state, seen, state.num_generated)
+    return tokens is not None and seen > tokens
 
 
-def _row_windows(state: LayerState) -> set[tuple[int, int, int]]:
-    """Return the tail tokens of each row, its window now, and its window one token later."""
-    tail = state.tail
-    key = (state.mask, tail.length, tail.batch)
-    opened = state.step.remember("opened", key, lambda: _opened(*key))
-    seen = {(held, left + held) for held, left in zip(opened, state.num_departed, strict=True)}
-    return {(held, row_window(state, n), row_window(state, n + 1, 1)) for held, n in seen}
+def tail_capacity(state: LayerState) -> int:
+    """Return the number of tokens that a tail holds at most between forward passes.
+
+    A row within its budget keeps up to a page more than its window when whole pages leave.
+    """
+    budget, settings = state.settings.budget, state.settings
+    is_in_bytes = budget is not None and budget.bytes_in_force(state.num_generated) is not None
+    return settings.window + (1 if is_in_bytes else 2) * settings.page_size
 
 
-def _opened(mask: Tensor | None, length: int, batch: int) -> list[int]:
-    """Return how many of the last `length` columns each batch row sees; the rest is padding."""
-    visible = visible_columns(mask, length)
-    if visible is None:
-        return [length] * batch
-    return visible.sum(-1).expand(batch).tolist()
-
-
-def row_window(state: LayerState, seen: int, newer: int = 0) -> int:
+def row_window(state: LayerState, seen: int) -> int:
     """Return how many newest tokens a row keeps in its tail after `seen` tokens.
 
-    `newer` of the tokens seen are still to be generated. If the budget is a share, the window must
-    fit into it; a default window fits into half of it, so that the scheduler has a choice.
+    If the budget is a share, the window must fit into it; a default window fits into half of it, so
+    that the scheduler has a choice.
     """
-    settings, generated = state.settings, state.num_generated + newer
+    settings, generated = state.settings, state.num_generated
     if settings.budget is None or not isinstance(settings.budget.in_force(generated), float):
         return settings.window
     tokens = _tokens_held(state, seen, generated)
@@ -93,9 +82,9 @@ def _tokens_in(state: LayerState, nbytes: int) -> int:
 def spare_bytes(state: LayerState) -> int:
     """Return the bytes of unused room that pages may have, a small part of the cache.
 
-    It is a quarter of all tokens seen, less a page, for which the tail has room as well.
+    It is a quarter of all tokens seen, less two pages, for which the tail has room as well.
     """
-    return max(state.num_seen // 4 - state.settings.page_size, 0) * state.tail.token_bytes
+    return max(state.num_seen // 4 - 2 * state.settings.page_size, 0) * state.tail.token_bytes
 
 
 def page_bytes(state: LayerState) -> int | None:
@@ -114,7 +103,7 @@ def _bytes_for_pages(state: LayerState, nbytes: int) -> int:
     settings, tail = state.settings, state.tail
     elsewhere = state.neighbours.nbytes(state)
     share = max(nbytes - elsewhere, 0) // (state.facts.num_paged - state.neighbours.num_unpaged)
-    opened = settings.window + settings.page_size
+    opened = tail_capacity(state)
     owners, states = tail.batch * tail.keys.shape[1], (tail.keys, tail.values)
     fixed = opened * owners * sum(t.shape[3] * t.element_size() for t in states)
     fixed += opened * tail.batch * _label_bytes(state)

@@ -47,6 +47,11 @@ class Budget:
         return parse_bytes(amount) if isinstance(amount, str) else None
 
     @property
+    def has_phases(self) -> bool:
+        """True if another amount applies to generated tokens."""
+        return self.decode is not None and self.decode != self.prefill
+
+    @property
     def is_in_bytes(self) -> bool:
         return isinstance(self.prefill, str) or isinstance(self.decode, str)
 

@@ -42,7 +42,7 @@ def check_crop(state: LayerState, tokens_to_remove: int) -> None:
             f"`tokens_to_remove` is {tokens_to_remove}, but the cache has seen {state.num_seen} "
             "tokens."
         )
-    tail = state.tail.length if state.is_written else 0
+    tail = state.num_seen - max(state.starts) if state.is_written else 0
     if -tokens_to_remove > tail and state.settings.scheduler is not None:
         raise ValueError(
             f"`tokens_to_remove` is {tokens_to_remove}, but only the newest {tail} tokens can be "

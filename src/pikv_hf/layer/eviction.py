@@ -12,6 +12,7 @@ from ..storage.room import Room
 from ..storage.token_table import TokenTable
 from .allowance import page_bytes, row_window, sealed_tokens, spare_bytes, token_bytes
 from .checks import naming
+from .departure import Departing
 from .records import settled, with_record, write_counted
 from .rerotation import moves, side_by_side, with_rest
 from .state import LayerState
@@ -21,41 +22,36 @@ INTERVALS = 16
 
 
 def select_tokens(
-    state: LayerState,
-    rows: list[int],
-    new: TokenTable,
-    count: int,
-    scheduler: Scheduler,
+    state: LayerState, tail: TokenTable, group: Departing, scheduler: Scheduler
 ) -> tuple[TokenTable, Room]:
-    """Return the tokens to seal of `new`, tokens of `rows`, and the room for tokens that follow.
+    """Return the tokens to seal of the `group` that leaves the `tail`, and room for later ones.
 
     If some must be evicted, sealed tokens leave their pages, and the kept ones are returned, too.
-    The first `count` tokens of the tail are leaving it. The room lasts until the next eviction.
+    The room lasts until the next eviction.
     """
+    rows, new = group.rows, group.leaving(tail)
     if moves(state.settings):
         new = with_rest(state, new)
     if state.observed.is_marked:
-        new = with_record(state, rows, new)
+        new = with_record(state, group, new)
     needs = state.settings.needs
     if needs.constants is not None:
-        once = _candidates_of(state, rows, new, count, needs.constants.constant_inputs)
+        once = _candidates_of(state, tail, group, new, needs.constants.constant_inputs)
         with torch.no_grad():
             new = new.with_columns(TokenTable({"constant": needs.constants.constants(once)}))
-    left = state.num_departed[rows[0]]
-    seen = left + state.tail.length - count
-    budget = sealed_tokens(state, seen, left)
+    budget = sealed_tokens(state, group.seen, group.left)
     room = _room(state, rows, len(new))
-    is_within = budget is None or _is_within_budget(state, rows[0], len(new), budget, scheduler)
+    is_within = budget is None or _is_within_budget(state, group, budget, scheduler)
     is_within &= room.nbytes >= 0
     if is_within and needs.statistics is None:
         return new, room
     if is_within and len(rows) == state.tail.batch and write_counted(state):
-        return with_record(state, rows, new), room
-    span = _candidates(state, rows, new, scheduler)
+        return with_record(state, group, new), room
+    span = _candidates(state, group, new)
     if is_within or budget is None:
         return span.valid_first(), room
-    tokens = _candidates_of(state, rows, span, count, needs.inputs)
-    headroom = _headroom(state, seen, budget)
+    tokens = _candidates_of(state, tail, group, span, needs.inputs)
+    headroom = _headroom(state, group.seen, budget)
     keep = scheduler.keep(tokens, budget - headroom)
     if needs.row_state is not None:
         state.observed.set_control(rows, needs.row_state.next_row_state(tokens, keep))
@@ -82,11 +78,9 @@ def _room(state: LayerState, rows: list[int], new: int) -> Room:
     return Room(nbytes=min(limit - state.pages.bytes_with(added), spare))
 
 
-def _candidates(
-    state: LayerState, rows: list[int], new: TokenTable, scheduler: Scheduler
-) -> TokenTable:
-    """Take the sealed tokens of `rows` out of their pages, and put `new` behind them."""
-    pages, needs = state.pages, state.settings.needs
+def _candidates(state: LayerState, group: Departing, new: TokenTable) -> TokenTable:
+    """Take the sealed tokens of a `group` out of their pages, and put `new` behind them."""
+    pages, needs, rows = state.pages, state.settings.needs, group.rows
     take = functools.partial(pages.take, rows, with_values="values" in needs.inputs)
     is_small = len(new) <= pages.page_size and pages.held(rows[0]) is not None
     if is_small and pages.codec.is_lossless and needs.statistics is None:
@@ -99,7 +93,9 @@ def _candidates(
     sealed = take()
     if needs.statistics is not None:
         sealed = settled(state, rows, sealed)
-        new = with_record(state, rows, new)
+        new = with_record(state, group, new)
+    if sealed is not None and not group.count:
+        return sealed
     if sealed is not None and not moves(state.settings):
         with naming(state):
             new = pages.encoded(new)
@@ -107,15 +103,15 @@ def _candidates(
 
 
 def _is_within_budget(
-    state: LayerState, row: int, new: int, budget: int, scheduler: Scheduler
+    state: LayerState, group: Departing, budget: int, scheduler: Scheduler
 ) -> bool:
-    """Return True if `new` more tokens of each KV head are within the budget."""
-    held = state.pages.held(row)
+    """Return True if the tokens that leave are within the budget of each KV head."""
+    held = state.pages.held(group.rows[0])
     held = torch.zeros(1) if held is None else held.double()
     if state.settings.traits.has_lengths:
-        max_lengths = scheduler.lengths(state.layer_idx, state.num_departed[row], budget)
-        return bool((held + new <= max_lengths).all())
-    return math.ceil(held.mean()) + new <= budget
+        max_lengths = scheduler.lengths(state.layer_idx, group.left, budget)
+        return bool((held + group.count <= max_lengths).all())
+    return math.ceil(held.mean()) + group.count <= budget
 
 
 def _headroom(state: LayerState, seen: int, budget: int) -> int:
@@ -135,34 +131,31 @@ def _headroom(state: LayerState, seen: int, budget: int) -> int:
 
 def _candidates_of(
     state: LayerState,
-    rows: list[int],
+    tail: TokenTable,
+    group: Departing,
     span: TokenTable,
-    count: int,
     inputs: frozenset[str],
 ) -> Candidates:
     """Return `span` as candidates, with `inputs` and all else that the scheduler needs."""
-    index, needs = torch.tensor(rows), state.settings.needs
-    keys, values = state.tail.view()
-    opened = TokenTable({"keys": keys, "values": values})
-    if state.tail.labels is not None:
-        opened = opened.with_columns(state.tail.labels)
-    opened = opened.narrow(count, len(opened) - count).select_rows(index)
+    rows, needs, opened = group.rows, state.settings.needs, group.staying(tail)
     labels: dict[str, Any] = {}
     if "experts" in inputs and "experts" in span:
         labels = {name: span[name] for name in ("experts", "weights")}
         labels |= {f"open_{name}": opened[name] for name in ("experts", "weights")}
     module = state.module
     shape = span["keys"].shape[:3]
+    positions = state.columns.numbered(rows, span["positions"].to(span["keys"].device).long())
+    queries = state.observed.of_rows(rows, min(needs.queries, group.seen))
     return Candidates(
-        positions=span["positions"].to(span["keys"].device).long().expand(shape),
+        positions=positions.expand(shape),
         keys=span["keys"],
         values=span["values"] if "values" in inputs else None,
         open_keys=opened["keys"],
         open_values=opened["values"] if "values" in inputs else None,
         latent_rank=state.latent_rank,
-        seen=state.num_seen,
+        seen=group.seen,
         layer_idx=state.layer_idx,
-        queries=state.observed.of_rows(rows, needs.queries),
+        queries=queries,
         scale=state.scale,
         statistics=span.tensors.get("record"),
         constants=span.tensors.get("constant"),
@@ -171,7 +164,6 @@ def _candidates_of(
         else None,
         valid=span["valid"].expand(shape) if "valid" in span else None,
         sinks=state.settings.sinks,
-        padding=state.num_seen - state.num_departed[rows[0]] - (state.tail.length - count),
         output=output_weight(module, state.tail.keys) if "output" in inputs else None,
         module=module if "module" in inputs else None,
         rotary=state.rotary,

@@ -40,6 +40,10 @@ class Guard:
         """Compare at the next seal; a layer that has warned does not warn again."""
         self.due_at = 1
 
+    def is_due(self, compressor: Compressor, sealed: int) -> bool:
+        """Return True if a comparison is due when `sealed` tokens have been sealed."""
+        return not (self.has_warned or sealed < self.due_at or compressor.is_lossless)
+
     def check(
         self,
         compressor: Compressor,
@@ -53,7 +57,7 @@ class Guard:
 
         `sealed` tokens have been sealed so far; `queries` as for `PageTable.append`.
         """
-        if self.has_warned or sealed < self.due_at or compressor.is_lossless:
+        if not self.is_due(compressor, sealed):
             return
         self.due_at = 2 * sealed
         sample = _sample(span, table.page_size)
@@ -70,7 +74,7 @@ class Guard:
 
 def _sample(span: TokenTable, page_size: int) -> TokenTable:
     """Return whole pages of the first row, evenly spread: all heads, about `MAX_PAGES` in all."""
-    first = span.select_rows(torch.tensor([0]))
+    first = span.of_rows([0])
     whole = len(span) // page_size
     if whole == 0:
         return first

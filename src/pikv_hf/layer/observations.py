@@ -30,6 +30,15 @@ class Trail:
         if self._count > most + most // SLACK:
             self.read()
 
+    def append_padded(self, newer: Tensor, most: int) -> None:
+        """Append `newer`, zeros at padding, and keep the newest `most` queries of each row."""
+        parts = torch.cat([*self._parts, newer], dim=3)
+        is_query = parts.ne(0).any(-1).any(2).any(1)
+        newest = is_query.int().argsort(dim=1, stable=True)[:, -most:]
+        index = newest[:, None, None, :, None].expand(*parts.shape[:3], -1, parts.shape[4])
+        self._most = most
+        self.set(parts.gather(3, index))
+
     def read(self) -> Tensor | None:
         if len(self._parts) > 1:
             newest = torch.cat(self._parts, dim=3)
@@ -131,15 +140,17 @@ class Observations:
         return EVERY if self.width else self.most and self.most + DRAFTED * self.is_drafting
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:
-        """Append `queries` [B, H, G, q, D]; `visible` [B or 1, q] is False at padding."""
-        newest = queries[:, :, :, -self.limit :].detach()
+        """Append `queries` [B, H, G, q, D]; `visible` [B, q] is False at padding, None = none."""
+        queries, most = queries.detach(), self.most + DRAFTED * self.is_drafting
         if visible is not None:
-            seen = visible[:, None, None, -self.limit :, None]
-            newest = newest * seen.to(newest.device, newest.dtype)
-        if self.most:
-            self._queries.append(newest, self.most + DRAFTED * self.is_drafting)
+            seen = visible[:, None, None, :, None]
+            queries = queries * seen.to(queries.device, queries.dtype)
+        if self.most and visible is None:
+            self._queries.append(queries, most)
+        elif self.most:
+            self._queries.append_padded(queries, most)
         if self.width:
-            self._pending.append(newest, EVERY)
+            self._pending.append(queries, EVERY)
 
     def drop(self, tokens: int) -> None:
         """Forget the records of the oldest `tokens` tail tokens, which leave the tail."""

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..model.head_dims import alike
-from ..model.masks import newest_columns, visible_columns
+from ..model.masks import visible_columns
 from ..storage.tail import roomy
 from ..storage.token_table import TokenTable
+from .allowance import tail_capacity
 from .autocast import without_autocast
 from .checks import check_crop, check_update
 from .dense_states import DenseStates, given
@@ -88,22 +89,34 @@ class PagedLayer(DenseStates):
         state.open(*stored(key_states[:, :, :0], value_states[:, :, :0], rank), rank)
         self.is_initialized = True
 
-    def observe(self, query: Tensor, mask: Tensor | None, scale: float) -> None:
-        """Keep the newest of the queries [B, Hq, q, D] of this layer; `mask` hides padding.
+    def observe(self, query: Tensor, scale: float) -> None:
+        """Keep the newest of the queries [B, Hq, q, D] of this layer, but none of padding.
 
         `scale` is the factor of queries times keys.
         """
         self.state.set_scale(scale)
-        keep_queries(self.state, query, mask)
+        keep_queries(self.state, query)
 
-    def finish(self, mask: Tensor | None) -> None:
-        """End attention, which ran with `mask`: seal, or wait for the labels that sealing needs."""
+    def note_columns(self, mask: Tensor | None, length: int) -> None:
+        """Note which columns are tokens, by the `mask` of attention with `length` new tokens.
+
+        While `generate` decodes, all new columns are, and nothing waits for a device.
+        """
         state = self.state
-        state.set_mask(mask)
-        if not state.seals and mask is not None:
-            # Of a prompt's mask only the row of its newest query is kept.
-            key = (mask, state.tail.length)
-            state.set_mask(state.step.remember("held", key, lambda: newest_columns(*key)))
+        first, end, starts = state.first_in_tail, state.num_seen, state.starts
+
+        def note() -> None:
+            is_known = state.reading.is_decoding(end - length)
+            if is_known and mask is not None and mask.device.type != "cpu":
+                return state.columns.note(None, end - length, end, starts)
+            visible = visible_columns(mask, end - first)
+            state.columns.note(visible, first, end, starts)
+
+        state.step.remember("noted", (mask, first, end), note)
+
+    def finish(self) -> None:
+        """End attention: seal, or wait for the labels that sealing needs."""
+        state = self.state
         if state.reading.is_held and state.observed.pending is not None:
             state.step.note_sealed()
             settle_held(state)
@@ -127,14 +140,14 @@ class PagedLayer(DenseStates):
             return
         count = seal_excess(state)
         if count > 0 or state.is_first:
-            room = capacity(state, state.tail.length - count)
+            left = state.tail.length - count
+            room = min(capacity(state, left), left + state.settings.page_size)
             state.tail.drop(count, room, state.step.buffer, is_own=not state.is_first)
-        state.set_mask(None)
 
     def compress(self) -> None:
         """Seal tokens that were held back."""
         if self.is_initialized and self.state.seals:
-            self.state.begin_compression()
+            self.state.begin_compression(is_due=True)
             self.seal()
 
     def get_seq_length(self) -> int:
@@ -171,7 +184,9 @@ class PagedLayer(DenseStates):
         """Seal after a `crop` that ended a verification."""
         if self.state.is_drafting:
             self.state.set_drafting(False)
-            self.compress()
+            if self.is_initialized and self.state.seals:
+                self.state.begin_compression(is_due=False)
+                self.seal()
             self.state.set_drafting(True)
 
     def reset(self) -> None:
@@ -194,14 +209,12 @@ class PagedLayer(DenseStates):
 
 
 @without_autocast
-def keep_queries(state: LayerState, query: Tensor, mask: Tensor | None) -> None:
-    """Keep the newest of the queries [B, Hq, q, D], zeros where `mask` hides padding."""
-    visible, length = None, query.shape[2]
-    if length > 1 and mask is not None:
-        key = (mask, length)
-        visible = state.step.remember("visible", key, lambda: visible_columns(*key))
-    heads = state.tail.keys.shape[1]
-    state.observed.append(query.unflatten(1, (heads, -1)), visible)
+def keep_queries(state: LayerState, query: Tensor) -> None:
+    """Keep the newest of the queries [B, Hq, q, D], zeros at padding."""
+    visible = state.columns.visible(state.num_seen - query.shape[2], state.num_seen)
+    if visible is not None and visible.all():
+        visible = None
+    state.observed.append(query.unflatten(1, (state.tail.keys.shape[1], -1)), visible)
 
 
 def stored(keys: Tensor, values: Tensor, latent_rank: int | None) -> tuple[Tensor, Tensor]:
@@ -215,5 +228,4 @@ def stored(keys: Tensor, values: Tensor, latent_rank: int | None) -> tuple[Tenso
 def capacity(state: LayerState, held: int) -> int:
     """Return the size in tokens of a tail's buffer that is to hold `held` tokens and more."""
     tokens = roomy(held, max(state.num_seen, held), state.tail.token_bytes)
-    settings = state.settings
-    return min(tokens, settings.window + settings.page_size) if state.seals else tokens
+    return min(tokens, tail_capacity(state)) if state.seals else tokens

@@ -47,6 +47,10 @@ class Reading:
             return self.is_block or length > 1
         return seen < self.prompt_length
 
+    def is_decoding(self, seen: int) -> bool:
+        """Return True if the running `generate` makes what comes behind `seen` tokens."""
+        return self.prompt_length is not None and seen >= self.prompt_length
+
     def __getstate__(self) -> dict[str, bool | None]:
         """Leave out what runs around this cache, as it does not run around a copy."""
         return {"is_held": self.is_held, "is_block": False, "prompt_length": None}

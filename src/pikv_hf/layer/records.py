@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.masks import visible_columns
-from ..schedulers import TokenStatistics
 from ..schedulers.attention_mass import attention_weights
 from ..storage.memory import is_writable
 from ..storage.token_table import TokenTable
 from ..storage.uniform_pages import UniformPages
 from .autocast import without_autocast
+from .departure import Departing, open_places
 from .state import LayerState
 
 
@@ -23,8 +22,7 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
 
     Records of tail tokens are updated in place.
     """
-    statistics, tail, observed = state.settings.needs.statistics, state.tail, state.observed
-    assert statistics is not None, "queries are pending for them"
+    tail, observed = state.tail, state.observed
     queries = observed.pending
     if queries is None:
         return sealed
@@ -32,7 +30,7 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
     if observed.counted is None:
         opened = _opened(state).select_rows(index)
         tokens = opened if sealed is None else sealed.followed_by(opened)
-        record = recorded(statistics, tokens, queries[index], state.num_seen, state.scale)
+        record = recorded(state, rows, tokens, queries[index])
     else:
         record = observed.counted[index]
     before = record.shape[2] - tail.length
@@ -43,26 +41,22 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
 
 
 def _opened(state: LayerState) -> TokenTable:
-    """Return keys, records, positions and `valid`, False at padding, of all tail tokens."""
+    """Return keys, records, positions and `valid`, True at open tokens, of the tail's buffer."""
     tail = state.tail
     device = tail.keys.device
-    visible = visible_columns(state.mask, tail.length)
-    if visible is None:
-        visible = torch.ones(1, tail.length, dtype=torch.bool, device=device)
-    positions = torch.arange(state.num_seen - tail.length, state.num_seen, device=device)[
-        None, None
-    ]
+    valid = open_places(state)
+    if valid is None:
+        valid = torch.ones(tail.batch, tail.length, dtype=torch.bool)
+    positions = torch.arange(state.first_in_tail, state.num_seen, device=device)[None, None]
     opened = TokenTable(
         {"keys": tail.view()[0], "record": tail_record(state), "positions": positions}
     )
-    return opened.with_columns(TokenTable({"valid": visible.expand(tail.batch, -1)[:, None]}))
+    return opened.with_columns(TokenTable({"valid": valid.to(device)[:, None]}))
 
 
-def with_record(state: LayerState, rows: list[int], new: TokenTable) -> TokenTable:
-    """Return `new`, tail tokens of `rows`, with their records."""
-    record = TokenTable({"record": tail_record(state)}).select_rows(torch.tensor(rows))
-    first = state.first_in_tail
-    return new.with_columns(record.select_tokens(new["positions"][0, 0] - first))
+def with_record(state: LayerState, group: Departing, new: TokenTable) -> TokenTable:
+    """Return `new`, the tokens of `group` that leave the tail, with their records."""
+    return new.with_columns(group.leaving(TokenTable({"record": tail_record(state)})))
 
 
 @without_autocast
@@ -92,19 +86,20 @@ def tail_record(state: LayerState) -> Tensor:
     return record
 
 
-def recorded(
-    statistics: TokenStatistics, tokens: TokenTable, queries: Tensor, seen: int, scale: float
-) -> Tensor:
+def recorded(state: LayerState, rows: list[int], tokens: TokenTable, queries: Tensor) -> Tensor:
     """Return the records [R, H, T, c] of `tokens` after the newest `queries` [R, H, G, m, D].
 
     Attention weights are computed block by block, to save memory.
     """
+    statistics, seen = state.settings.needs.statistics, state.num_seen
+    assert statistics is not None, "records are of a scheduler"
     record, keys = tokens["record"], tokens["keys"]
     newest = tokens["positions"].to(keys.device).expand(record.shape[:3])
     if "valid" in tokens:
         newest = newest.masked_fill(~tokens["valid"].to(keys.device), seen)
-    for weights, asked_at in attention_weights(queries, keys, newest, seen, scale):
-        record = statistics.updated(record, weights, asked_at)
+    for weights, asked_at in attention_weights(queries, keys, newest, seen, state.scale):
+        at = state.columns.numbered(rows, asked_at[None])
+        record = statistics.updated(record, weights, at)
     return record
 
 

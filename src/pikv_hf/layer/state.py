@@ -15,10 +15,10 @@ from ..model.rotary import Rotary
 from ..schedulers import Needs
 from ..storage.page_table import PageTable
 from ..storage.tail import Tail
+from .columns import Columns
 from .loss_guard import Guard
 from .loss_probe import Probe
 from .observations import Observations
-from .padding import Padding
 from .reading import Reading
 from .settings import Settings
 from .step import Step
@@ -53,7 +53,7 @@ class CacheParts:
     settings: Settings
     step: Step
     reading: Reading
-    padding: Padding
+    columns: Columns
     neighbours: Neighbours
 
 
@@ -79,19 +79,20 @@ class LayerState:
 
     Attributes:
         facts: properties of the layer in the model.
-        settings, step, reading, padding, neighbours: objects shared with the other layers.
+        settings, step, reading, columns, neighbours: objects shared with the other layers.
         module, rotary: the attention module, and the rotation of its keys; None while the cache is
             not attached, or if no method needs them.
         pages: the sealed tokens.
         observed: queries and token statistics that methods need.
         num_seen: tokens ever seen, evicted ones included.
         prompt_end: `num_seen` at the end of the newest prompt; what came later was generated.
-        due: `num_seen` from which on tail tokens may have to be sealed.
-        num_departed: tokens of each row, padding not counted, that are no longer in the tail.
+        due: `num_seen` at which tail tokens may have to be sealed next.
+        starts: the first column of each row that has not left its tail. Later columns of the tail's
+            buffer are open; earlier ones are there only because other rows need them.
+        num_departed: tokens of each row, padding not counted, that have left the tail.
         unpaged_reason: why all tokens are kept in the tail; None = the layer is paged.
         latent_rank: width of the cached latents; None = keys and values.
         scale: the factor of queries times keys.
-        mask: the newest mask of the model, until it has been used.
         is_first: True if the newest tokens are the first ones.
         geometry: heads, key dim, value dim and dtype of the tokens.
         awaits: the step needed before the next tokens: "attention", "experts" or None.
@@ -101,7 +102,7 @@ class LayerState:
     def __init__(self, facts: LayerFacts, config: PreTrainedConfig, parts: CacheParts) -> None:
         self.facts = facts
         self.settings, self.step, self.reading = parts.settings, parts.step, parts.reading
-        self.padding = parts.padding
+        self.columns = parts.columns
         self.join(parts.neighbours)
         settings = parts.settings
         self.module: Any = None
@@ -113,11 +114,11 @@ class LayerState:
         queries = max(self.compressor.observed_queries, self.probe.observed_queries)
         self.observed = Observations.for_needs(settings.needs | Needs(queries=queries))
         self.num_seen = self.prompt_end = self.due = 0
-        self.num_departed: list[int] = []
+        self.starts: tuple[int, ...] = ()
+        self.num_departed: tuple[int, ...] = ()
         self.unpaged_reason: str | None = None
         self.latent_rank: int | None = None
         self.scale = 1.0
-        self.mask: Tensor | None = None
         self.is_first = self.is_drafting = False
         self.awaits: str | None = None
         self.geometry: tuple[Any, ...] = ()
@@ -146,7 +147,7 @@ class LayerState:
 
     @property
     def first_in_tail(self) -> int:
-        """Column of the oldest token in the tail: the number of tokens before it."""
+        """Column of the first token in the tail's buffer."""
         return self.num_seen - self.tail.length
 
     @property
@@ -187,7 +188,7 @@ class LayerState:
     def open(self, keys: Tensor, values: Tensor, latent_rank: int | None) -> None:
         """Start a tail with `keys` [B, H, T, Dk] and `values`, as they are stored."""
         self._tail, self.latent_rank = Tail(keys, values), latent_rank
-        self.num_departed = [0] * keys.shape[0]
+        self.starts = self.num_departed = (0,) * keys.shape[0]
 
     def begin_update(self) -> bool:
         """Return True if the tokens that are to be written are the first ones."""
@@ -217,23 +218,24 @@ class LayerState:
     def set_scale(self, scale: float) -> None:
         self.scale = scale
 
-    def set_mask(self, mask: Tensor | None) -> None:
-        self.mask = mask
-
     # ---- sealing --------------------------------------------------------------------------------
 
     def expect_sealing(self, due: int) -> None:
         """Skip sealing until `due` tokens were seen."""
         self.due = due
 
-    def note_departed(self, rows: Iterable[int], count: int) -> None:
-        """Note that `count` tokens of each of `rows` leave the tail."""
-        for row in rows:
-            self.num_departed[row] += count
+    def depart(self, starts: tuple[int, ...], num_departed: tuple[int, ...]) -> None:
+        """Note which columns have left the tail, and how many tokens of each row."""
+        self.starts, self.num_departed = starts, num_departed
 
-    def begin_compression(self) -> None:
-        """Seal as after the first tokens: the tail's buffer was made for more than a tail."""
+    def begin_compression(self, *, is_due: bool) -> None:
+        """Seal as after the first tokens: the tail's buffer was made for more than a tail.
+
+        If not `is_due`, tokens leave only if they would leave in any case.
+        """
         self.is_first = True
+        if is_due:
+            self.due = 0
 
     def begin_drafting(self) -> None:
         self.is_drafting = True
@@ -247,20 +249,22 @@ class LayerState:
     def crop(self, target: int) -> None:
         """Keep the oldest `target` of the tokens seen."""
         removed, first = self.num_seen - target, self.first_in_tail
-        if target < first:
+        if target < max(self.starts):
+            self.starts = tuple(min(start, target) for start in self.starts)
+            self.num_departed = tuple(self.columns.counts(self.starts))
             self.pages.crop(target)
         self.tail.truncate(max(target - first, 0))
         self.observed.truncate(removed, self.tail.length)
-        self.num_seen, self.prompt_end, self.due = target, min(self.prompt_end, target), 0
-        if self.is_drafting and self.mask is not None and removed:
-            self.mask = self.mask[..., :-removed]
+        self.num_seen, self.prompt_end = target, min(self.prompt_end, target)
+        if not self.is_drafting:
+            self.due = 0
 
     def drop_unread(self, seen: int) -> None:
         """Drop tokens of a failed pass, behind the first `seen`, if attention has not read them."""
-        sealed = 0 if self.unpaged_reason is not None else self.padding.length
+        first = min(self.starts)
         if self.awaits == "attention":
-            self.tail.truncate(min(self.tail.length, seen - sealed))
-        self.num_seen, self.awaits = sealed + self.tail.length, None
+            self.tail.truncate(min(self.tail.length, seen - first))
+        self.num_seen, self.awaits = first + self.tail.length, None
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -270,13 +274,14 @@ class LayerState:
         self.observed = self.observed.anew()
         self.guard.reset()
         self.probe.reset()
-        self.is_drafting, self.awaits, self.mask = False, None, None
+        self.is_drafting, self.awaits = False, None
 
     def map_rows(self, source: list[int], index: Tensor, *, free: bool) -> None:
         """Let new batch row i continue old row `source[i]`; `index` is `source` as a tensor."""
         if self.num_seen:
             self.tail.map_rows(index)
-            self.num_departed = [self.num_departed[row] for row in source]
+            self.starts = tuple(self.starts[row] for row in source)
+            self.num_departed = tuple(self.num_departed[row] for row in source)
             self.pages.map_rows(source, free=free)
             self.observed.map_rows(index)
 
@@ -286,12 +291,12 @@ class LayerState:
         """Let `listener` replace the observations until `restore`."""
         self.observed = listener
 
-    def saved(self) -> tuple[Observations, Tensor | None, int]:
+    def saved(self) -> tuple[Observations, int]:
         """Return the attributes that `restore` sets again."""
-        return self.observed, self.mask, self.prompt_end
+        return self.observed, self.prompt_end
 
-    def restore(self, saved: tuple[Observations, Tensor | None, int]) -> None:
-        self.observed, self.mask, self.prompt_end = saved
+    def restore(self, saved: tuple[Observations, int]) -> None:
+        self.observed, self.prompt_end = saved
         self.awaits = None
 
     # ---- what it holds --------------------------------------------------------------------------
@@ -311,8 +316,6 @@ class LayerState:
         yield from self.observed.tensors()
         yield from self.probe.tensors()
         yield from self.scheduler_tensors()
-        if self.mask is not None:
-            yield self.mask
 
     def scheduler_tensors(self) -> Iterable[Tensor]:
         """Return the tensors that the scheduler holds for this layer, or reads of it."""
@@ -333,7 +336,7 @@ class LayerState:
         """
         new = object.__new__(LayerState)
         memo[id(self)] = new
-        parts = {name: getattr(self, name) for name in ("settings", "step", "reading", "padding")}
+        parts = {name: getattr(self, name) for name in ("settings", "step", "reading", "columns")}
         copied = {name: memo.get(id(part), part) for name, part in parts.items()}
         neighbours = memo.get(id(self.neighbours), self.neighbours)
         own = {k: v for k, v in vars(self).items() if k not in (*parts, "module", "_neighbours")}

@@ -100,7 +100,7 @@ class Step:
         """Return `compute()`, called once per `key` (parts compared by identity) for all layers."""
         held = self._memo.get(name)
         if held is not None and all(
-            a is b or (isinstance(a, int | torch.device) and a == b)
+            a is b or (isinstance(a, int | tuple | torch.device) and a == b)
             for a, b in zip(held[0], key, strict=True)
         ):
             return held[1]

@@ -23,25 +23,24 @@ class Candidates:
     (`open_...`) are no candidates: they are always kept. Inputs that `needs` leaves out are None.
 
     Attributes:
-        positions: [R, H, T] int64, ascending: columns of the sequence, padding included.
+        positions: [R, H, T] int64, ascending: how many tokens of the row are before each one.
         keys: [R, H, T, D] as the cache holds them: after their rotary embedding, or latents.
         values, open_values: [R, H, T, Dv] and [R, H, n, Dv]; Dv = 0 beside latents.
         open_keys: [R, H, n, D] of the tail tokens, which are the newest.
-        seen: number of tokens that layer `layer_idx` has read, evicted tokens and padding included.
-        queries: [R, H, G, m, D] of the newest m tokens and the G query heads of each KV head, zeros
-            at padding: as many as the scheduler needs, or fewer at first.
+        seen: number of tokens of each row that layer `layer_idx` has read, evicted ones included.
+        queries: [R, H, G, m, D] of the newest m tokens and the G query heads of each KV head: as
+            many as the scheduler needs, or fewer at first.
         scale: factor of the products of queries and keys.
         statistics: [R, H, T, c] numbers of each token, after all queries so far.
         constants: [R, H, T, c] numbers of each token that never change.
         row_state: [R, c] numbers of each row, as the last decision left them.
         valid: [R, H, T], True where a place holds a token, the last ones of each head; None = all.
         sinks: oldest tokens of each row that are kept in any case.
-        padding: how many of the `seen` tokens are padding before the first token of these rows.
         latent_rank: if keys are latents, the number of their dims that are the value, too.
         experts, weights: [R, 1 or H, T, k], the choice of the model's gate; None without a gate.
         open_experts, open_weights: [R, 1, n, k], the same choice for the tail tokens.
         output, module: weight [hidden, Hq * Dv] of the output projection; the attention module.
-        rotary: rotation of keys and queries; columns differ by as much as positions do.
+        rotary: rotation of keys and queries by position.
         notes: what earlier layers left for later ones; empty at the first layer of a forward pass.
     """
 
@@ -58,7 +57,6 @@ class Candidates:
     row_state: Tensor | None = None
     valid: Tensor | None = None
     sinks: int = 0
-    padding: int = 0
     open_values: Tensor | None = None
     latent_rank: int | None = None
     experts: Tensor | None = None
@@ -95,8 +93,8 @@ class TokenStatistics(ABC):
     def updated(self, statistics: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
         """Return `statistics` [R, H, T, n], which begin as zeros, after m more queries.
 
-        `weights` [R, H, G, m, T] float32: attention of queries at positions `asked_at` [m] to the
-        tokens, zeros at padding. Changes nothing.
+        `weights` [R, H, G, m, T] float32: attention of queries at positions `asked_at` [R or 1, m]
+        to the tokens, zeros at padding. Changes nothing.
         """
 
 

@@ -45,5 +45,5 @@ class LRU(Scheduler, TokenStatistics):
 
 
 def last_use(before: Tensor, is_used: Tensor, asked_at: Tensor) -> Tensor:
-    """Return the column [R, H, T] of the last use: `before`, or of queries at `asked_at` [m]."""
-    return torch.maximum(before, (is_used * asked_at[:, None].float()).amax(dim=2))
+    """Return the last use [R, H, T] of tokens: `before`, or by queries at `asked_at` [R or 1, m]."""
+    return torch.maximum(before, (is_used * asked_at[:, None, :, None].float()).amax(dim=2))

@@ -70,8 +70,8 @@ class PiKVQuest(Scheduler, TokenConstants):
     def constants(self, tokens: Candidates) -> Tensor:
         network, rotary = self._network(tokens.layer_idx, tokens.keys), tokens.rotary
         assert rotary is not None and tokens.values is not None, "both are among the needs"
-        places = tokens.positions - tokens.padding
-        blocks = (t.split(BLOCK, dim=2) for t in (tokens.keys, tokens.values, places))
+        parts = tokens.keys, tokens.values, tokens.positions
+        blocks = (t.split(BLOCK, dim=2) for t in parts)
         utilities = [
             utility(position_free(keys, values, at, rotary), network)
             for keys, values, at in zip(*blocks, strict=True)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# Last bits of the mantissa of a score that do not count.
+DROPPED = 7
+
 
 def best_places(scores: Tensor, count: int) -> Tensor:
     """Return ascending indices [..., count] of the highest `scores` [..., T], later if equal."""
@@ -23,9 +26,10 @@ def best_of_each_head(scores: Tensor, counts: Tensor) -> Tensor:
 def mask_of_best(scores: Tensor, counts: int | Tensor) -> Tensor:
     """Mark the `counts` (int or [...]) highest `scores` [..., T] of each row: a mask [..., T].
 
-    Of equal scores the later ones are chosen. NaN counts as infinity.
+    Of equal scores the later ones are chosen. Scores are equal if they differ by rounding errors,
+    which depend on the batch; scores in float64 are taken as they are. NaN counts as infinity.
     """
-    scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf)
+    scores = rounded(scores.nan_to_num(torch.inf, torch.inf, -torch.inf))
     if isinstance(counts, Tensor):
         counts = counts[..., None]
         best = scores.topk(max(int(counts.max()), 1), dim=-1).values
@@ -38,6 +42,14 @@ def mask_of_best(scores: Tensor, counts: int | Tensor) -> Tensor:
     missing = counts - above.sum(-1, keepdim=True)
     newer = equal.flip(-1).cumsum(-1).flip(-1)
     return above | (equal & (newer <= missing))
+
+
+def rounded(scores: Tensor) -> Tensor:
+    """Round scores to 16 bits of the mantissa, in float32; scores in float64 stay as they are."""
+    if scores.dtype == torch.float64:
+        return scores
+    bits = scores.float().contiguous().view(torch.int32)
+    return ((bits + (1 << DROPPED >> 1)) & -(1 << DROPPED)).view(torch.float32)
 
 
 def _ascending(mask: Tensor, count: int) -> Tensor:

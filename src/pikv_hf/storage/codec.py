@@ -12,6 +12,10 @@ import torch
 from pikv_kernels import partial_attention, weighted_attention
 from torch import Tensor
 
+# Maximum number of queries of a KV head for which attention weights are computed: the weights of
+# more would be larger than the pages.
+MAX_WEIGHTED = 64
+
 
 class PageCodec(ABC):
     """An encoding of pages: they are encoded once, when sealed, and decoded when read.
@@ -130,6 +134,35 @@ class PageCodec(ABC):
     def out_of_pages(self, out: Tensor) -> Tensor:
         """Transform the output of attention over pages back to the basis of the model."""
         return out
+
+
+def attend_masked(
+    codec: PageCodec,
+    query: Tensor,
+    fields: dict[str, Tensor],
+    tokens: int,
+    scale: float,
+    mask: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Attend as `PageCodec.attend` does, with an additive `mask` for `partial_attention`."""
+    # Over pages that are read in place, one fused kernel is faster than several operations.
+    if codec.gives_weights and codec.block_tokens is not None and query.shape[2] <= MAX_WEIGHTED:
+        turned = codec.into_pages(query, fields)
+        out, lse, _ = codec.attend_weighted(turned, fields, tokens, scale, mask)
+        return codec.out_of_pages(out), lse
+    keys, values = (flat_tokens(pages, tokens) for pages in codec.decode(fields))
+    return partial_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
+
+
+def cover(mask: Tensor, columns: Tensor, covered: Tensor) -> Tensor:
+    """Return an additive `mask` [n, 1 or H, 1, T] that also hides tokens from queries: [n, h, Q, T].
+
+    The tokens are at `columns` [n, h, T]; `covered` [n, Q, c] is True at columns that are hidden.
+    """
+    index = columns.to(covered.device).long()[:, :, None]
+    index = index.expand(-1, -1, covered.shape[1], -1)
+    is_hidden = covered[:, None].expand(-1, index.shape[1], -1, -1).gather(3, index)
+    return mask.masked_fill(is_hidden.to(mask.device), torch.finfo(mask.dtype).min)
 
 
 def encoded(

@@ -32,6 +32,10 @@ class EncodedPages:
     def __len__(self) -> int:
         return len(self.owner)
 
+    @property
+    def page_size(self) -> int:
+        return self.meta["positions"].shape[2]
+
     def split(self, count: int) -> "tuple[EncodedPages, EncodedPages]":
         """Split into the first `count` pages, which must be whole groups, and the rest."""
         first, other = (

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from .codec import PageCodec, check_states, encoded, flat_tokens
 from .incoming_pages import EncodedPages, IncomingPages
@@ -20,6 +21,10 @@ from .tiers import Tier, near
 from .token_table import TokenTable
 from .uniform_pages import UniformPages
 
+# Rows that would need more than this many times the memory of their pages are stored in pools.
+MAX_UNEVEN = 1.25
+# Pages of a KV head in a pool, if its last page is not full: at least.
+POOLED = 8
 # Pages of a pool that are encoded at a time, or copied at a time if no tier has a limit.
 PAGES_ENCODED, PAGES_MOVED = 16, 256
 
@@ -44,37 +49,65 @@ class PageTable:
         batch: int,
         queries: Tensor | None = None,
         room: Room = NO_ROOM,
+        lengths: list[int] | None = None,
     ) -> None:
         """Seal `span`, tokens of the batch rows `rows` out of `batch` rows.
 
-        `span` has `keys` and `values`, or codes as `take` and `encoded` return them. If it has
-        `valid`, the valid tokens of each row and KV head come first. `queries` [R, H, Q, D] are the
-        newest queries of these rows, if the compressor uses any. New memory includes the `room`.
+        `span` has `keys` and `values`, or codes as `take` and `encoded` return them. The first
+        `lengths[r]` tokens of row r are sealed; None = all. If heads differ, too, `valid` marks the
+        tokens, which come first in each head. `queries` [R, H, Q, D] are the newest queries of
+        these rows, if the compressor uses any. New memory includes the `room`.
 
         Raises:
             ValueError: the compressor cannot store these tokens.
         """
-        codes = {name: self._paged(tensor) for name, tensor in span.codes().items()}
-        states = {} if codes else self._states(span)
+        lengths = lengths or [len(span)] * len(rows)
+        is_uneven, has_pools = min(lengths) < len(span), any(map(is_pool, self.slabs))
+        if is_uneven:
+            span = _zeroed(span, lengths)
+        in_pools = has_pools or "valid" in span or self._is_wasteful(lengths)
+        size = self._size(len(span), in_pools=in_pools)
+        codes = {name: paged(tensor, size) for name, tensor in span.codes().items()}
+        states = {} if codes else self._states(span, size)
         sample = next(iter((codes or states).values()))
         self.tiers = self.place(sample)
         known = span.without_codes().without("keys", "values", "valid")
         positions = TokenTable({"positions": known["positions"].to(torch.int32)})
         known = positions.with_columns(known.without("positions"))
         choice = None if codes else self.codec.assign(**states, queries=queries)
-        is_behind_pools = any(isinstance(slab, RaggedPages) for slab in self.slabs)
-        if not (choice is not None or is_behind_pools or "valid" in span):
+        if choice is None and not in_pools:
             fields = codes or encoded(self.codec, **states, queries=queries)
-            return self._append_uniform(fields, known, rows, batch, room)
+            return self._append_uniform(fields, known, rows, batch, room, lengths, size)
         lead = sample.shape[:2]
         known = {
-            name: self._paged(t.to(sample.device).expand(*lead, *t.shape[2:]))
+            name: paged(t.to(sample.device).expand(*lead, *t.shape[2:]), size)
             for name, t in known.tensors.items()
         }
-        valid = span.all_valid()["valid"].to(sample.device)
-        lengths = self._paged(valid.expand(*lead, -1)).sum(-1)
-        new = IncomingPages(states, codes, known, lengths, rows, queries)
+        if "valid" in span:
+            valid = span["valid"].to(sample.device)
+        else:
+            valid = _first(lengths, len(span), sample.device)[:, None]
+        filled = paged(valid.expand(*lead, -1), size).sum(-1)
+        new = IncomingPages(states, codes, known, filled, rows, queries)
         self._append_pooled(new, choice, batch, room)
+
+    def _is_wasteful(self, lengths: list[int]) -> bool:
+        """Return True if rows of these lengths would need much more memory than their tokens."""
+        pages = [-(-n // self.page_size) for n in lengths]
+        return sum(pages) * MAX_UNEVEN < max(pages) * len(pages)
+
+    def _size(self, tokens: int, *, in_pools: bool) -> int:
+        """Return the size of pages for `tokens` tokens.
+
+        Tokens that are encoded one by one are in smaller pages if the last page would not be full:
+        in pages of equal size, or in small pages in pools, where each KV head has a last page.
+        """
+        is_per_token = self.codec.is_per_token or self.codec.is_lossless
+        if not is_per_token or tokens % self.page_size == 0:
+            return self.page_size
+        if in_pools:
+            return min(max(tokens // POOLED, 1), self.page_size)
+        return -(-tokens // -(-tokens // self.page_size))
 
     def encoded(self, span: TokenTable) -> TokenTable:
         """Return `span` with its codes added, if the codec encodes each token by itself.
@@ -84,14 +117,14 @@ class PageTable:
         """
         if not self.codec.is_per_token:
             return span
-        fields = self.codec.encode(**self._states(span))
+        fields = self.codec.encode(**self._states(span, self.page_size))
         return span.with_codes({k: flat_tokens(v, len(span)) for k, v in fields.items()})
 
-    def _states(self, span: TokenTable) -> dict[str, Tensor]:
-        """Check the `keys` and `values` of `span` and return them as pages."""
+    def _states(self, span: TokenTable, size: int) -> dict[str, Tensor]:
+        """Check the `keys` and `values` of `span` and return them as pages of `size` tokens."""
         if not self.codec.is_lossless:
             check_states(self.codec, span["keys"], span["values"])
-        return {name: self._paged(span[name]) for name in ("keys", "values")}
+        return {name: paged(span[name], size) for name in ("keys", "values")}
 
     def apart(self, span: TokenTable, queries: Tensor | None = None) -> "PageTable":
         """Return a new table of `span` alone, with pages encoded as `append` would encode them."""
@@ -99,30 +132,31 @@ class PageTable:
         table.append(span, list(range(rows)), rows, queries)
         return table
 
-    def _paged(self, tensor: Tensor) -> Tensor:
-        """Cut [R, H, T, ...] into pages [R, H, S, P, ...], the last one padded with zeros."""
-        missing = -tensor.shape[2] % self.page_size
-        if missing:
-            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing))
-        pages = tensor.shape[2] // self.page_size
-        return tensor.reshape(*tensor.shape[:2], pages, self.page_size, *tensor.shape[3:])
-
     def _append_uniform(
-        self, fields: dict[str, Tensor], known: TokenTable, rows: list[int], batch: int, room: Room
+        self,
+        fields: dict[str, Tensor],
+        known: TokenTable,
+        rows: list[int],
+        batch: int,
+        room: Room,
+        lengths: list[int],
+        size: int,
     ) -> None:
-        """Store pages of equally many tokens in all rows and heads.
+        """Store pages of `size` tokens, `lengths[r]` in row r, in all heads.
 
         They fill the last slab, then new slabs, one in each tier that has room for any.
         """
-        slab, is_whole = self.slabs[-1] if self.slabs else None, len(rows) == batch
+        slab = self.slabs[-1] if self.slabs else None
         heads, pages = next(iter(fields.values())).shape[1:3]
-        grows = is_whole and len(known) % self.page_size == 0
+        grows = len(rows) == batch and not any(n % size for n in lengths)
         start = 0
-        if isinstance(slab, UniformPages) and is_whole and (free := slab.free_pages(known, batch)):
+        is_alike = isinstance(slab, UniformPages) and slab.page_size == size
+        if is_alike and (free := slab.free_pages(known, rows, lengths)):
             start = min(free, pages)
-            tokens = min(start * self.page_size, len(known))
             slab.write(
-                {k: t.narrow(2, 0, start) for k, t in fields.items()}, known.narrow(0, tokens)
+                {k: t.narrow(2, 0, start) for k, t in fields.items()},
+                known.narrow(0, min(start * size, len(known))),
+                [min(n, start * size) for n in lengths],
             )
             if start == pages:
                 return
@@ -135,17 +169,17 @@ class PageTable:
             wide = count
             if grows and start + count == pages:
                 spare = 0 if all(map(is_own, fields.values())) else count // SPARE
-                follow = max((room.tokens or 0) // self.page_size, spare)
+                follow = max((room.tokens or 0) // size, spare)
                 grown, spare_room = self._grown(batch * heads, tier), tier.room(room)
                 wide = min(spare_room.pages(count, follow, grown, page_bytes), free)
-            tokens = min(count * self.page_size, len(known) - start * self.page_size)
+            tokens = min(count * size, len(known) - start * size)
             slab = UniformPages(
                 codec=self.codec,
                 tier=tier,
                 fields={k: tier.hold(t.narrow(2, start, count), wide) for k, t in fields.items()},
-                meta=known.narrow(start * self.page_size, tokens).with_room(wide * self.page_size),
-                length=tokens,
-                page_size=self.page_size,
+                meta=known.narrow(start * size, tokens).with_room(wide * size),
+                lengths=[max(min(n - start * size, tokens), 0) for n in lengths],
+                page_size=size,
                 readers=list(rows),
                 stored=list(range(len(rows))),
             )
@@ -204,13 +238,14 @@ class PageTable:
         `room_of(tier)` is the number of pages for which a pool is made in a tier.
         """
         for pool in reversed(self.slabs):
-            if isinstance(pool, RaggedPages) and pool.codec == member:
+            is_alike = is_pool(pool) and pool.page_size == pages.page_size
+            if is_alike and pool.codec == member:
                 if pool.free_pages(pages, batch):
                     return pool
                 break
         for tier in self.tiers:
             free = self._free(tier, pages.fields, 0)
-            if free >= len(pages):
+            if free >= pages.group:
                 break
         pool = RaggedPages.like(pages, member, tier, min(room_of(tier), free), batch, heads)
         self.slabs.append(pool)
@@ -221,7 +256,7 @@ class PageTable:
     ) -> int:
         """Return the capacity of a new pool in pages; `unwritten` pages are to be written now."""
         room = tier.room(room)
-        known = (room.tokens or 0) // self.page_size * owners // members
+        known = (room.tokens or 0) // pages.page_size * owners // members
         page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages) * members
         if self.codec.is_mixed:  # the encodings of later pages are not known
             known = min(known, max(room.nbytes, 0) // page_bytes)
@@ -249,17 +284,25 @@ class PageTable:
         return torch.stack(held).sum(0) if held else None
 
     def _read_by(self, row: int) -> list[UniformPages | RaggedPages]:
-        return [slab for slab in self.slabs if row in slab.readers]
+        """Return the slabs that hold tokens of a batch row."""
+        slabs = (slab for slab in self.slabs if row in slab.readers)
+        return [
+            slab
+            for slab in slabs
+            if isinstance(slab, RaggedPages) or slab.lengths[slab.stored_of([row])[0]]
+        ]
 
     def signature(self, row: int) -> tuple[int, ...]:
         """Return a batch row's signature: rows of one signature hold equally many tokens."""
-        slabs = [i for i, slab in enumerate(self.slabs) if row in slab.readers]
-        in_pools = [
-            int(pool.held()[pool.stored_of([row])[0]].sum())
-            for pool in self._read_by(row)
-            if isinstance(pool, RaggedPages)
-        ]
-        return (*slabs, sum(in_pools))
+        uniform, in_pools = [], 0
+        for number, slab in enumerate(self.slabs):
+            if row in slab.readers:
+                held = slab.held()[slab.stored_of([row])[0]]
+                if isinstance(slab, UniformPages):
+                    uniform += [number, int(held[0])] if held[0] else []
+                else:
+                    in_pools += int(held.sum())
+        return (*uniform, in_pools)
 
     def spans(self, rows: list[int]) -> list[TokenTable]:
         """Decode the tokens of batch rows of one signature, the oldest first."""
@@ -327,3 +370,33 @@ class PageTable:
         for slab in self.slabs:
             yield from slab.tensors()
         yield from self.codec.tensors()
+
+
+def is_pool(slab: UniformPages | RaggedPages) -> TypeIs[RaggedPages]:
+    return isinstance(slab, RaggedPages)
+
+
+def paged(tensor: Tensor, size: int) -> Tensor:
+    """Cut [R, H, T, ...] into pages [R, H, S, size, ...], the last one padded with zeros."""
+    missing = -tensor.shape[2] % size
+    if missing:
+        tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing))
+    pages = tensor.shape[2] // size
+    return tensor.reshape(*tensor.shape[:2], pages, size, *tensor.shape[3:])
+
+
+def _first(lengths: list[int], tokens: int, device: torch.device) -> Tensor:
+    """Return [R, tokens] bool, True at the first `lengths[r]` places of row r."""
+    place = torch.arange(tokens, device=device)
+    return place < torch.tensor(lengths, device=device)[:, None]
+
+
+def _zeroed(span: TokenTable, lengths: list[int]) -> TokenTable:
+    """Return `span` with zeros behind the first `lengths[r]` tokens of row r."""
+    absent = ~_first(lengths, len(span), next(iter(span.tensors.values())).device)
+    states = (name for name in ("keys", "values") if name in span)
+    changed = {
+        k: span[k].masked_fill(absent.to(span[k].device)[:, None, :, None], 0) for k in states
+    }
+    rows = {k: t.expand(len(lengths), *t.shape[1:]) for k, t in span.tensors.items()}
+    return TokenTable(rows | changed)

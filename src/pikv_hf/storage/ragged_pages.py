@@ -11,7 +11,7 @@ import torch
 from pikv_kernels import merge_segments, partial_attention
 from torch import Tensor
 
-from .codec import PageCodec, decoded, flat_tokens
+from .codec import MAX_WEIGHTED, PageCodec, cover, decoded, flat_tokens
 from .incoming_pages import EncodedPages
 from .memory import is_writable
 from .prefetch import Block
@@ -21,8 +21,6 @@ from .token_table import TokenTable
 
 # Elements of queries, and of outputs before they are merged, that are copied at a time.
 MAX_COPIED = 2**22
-# Maximum number of queries of a KV head for which attention weights are computed.
-MAX_WEIGHTED = 64
 
 
 class Run(NamedTuple):
@@ -128,12 +126,14 @@ class RaggedPages(PageStore):
             new = Run(self.runs.pop().pages + new.pages, new.group)
         self.runs.append(new)
 
-    def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
+    def attend(
+        self, query: Tensor, scale: float, covered: Tensor | None = None
+    ) -> Iterator[Partial]:
         # The weights of many queries would be larger than the pages.
         is_weighted = self.codec.gives_weights and query.shape[2] <= MAX_WEIGHTED
         queries = self.codec.into_pages(query, self.fields) if is_weighted else query
         results: list[tuple[Tensor, Tensor, Tensor]] = []
-        for result in self._attend_runs(queries.flatten(0, 1), is_weighted, scale):
+        for result in self._attend_runs(queries.flatten(0, 1), is_weighted, scale, covered):
             results.append(result)
             if sum(out.numel() for out, _, _ in results) >= MAX_COPIED:
                 yield self._merged(results, query, is_weighted)
@@ -152,7 +152,7 @@ class RaggedPages(PageStore):
         return out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
     def _attend_runs(
-        self, queries: Tensor, is_weighted: bool, scale: float
+        self, queries: Tensor, is_weighted: bool, scale: float, covered: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield results [n, Q, Dv] and [n, Q] of `queries` [R * H, Q, Dk], and their owners [n]."""
         step = max(1, MAX_COPIED // (queries.shape[1] * queries.shape[2]))
@@ -164,6 +164,10 @@ class RaggedPages(PageStore):
             query = queries.index_select(0, owner)[:, None]
             mask = self._mask(block, queries.dtype) if run.group == 1 else None
             tokens = run.group * self.page_size
+            if covered is not None:
+                columns = self.meta["positions"][block].reshape(len(owner), 1, tokens)
+                mask = queries.new_zeros(len(owner), 1, 1, tokens) if mask is None else mask
+                mask = cover(mask, columns, covered.index_select(0, owner // self.heads))
             # Over single undecoded pages, one fused kernel is faster than several operations.
             is_fused = not is_weighted or (run.group == 1 and self.codec.block_tokens is None)
             if not is_fused:
@@ -171,14 +175,14 @@ class RaggedPages(PageStore):
             elif mask is None:
                 out, lse = self.codec.attend(query, fields, tokens, scale)
             else:
-                out, lse = self._attend_masked(query, fields, mask, scale)
+                out, lse = self._attend_masked(query, fields, tokens, mask, scale)
             yield out[:, 0], lse[:, 0], owner
 
     def _attend_masked(
-        self, query: Tensor, fields: dict[str, Tensor], mask: Tensor, scale: float
+        self, query: Tensor, fields: dict[str, Tensor], tokens: int, mask: Tensor, scale: float
     ) -> Partial:
-        """Attend with `query` [n, 1, Q, Dk] to pages [n, 1, 1, ...] of any lengths."""
-        keys, values = (flat_tokens(t, self.page_size) for t in self.codec.decode(fields))
+        """Attend with `query` [n, 1, Q, Dk] to pages [n, 1, group, ...] with a `mask`."""
+        keys, values = (flat_tokens(t, tokens) for t in self.codec.decode(fields))
         return partial_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
 
     def _mask(self, block: slice, dtype: torch.dtype) -> Tensor:

@@ -49,8 +49,13 @@ class PageStore(ABC):
         """Count the tokens of each stored row and KV head, [rows, H] on the CPU."""
 
     @abstractmethod
-    def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
-        """Yield partial results [rows, H, Q, Dv] and [rows, H, Q] of `query` [rows, H, Q, Dk]."""
+    def attend(
+        self, query: Tensor, scale: float, covered: Tensor | None = None
+    ) -> Iterator[Partial]:
+        """Yield partial results [rows, H, Q, Dv] and [rows, H, Q] of `query` [rows, H, Q, Dk].
+
+        `covered` [rows, Q, n] bool is True at columns that a query may not see; None = it sees all.
+        """
 
     @abstractmethod
     def crop(self, position: int) -> None:

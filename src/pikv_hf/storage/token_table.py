@@ -43,8 +43,20 @@ class TokenTable:
     def select_rows(self, index: Tensor) -> "TokenTable":
         return self._map(lambda t: t if t.shape[0] == 1 else t.index_select(0, index.to(t.device)))
 
+    def of_rows(self, rows: list[int]) -> "TokenTable":
+        """Return the tokens of `rows`: views, if the rows follow one another."""
+        if rows != list(range(rows[0], rows[0] + len(rows))):
+            return self.select_rows(torch.tensor(rows))
+        return self._map(lambda t: t if t.shape[0] == 1 else t.narrow(0, rows[0], len(rows)))
+
     def select_tokens(self, index: Tensor) -> "TokenTable":
         return self._map(lambda t: t.index_select(2, index.to(t.device)))
+
+    def select_places(self, rows: list[int], places: Tensor) -> "TokenTable":
+        """Gather the tokens `places` [n, K] of the n `rows`, in all heads."""
+        return self.of_rows(rows)._map(
+            lambda t: taken(t, places.to(t.device)[:, None].expand(-1, t.shape[1], -1))
+        )
 
     def narrow(self, start: int, length: int) -> "TokenTable":
         return self._map(lambda t: t.narrow(2, start, length))

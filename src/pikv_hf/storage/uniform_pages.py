@@ -5,82 +5,133 @@ Shapes: R stored rows, H KV heads, S pages, P tokens a page, D head dim.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .codec import PageCodec, decoded, flat_tokens
+from .codec import PageCodec, attend_masked, cover, decoded, flat_tokens
 from .memory import is_writable
 from .row_map import PageStore, Partial
 from .token_table import TokenTable
 
-# Encoded pages [R, H, s, ...] and the number of their valid tokens.
-Block = tuple[dict[str, Tensor], int]
+
+class Block(NamedTuple):
+    """Encoded pages [R, H, s, ...] and how many tokens they have; `start` tokens are before them."""
+
+    fields: dict[str, Tensor]
+    tokens: int
+    start: int
 
 
 @dataclass(kw_only=True)
 class UniformPages(PageStore):
-    """Pages of R stored rows that were sealed together, or one after another.
+    """Pages of R stored rows, whose KV heads have equally many tokens.
 
     `fields` [R, H, S, ...] are the encoded pages; `meta` is other data of their tokens
-    (`positions`, and labels if recorded), [R or 1, H or 1, S * P, ...]. The first `length` tokens
-    of each row and head are valid; the places behind them are never read.
+    (`positions`, and labels if recorded), [R or 1, H or 1, S * P, ...]. The first `lengths[r]`
+    tokens of row r are valid. Places up to the longest row are read, but masked in shorter rows.
     """
 
     codec: PageCodec
     meta: TokenTable
-    length: int
+    lengths: list[int]
     page_size: int
     _whole: Block | None = field(default=None, repr=False)
 
     @property
+    def length(self) -> int:
+        """Number of tokens of the longest row."""
+        return max(self.lengths)
+
+    @property
+    def is_even(self) -> bool:
+        """True if all rows have equally many tokens."""
+        return min(self.lengths) == self.length
+
+    @property
+    def _sample(self) -> Tensor:
+        return next(iter(self.fields.values()))
+
+    @property
     def rows(self) -> int:
-        return next(iter(self.fields.values())).shape[0]
+        return self._sample.shape[0]
 
     @property
     def capacity(self) -> int:
-        return next(iter(self.fields.values())).shape[2] * self.page_size
+        return self._sample.shape[2] * self.page_size
 
     @property
     def pages(self) -> int:
+        """Number of pages of the longest row."""
         return -(-self.length // self.page_size)
 
     @property
     def page_count(self) -> int:
-        return self.pages * self.rows * next(iter(self.fields.values())).shape[1]
+        return sum(-(-n // self.page_size) for n in self.lengths) * self._sample.shape[1]
 
     @property
     def room(self) -> float:
         return 1 - self.pages * self.page_size / self.capacity
 
     def held(self) -> Tensor:
-        return torch.full(next(iter(self.fields.values())).shape[:2], self.length, device="cpu")
+        return torch.tensor(self.lengths)[:, None].expand(-1, self._sample.shape[1])
 
-    def free_pages(self, meta: TokenTable, batch: int) -> int:
-        """Return how many pages of tokens like `meta`, of all `batch` rows, can be appended."""
+    def free_pages(self, meta: TokenTable, rows: list[int], lengths: list[int]) -> int:
+        """Return how many pages can be appended to each of the batch `rows`.
+
+        `lengths` tokens like `meta` are to be appended.
+        """
         # Data shared by all rows or heads can be written to data of each one, not vice versa.
         alike = meta.tensors.keys() == self.meta.tensors.keys() and all(
             new in (1, held)
             for name in meta.tensors
             for new, held in zip(meta[name].shape[:2], self.meta[name].shape[:2], strict=True)
         )
+        is_even = self.is_even and min(lengths) == max(lengths)
+        is_per_row = all(tensor.shape[0] == self.rows for tensor in self.meta.tensors.values())
+        is_cut = any(n % self.page_size for n in (*self.lengths, *(() if is_even else lengths)))
         is_free = (
             alike
+            and (is_even or is_per_row)
+            and not is_cut
             and not self.is_forked
-            and self.is_read_by_all(batch)
+            and self.readers == rows
             and self.is_in_order()
-            and self.length % self.page_size == 0
-            and is_writable(next(iter(self.fields.values())))
+            and is_writable(self._sample)
         )
         return (self.capacity - self.length) // self.page_size if is_free else 0
 
-    def write(self, fields: dict[str, Tensor], meta: TokenTable) -> None:
-        """Append the pages `fields` [R, H, s, ...] of the tokens `meta`."""
-        for name, tensor in fields.items():
-            self.fields[name].narrow(2, self.pages, tensor.shape[2]).copy_(tensor)
-        self.meta.write(self.length, meta)
-        self.length += len(meta)
+    def write(self, fields: dict[str, Tensor], meta: TokenTable, lengths: list[int]) -> None:
+        """Append the pages `fields` [R, H, s, ...]: `lengths[r]` tokens of row r, of `meta`."""
+        if self.is_even and min(lengths) == max(lengths):
+            for name, tensor in fields.items():
+                self.fields[name].narrow(2, self.pages, tensor.shape[2]).copy_(tensor)
+            self.meta.write(self.length, meta)
+        else:
+            self._write_behind_each_row(fields, meta, lengths)
+        self.lengths = [n + more for n, more in zip(self.lengths, lengths, strict=True)]
         self.changed()
+
+    def _write_behind_each_row(
+        self, fields: dict[str, Tensor], meta: TokenTable, lengths: list[int]
+    ) -> None:
+        """Write the new pages of each row behind its last page."""
+        size = self.page_size
+        held, new = torch.tensor([self.lengths, lengths]) // size
+        row, page = (torch.arange(int(new.max())) < new[:, None]).nonzero().unbind(1)
+        places = torch.stack([row, page, held[row] + page]).to(self._sample.device)
+        exposed = slice(self.pages, int((held + new).max()))
+        paged = {k: t.unflatten(2, (-1, size)) for k, t in self.meta.tensors.items()}
+        more = {k: t.unflatten(2, (-1, size)) for k, t in meta.tensors.items()}
+        for all_held, all_new in ((self.fields, fields), (paged, more)):
+            for name, tensor in all_held.items():
+                tensor[:, :, exposed] = 0  # read, though masked: it must be finite
+                row, page, place = places.to(tensor.device)
+                wide = all_new[name].expand(self.rows, *all_new[name].shape[1:])
+                tensor[row, :, place] = wide[row.to(wide.device), :, page.to(wide.device)].to(
+                    tensor
+                )
 
     def changed(self) -> None:
         super().changed()
@@ -89,40 +140,89 @@ class UniformPages(PageStore):
     def keep_rows(self, used: Tensor) -> None:
         self.fields = {k: self.tier.select(v, used) for k, v in self.fields.items()}
         self.meta = self.meta.select_rows(used)
+        self.lengths = [self.lengths[row] for row in used.tolist()]
 
     def crop(self, position: int) -> None:
-        columns = self.meta["positions"][0, 0, : self.length]
-        self.length = int((columns < position).sum())
+        columns = self.meta["positions"][:, 0, : self.length].cpu()
+        valid = torch.arange(self.length) < torch.tensor(self.lengths)[:, None]
+        self.lengths = ((columns < position) & valid).sum(1).tolist()
         self.changed()
 
-    def attend(self, query: Tensor, scale: float) -> Iterator[Partial]:
-        for fields, tokens in self.blocks():
-            yield self.codec.attend(query, fields, tokens, scale)
+    def attend(
+        self, query: Tensor, scale: float, covered: Tensor | None = None
+    ) -> Iterator[Partial]:
+        shortest = min(self.lengths)
+        for fields, tokens, start in self.blocks():
+            if covered is None and start + tokens <= shortest:
+                yield self.codec.attend(query, fields, tokens, scale)
+                continue
+            mask = self._mask(query)[..., start : start + tokens]
+            if covered is not None:
+                columns = self.meta["positions"].narrow(2, start, tokens)
+                mask = cover(mask, columns.expand(self.rows, -1, -1), covered)
+            yield attend_masked(self.codec, query, fields, tokens, scale, mask)
+
+    def attend_selected(
+        self, query: Tensor, pages: Tensor, scale: float, covered: Tensor | None = None
+    ) -> Iterator[Partial]:
+        """Yield partial results of `query` [n, H, Q, Dk] of the n readers over a selection of pages.
+
+        `pages` [n, H, K] are full, or behind the end of a row, where they have no weight. `covered`
+        [n, Q, columns] as for `attend`.
+        """
+        step, stored = self._pages_per_block(), self.index("stored", pages.device)
+        rows = TokenTable(self.fields).select_rows(stored)
+        ends = torch.tensor(self.lengths, device=pages.device)[stored] // self.page_size
+        for start in range(0, pages.shape[2], step):
+            chosen = pages[:, :, start : start + step]
+            fields = self.tier.bring(rows.gather(chosen).tensors)
+            tokens = chosen.shape[2] * self.page_size
+            if self.is_even and covered is None:
+                yield self.codec.attend(query, fields, tokens, scale)
+                continue
+            is_behind = (chosen >= ends[:, None, None]).repeat_interleave(self.page_size, dim=2)
+            mask = query.new_zeros(is_behind.shape)
+            mask = mask.masked_fill_(is_behind, torch.finfo(query.dtype).min)[:, :, None]
+            if covered is not None:
+                columns = TokenTable({"at": self._paged_positions()}).select_rows(stored)
+                mask = cover(mask, columns.gather(chosen)["at"].flatten(2), covered)
+            yield attend_masked(self.codec, query, fields, tokens, scale, mask)
+
+    def _paged_positions(self) -> Tensor:
+        """Return the positions [R, H or 1, S, P] of the tokens of all full pages."""
+        full = self.length // self.page_size * self.page_size
+        paged = self.meta["positions"].narrow(2, 0, full).unflatten(2, (-1, self.page_size))
+        return paged.expand(self.rows, *paged.shape[1:])
+
+    def _mask(self, query: Tensor) -> Tensor:
+        """Return the additive mask [R, 1, 1, length] that hides places behind a row's last token."""
+        mask = self._index.get("mask")
+        if mask is None or mask.dtype != query.dtype:
+            lengths = torch.tensor(self.lengths, device=query.device)
+            place = torch.arange(self.length, device=query.device)
+            mask = query.new_zeros(self.rows, self.length)
+            mask.masked_fill_(place >= lengths[:, None], torch.finfo(query.dtype).min)
+            self._index["mask"] = mask = mask[:, None, None]
+        return mask
 
     def blocks(self) -> Iterator[Block]:
         """Yield the pages of the stored rows, as many at a time as the compressor decodes."""
         if self._whole is None:
-            yield from self.tier.blocks(self._views())
+            for fields, (tokens, start) in self.tier.blocks(self._views()):
+                yield Block(fields, tokens, start)
         else:
             yield self._whole
 
-    def _views(self) -> Iterator[Block]:
+    def _views(self) -> Iterator[tuple[dict[str, Tensor], tuple[int, int]]]:
         step = self._pages_per_block()
-        for start in range(0, self.pages, step):
-            stop = min(start + step, self.pages)
-            fields = {name: tensor[:, :, start:stop] for name, tensor in self.fields.items()}
-            block = fields, min(stop * self.page_size, self.length) - start * self.page_size
+        for first in range(0, self.pages, step):
+            stop = min(first + step, self.pages)
+            fields = {name: tensor[:, :, first:stop] for name, tensor in self.fields.items()}
+            start = first * self.page_size
+            tokens = min(stop * self.page_size, self.length) - start
             if step >= self.pages and self.tier.in_place:
-                self._whole = block  # made once, not at every step
-            yield block
-
-    def selected_blocks(self, pages: Tensor) -> Iterator[Block]:
-        """Yield copies of the full pages `pages` [len(readers), H, K] of each reader, in blocks."""
-        step = self._pages_per_block()
-        rows = TokenTable(self.fields).select_rows(self.index("stored", pages.device))
-        for start in range(0, pages.shape[2], step):
-            chosen = pages[:, :, start : start + step]
-            yield self.tier.bring(rows.gather(chosen).tensors), chosen.shape[2] * self.page_size
+                self._whole = Block(fields, tokens, start)  # made once, not at every step
+            yield fields, (tokens, start)
 
     def _pages_per_block(self) -> int:
         max_pages = self.tier.most_pages(self.nbytes * self.page_size // self.capacity)
@@ -131,8 +231,10 @@ class UniformPages(PageStore):
         return min(max(1, self.codec.block_tokens // self.page_size), max_pages)
 
     def span(self, rows: list[int], *, with_values: bool) -> TokenTable:
-        """Decode all tokens of the given batch rows, as views if nothing has to be made."""
-        views = ((self.tier.bring(fields), tokens) for fields, tokens in self._views())
+        """Decode all tokens of batch rows that have equally many, as views if possible."""
+        stored = self.stored_of(rows)
+        length = self.lengths[int(stored[0])]
+        views = ((self.tier.bring(fields), tokens) for fields, (tokens, _) in self._views())
         parts = [
             {k: flat_tokens(t, tokens) for k, t in decoded(self.codec, fields, with_values).items()}
             for fields, tokens in views
@@ -147,8 +249,7 @@ class UniformPages(PageStore):
             codes = self.tier.bring(self.fields)
             codes = {name: flat_tokens(t, self.length) for name, t in codes.items()}
             states = states.with_codes(codes)
-        tokens = states.with_columns(self.meta.narrow(0, self.length))
-        stored = self.stored_of(rows)
+        tokens = states.with_columns(self.meta.narrow(0, self.length)).narrow(0, length)
         return tokens if stored.tolist() == list(range(self.rows)) else tokens.select_rows(stored)
 
     def tensors(self) -> Iterator[Tensor]:

@@ -29,6 +29,7 @@ def repeat(cache: PagedCache) -> None:
     if not listeners:
         return
     saved = [(state, state.saved()) for state in written]
+    covered = cache.columns.covered
     text = Text(cache, how, listeners[0].state)
     with cache.reading.prompt(None):
         try:
@@ -44,9 +45,12 @@ def repeat(cache: PagedCache) -> None:
                 text.read(parts)
                 for state in written:
                     state.crop(seen)
+                cache.columns.crop(seen)
         finally:
             cache.stand_in(layers, log)
             cache.step.end()
+            cache.columns.crop(seen)
+            cache.columns.cover(covered)
             for state, before in saved:
                 if state.num_seen > seen:
                     state.crop(seen)

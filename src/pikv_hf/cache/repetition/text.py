@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...layer.departure import open_places
 from ...layer.state import LayerState
-from ...model.masks import visible_columns
 from ...model.versions import with_cache
 from ..paged_cache import PagedCache
 
@@ -25,21 +25,22 @@ class Text:
     def __init__(self, cache: PagedCache, how: Any, state: LayerState) -> None:
         assert cache.log.ids is not None, "tokens without ids are refused"
         self.cache, self.how = cache, how
-        length, first = state.tail.length, state.first_in_tail
+        first, batch = state.first_in_tail, state.tail.batch
         self.ids = cache.log.ids[:, first : state.num_seen].long()
-        visible = visible_columns(state.mask, length)
+        visible = cache.columns.visible(0, state.num_seen)
         if visible is None:
-            visible = torch.ones(1, length, dtype=torch.bool)
-        visible = visible.cpu().expand(state.tail.batch, -1)
-        columns = [row.nonzero().flatten() for row in visible]
+            visible = torch.ones(1, state.num_seen, dtype=torch.bool)
+        self.mask = visible.expand(batch, -1).long()
+        is_open = open_places(state)
+        if is_open is None:
+            is_open = torch.ones(batch, state.tail.length, dtype=torch.bool)
+        columns = [row.nonzero().flatten() for row in is_open]
         self.parts = [row.split(how.chunk_size) for row in columns]
         # A row's first tokens are in the tail only if none of its tokens has left the tail.
         self.sinks = [
             row[: 0 if departed else how.sinks]
             for row, departed in zip(columns, state.num_departed, strict=True)
         ]
-        sealed = cache.padding.visible(state.tail.batch)
-        self.mask = torch.cat([sealed, visible], dim=1).long()
         self.chunks = max(map(len, self.parts))
 
     def chunk(self, number: int) -> list[Part]:
