@@ -26,19 +26,17 @@ from pikv_hf import PiKVCache
 from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import StreamingLLM
 from pikv_hf.storage.memory import storage_bytes
-from pikv_hf.storage.page_table import UniformPages
+from pikv_hf.storage.uniform_pages import Block, UniformPages
 
 # ---- streaming_llm ------------------------------------------------------------------------------
 
 
-def streaming(mask, seen, sinks, window, open_tokens, page_size):
-    """Who stays, [B, seen] bool: of each row's real tokens the first `sinks` and the last `window`,
-    and, since tokens leave in pages, those that wait for their page to be full."""
-    waiting = (seen - open_tokens) % page_size if seen >= open_tokens else 0
-    columns = torch.arange(seen)
+def streaming(mask, seen, sinks, window):
+    """Who stays, [B, seen] bool, when rows are cut down: the first `sinks`, the last `window`."""
     real = mask[:, :seen].bool()
-    is_sink = real & (real.cumsum(-1) <= sinks)
-    return real & (is_sink | (columns >= seen - window - waiting))
+    number = real.cumsum(-1)
+    is_recent = number > number[:, -1:] - window
+    return real & ((number <= sinks) | is_recent)
 
 
 def kept(cache, mask):
@@ -46,8 +44,8 @@ def kept(cache, mask):
     out = []
     for layer in paged(cache):
         seen = torch.zeros(rows_of(layer), layer.state.num_seen, dtype=torch.int64)
-        seen[:, layer.state.num_seen - tail_length(layer) :] += mask[:, -tail_length(layer) :]
-        for row in range(rows_of(layer)):
+        for row, start in enumerate(layer.state.starts):
+            seen[row, start:] += mask[row, start:]
             at = torch.tensor(sealed(layer, row), dtype=torch.int64)
             seen[row].index_add_(0, at, torch.ones_like(at))
         assert seen.max() <= 1, "a token is held twice"
@@ -79,7 +77,7 @@ def test_streaming_llm(name, lengths, step, case) -> None:
     method = StreamingLLM(sinks, window)
     cache = PiKVCache(model, scheduler=method, page_size=size, window=open_)
     reference = dynamic(model)
-    stays = torch.ones(len(ids), 0, dtype=torch.bool)
+    stays, due = torch.ones(len(ids), 0, dtype=torch.bool), 0
     for start, end in chunks(48, case["prefill"], step):
         new = end - start
         visible = torch.cat([stays, mask[:, start:end].bool()], dim=1)
@@ -98,9 +96,10 @@ def test_streaming_llm(name, lengths, step, case) -> None:
         real = mask[:, start:end].bool()
         assert_close(actual[real], expected[real])
         # Who was dropped before stays dropped: a late and long chunk cannot bring it back.
-        stays = streaming(mask, end, sinks, window, open_, size) & torch.cat(
-            [stays, torch.ones(len(ids), new, dtype=torch.bool)], dim=1
-        )
+        stays = torch.cat([stays, mask[:, start:end].bool()], dim=1)
+        if new > 1 or end >= due:  # rows are cut down after several tokens, then once a page
+            stays &= streaming(mask, end, sinks, window)
+            due = end + size
         assert torch.equal(kept(cache, mask[:, :end]), stays.expand(len(paged(cache)), -1, -1))
         assert cache.get_seq_length() == end
     assert not stays.all(), "nothing was dropped"
@@ -113,7 +112,7 @@ def test_streaming_llm_budget_given_to_the_cache() -> None:
     cache = PiKVCache(model, scheduler=StreamingLLM(3, 999), budget=20, page_size=1, window=5)
     for start, end in chunks(60, 40):
         forward(model, ids[:, start:end], mask[:, :end], cache)
-        assert torch.equal(kept(cache, mask[:, :end])[0], streaming(mask, end, 3, 17, 5, 1))
+        assert torch.equal(kept(cache, mask[:, :end])[0], streaming(mask, end, 3, 17))
 
 
 @pytest.mark.parametrize("name, router", [("mixtral", None), ("deepseek_v3", "all")])
@@ -314,9 +313,10 @@ def test_a_lost_page_is_seen(monkeypatch) -> None:
     blocks = UniformPages.blocks
 
     def short(slab, *args):
-        for fields, tokens in blocks(slab, *args):
+        for fields, tokens, start in blocks(slab, *args):
             lost = 1 if tokens > 4 else 0
-            yield {name: pages[:, :, lost:] for name, pages in fields.items()}, tokens - 4 * lost
+            pages = {name: pages[:, :, lost:] for name, pages in fields.items()}
+            yield Block(pages, tokens - 4 * lost, start)
 
     monkeypatch.setattr(UniformPages, "blocks", short)
     with pytest.raises(AssertionError, match="differs by|assert"):

@@ -90,7 +90,7 @@ def test_a_cache_that_is_given_up(length, methods) -> None:
     inputs = prompt(model, (length,))
     cache = PiKVCache(model, **methods, **SMALL)
     held = 24 if length == 20 else 0
-    with pytest.warns(UserWarning, match=f"PhimoeForCausalLM goes on.* behind {held} tokens"):
+    with pytest.warns(UserWarning, match=f"PhimoeForCausalLM goes on.* after {held} tokens"):
         model.generate(**inputs, **with_cache(cache), max_new_tokens=12)
     report = cache.report()
     assert report.seen_tokens == held and "another cache" in report.note
