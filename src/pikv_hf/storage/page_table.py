@@ -16,7 +16,7 @@ from .codec import PageCodec, check_states, encoded, flat_tokens
 from .incoming_pages import EncodedPages, IncomingPages
 from .memory import is_own
 from .ragged_pages import RaggedPages, together
-from .room import NO_ROOM, SPARE, Room, grown_pages
+from .room import MERGED, NO_ROOM, SPARE, Room, grown_pages
 from .tiers import Tier, near
 from .token_table import TokenTable
 from .uniform_pages import UniformPages
@@ -183,8 +183,23 @@ class PageTable:
                 readers=list(rows),
                 stored=list(range(len(rows))),
             )
-            self.slabs.append(slab)
+            self.slabs.append(self._merged(slab) if grows and tier.merges else slab)
             start += count
+
+    def _merged(self, newest: UniformPages) -> UniformPages:
+        """Take out older slabs that are not much larger; return one slab of their and new pages.
+
+        Attention reads every slab by itself, so there should be few.
+        """
+        parts, pages = [newest], newest.capacity // newest.page_size
+        while self.slabs:
+            older = self.slabs[-1]
+            if is_pool(older) or not older.can_precede(newest) or older.pages > MERGED * pages:
+                break
+            parts.insert(0, older)
+            pages += older.pages
+            self.slabs.pop()
+        return newest if len(parts) == 1 else newest.joined(parts, pages)
 
     def _free(self, tier: Tier, fields: dict[str, Tensor], dim: int) -> int:
         """Return how many pages like `fields` fit in `tier`; dimension `dim` counts pages."""

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
-# Room is made for 1/16 of the pages held; on disk, where each piece is a mapped file, for 1/2.
-GROWTH, ROOMY_GROWTH = 16, 2
-MIN_GROWTH, MAX_GROWTH = 4, 32
+# Room is made for 1/18 of the pages held; on disk, where each piece is a mapped file, for 1/2.
+GROWTH, ROOMY_GROWTH = 18, 2
+MIN_GROWTH = 4
+# A new store takes in older ones that have at most this many times its pages: with 1/18 of room
+# there are at most three, whatever their size, and a page is copied three to four times.
+MERGED = 2
 # Copied pages per page of room, which lets eviction find old and new tokens in one piece.
 SPARE = 256
 
@@ -35,4 +38,4 @@ def grown_pages(held: int, *, is_roomy: bool) -> int:
     """Return for how many pages of a KV head to make room when it holds `held` pages."""
     if is_roomy:
         return max(held // ROOMY_GROWTH, MIN_GROWTH)
-    return min(max(held // GROWTH, MIN_GROWTH), MAX_GROWTH)
+    return max(held // GROWTH, MIN_GROWTH)

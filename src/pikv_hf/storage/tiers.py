@@ -32,6 +32,11 @@ class Tier(ABC):
     #: True if unused room for more pages takes no memory.
     is_roomy: ClassVar[bool] = False
 
+    @property
+    def merges(self) -> bool:
+        """True if pages are copied into larger stores, so that there are few."""
+        return self.limit is None and not self.is_roomy
+
     def room(self, room: Room) -> Room:
         """Return `room`, with unlimited bytes if unused room takes no memory."""
         return replace(room, nbytes=sys.maxsize) if self.is_roomy else room

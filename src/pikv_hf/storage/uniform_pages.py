@@ -4,7 +4,7 @@ Shapes: R stored rows, H KV heads, S pages, P tokens a page, D head dim.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -101,6 +101,34 @@ class UniformPages(PageStore):
             and is_writable(self._sample)
         )
         return (self.capacity - self.length) // self.page_size if is_free else 0
+
+    def can_precede(self, newer: "UniformPages") -> bool:
+        """Return True if `newer` pages may lie behind these in one store."""
+        leads = [{k: t.shape[:2] for k, t in s.meta.tensors.items()} for s in (self, newer)]
+        return (
+            (self.codec, self.tier, self.page_size, self.readers, leads[0])
+            == (newer.codec, newer.tier, newer.page_size, newer.readers, leads[1])
+            and not (self.is_forked or any(n % self.page_size for n in self.lengths))
+            and self.is_in_order()
+        )
+
+    def joined(self, parts: "list[UniformPages]", pages: int) -> "UniformPages":
+        """Return a copy of the pages of `parts`, in a store for `pages` pages of each row."""
+        joined = replace(
+            self,
+            fields={
+                k: self.tier.empty(t, *t.shape[:2], pages, *t.shape[3:])
+                for k, t in self.fields.items()
+            },
+            meta=self.meta.narrow(0, 0).with_room(pages * self.page_size),
+            lengths=[0] * self.rows,
+            _index={},
+        )
+        for part in parts:
+            fields = {name: tensor[:, :, : part.pages] for name, tensor in part.fields.items()}
+            meta = part.meta.narrow(0, part.pages * self.page_size)
+            joined.write(fields, meta, part.lengths)
+        return joined
 
     def write(self, fields: dict[str, Tensor], meta: TokenTable, lengths: list[int]) -> None:
         """Append the pages `fields` [R, H, s, ...]: `lengths[r]` tokens of row r, of `meta`."""
