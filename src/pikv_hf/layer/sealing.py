@@ -124,13 +124,18 @@ def _examine(state: LayerState, tail: TokenTable, leaving: Departure) -> None:
 
 
 def _groups(state: LayerState, leaving: Departure) -> list[Departing]:
-    """Split the groups of rows until the rows of a group have equal pages, for a scheduler."""
+    """Split the groups of rows until the rows of a group have equal pages, for a scheduler.
+
+    Where a mixed compressor ranks pages of heads with different lengths, each row is by itself.
+    """
     if state.settings.scheduler is None:
         return leaving.groups
+    is_apart = state.settings.traits.is_ragged and state.compressor.is_mixed
     split = []
     for group in leaving.groups:
         alike: dict[tuple[int, ...], list[int]] = {}
         for number, row in enumerate(group.rows):
-            alike.setdefault(state.pages.signature(row), []).append(number)
+            key = (row,) if is_apart else state.pages.signature(row)
+            alike.setdefault(key, []).append(number)
         split += [group.select(numbers) for numbers in alike.values()]
     return split

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import TypeIs
 
 from .codec import PageCodec, check_states, encoded, flat_tokens
+from .cutting import first_places, paged, zeroed_behind
 from .incoming_pages import EncodedPages, IncomingPages
 from .memory import is_own
 from .ragged_pages import RaggedPages, together
@@ -64,7 +64,7 @@ class PageTable:
         lengths = lengths or [len(span)] * len(rows)
         is_uneven, has_pools = min(lengths) < len(span), any(map(is_pool, self.slabs))
         if is_uneven:
-            span = _zeroed(span, lengths)
+            span = zeroed_behind(span, lengths)
         in_pools = has_pools or "valid" in span or self._is_wasteful(lengths)
         size = self._size(len(span), in_pools=in_pools)
         codes = {name: paged(tensor, size) for name, tensor in span.codes().items()}
@@ -86,7 +86,7 @@ class PageTable:
         if "valid" in span:
             valid = span["valid"].to(sample.device)
         else:
-            valid = _first(lengths, len(span), sample.device)[:, None]
+            valid = first_places(lengths, len(span), sample.device)[:, None]
         filled = paged(valid.expand(*lead, -1), size).sum(-1)
         new = IncomingPages(states, codes, known, filled, rows, queries)
         self._append_pooled(new, choice, batch, room)
@@ -327,7 +327,8 @@ class PageTable:
         slabs = self._read_by(rows[0])
         uniform = [slab for slab in slabs if isinstance(slab, UniformPages)]
         spans = [slab.span(rows, with_values=with_values) for slab in uniform]
-        pools = [slab for slab in slabs if isinstance(slab, RaggedPages)]
+        # Rows that hold equally many tokens in pools may hold them in different pools.
+        pools = [p for p in self.slabs if is_pool(p) and not set(rows).isdisjoint(p.readers)]
         if not pools:
             return spans
         # A mixed codec may choose another encoding for the token next time.
@@ -389,29 +390,3 @@ class PageTable:
 
 def is_pool(slab: UniformPages | RaggedPages) -> TypeIs[RaggedPages]:
     return isinstance(slab, RaggedPages)
-
-
-def paged(tensor: Tensor, size: int) -> Tensor:
-    """Cut [R, H, T, ...] into pages [R, H, S, size, ...], the last one padded with zeros."""
-    missing = -tensor.shape[2] % size
-    if missing:
-        tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing))
-    pages = tensor.shape[2] // size
-    return tensor.reshape(*tensor.shape[:2], pages, size, *tensor.shape[3:])
-
-
-def _first(lengths: list[int], tokens: int, device: torch.device) -> Tensor:
-    """Return [R, tokens] bool, True at the first `lengths[r]` places of row r."""
-    place = torch.arange(tokens, device=device)
-    return place < torch.tensor(lengths, device=device)[:, None]
-
-
-def _zeroed(span: TokenTable, lengths: list[int]) -> TokenTable:
-    """Return `span` with zeros behind the first `lengths[r]` tokens of row r."""
-    absent = ~_first(lengths, len(span), next(iter(span.tensors.values())).device)
-    states = (name for name in ("keys", "values") if name in span)
-    changed = {
-        k: span[k].masked_fill(absent.to(span[k].device)[:, None, :, None], 0) for k in states
-    }
-    rows = {k: t.expand(len(lengths), *t.shape[1:]) for k, t in span.tensors.items()}
-    return TokenTable(rows | changed)
