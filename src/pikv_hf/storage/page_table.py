@@ -100,13 +100,16 @@ class PageTable:
         """Return the size of pages for `tokens` tokens.
 
         Tokens that are encoded one by one are in smaller pages if the last page would not be full:
-        in pages of equal size, or in small pages in pools, where each KV head has a last page.
+        in pages of equal size, or in pools, where each KV head has a last page, in about `POOLED`.
         """
         is_per_token = self.codec.is_per_token or self.codec.is_lossless
         if not is_per_token or tokens % self.page_size == 0:
             return self.page_size
+        if in_pools and tokens >= POOLED * self.page_size:
+            return self.page_size
         if in_pools:
-            return min(max(tokens // POOLED, 1), self.page_size)
+            is_large = tokens >= 2 * self.page_size
+            return max(self.page_size // 2 if is_large else tokens // POOLED, 1)
         return -(-tokens // -(-tokens // self.page_size))
 
     def encoded(self, span: TokenTable) -> TokenTable:
