@@ -38,15 +38,12 @@ class Columns:
         """
         if self.hidden is None and (visible is None or visible.all()):
             return
-        new = torch.zeros(1, end - start, dtype=torch.bool) if visible is None else ~visible.cpu()
-        known = (
-            torch.zeros(len(starts), 0, dtype=torch.bool) if self.hidden is None else self.hidden
-        )
-        known = F.pad(known, (0, max(end - known.shape[1], 0)))[:, :end]
+        held = self._hidden(len(starts), start, end)
+        new = torch.zeros_like(held) if visible is None else ~visible.cpu()
         departed = torch.arange(start, end) < torch.tensor(starts)[:, None]
-        new = torch.where(departed, known[:, start:], new)
-        if not torch.equal(new, known[:, start:]):
-            self._set(torch.cat([known[:, :start], new], dim=1))
+        new = torch.where(departed, held, new)
+        if not torch.equal(new, held):
+            self._set(torch.cat([self._hidden(len(starts), 0, start), new], dim=1))
 
     def _set(self, hidden: Tensor | None) -> None:
         self.stamp += 1
@@ -76,6 +73,13 @@ class Columns:
             return None
         hidden = self.hidden[:, start:end]
         return ~F.pad(hidden, (0, end - start - hidden.shape[1]))
+
+    def _hidden(self, rows: int, start: int, end: int) -> Tensor:
+        """Return [rows, end - start] bool, True at padding."""
+        visible = self.visible(start, end)
+        if visible is None:
+            return torch.zeros(rows, end - start, dtype=torch.bool)
+        return ~visible
 
     def counts(self, ends: Sequence[int]) -> list[int]:
         """Return the number of tokens of each row before the columns `ends`."""
@@ -114,8 +118,7 @@ class Columns:
         if not length:
             return None
         departed = torch.arange(length) < torch.tensor(starts)[:, None]
-        padding = self.visible(0, length)
-        padding = torch.zeros_like(departed) if padding is None else ~padding.expand(rows, -1)
+        padding = self._hidden(rows, 0, length)
         if mask is None:
             none = torch.zeros(rows, 1, length, dtype=torch.bool)
             return padding & departed, none, none
