@@ -121,7 +121,7 @@ def step_of(model: Any, compressor: Compressor, tokens: int) -> Callable[[], Ten
     def step() -> Tensor:
         layer.update(*new)
         assert take_layer() is layer
-        out = attend(layer, model, query, None, SCALE)
+        out = attend(layer.state, model, query, None, SCALE)
         layer.finish()
         return out
 

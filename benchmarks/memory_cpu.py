@@ -120,7 +120,7 @@ def append(cache: Any, keys: Tensor, values: Tensor, query: Tensor, attends: boo
         if isinstance(layer, PagedLayer):
             assert take_layer() is layer
             if attends:
-                attend(layer, None, query, None, SCALE)  # ty: ignore[invalid-argument-type]
+                attend(layer.state, None, query, None, SCALE)  # ty: ignore[invalid-argument-type]
             if layer.state.observed.limit:
                 layer.observe(query, SCALE)
             layer.finish()
