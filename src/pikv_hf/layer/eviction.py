@@ -95,7 +95,7 @@ def _candidates(state: LayerState, group: Departing, new: TokenTable) -> TokenTa
         sealed = settled(state, rows, sealed)
         new = with_record(state, group, new)
     if sealed is not None and not group.count:
-        return sealed
+        return sealed.for_rows(len(rows))  # rows may have read one stored row
     if sealed is not None and not moves(state.settings):
         with naming(state):
             new = pages.encoded(new)

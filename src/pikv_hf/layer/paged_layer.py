@@ -139,7 +139,7 @@ class PagedLayer(DenseStates):
         if not state.seals:
             return
         count = seal_excess(state)
-        if count > 0 or state.is_first:
+        if count > 0 or state.is_first or state.tail.is_borrowed:
             left = state.tail.length - count
             room = min(capacity(state, left), left + state.settings.page_size)
             state.tail.drop(count, room, state.step.buffer, is_own=not state.is_first)
@@ -228,4 +228,6 @@ def stored(keys: Tensor, values: Tensor, latent_rank: int | None) -> tuple[Tenso
 def capacity(state: LayerState, held: int) -> int:
     """Return the size in tokens of a tail's buffer that is to hold `held` tokens and more."""
     tokens = roomy(held, max(state.num_seen, held), state.tail.token_bytes)
-    return min(tokens, tail_capacity(state)) if state.seals else tokens
+    # Padding behind the newest tokens of a row can make a tail longer than it should be.
+    is_short = state.seals and held <= tail_capacity(state)
+    return min(tokens, tail_capacity(state)) if is_short else tokens

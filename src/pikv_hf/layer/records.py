@@ -68,7 +68,8 @@ def settle_held(state: LayerState) -> None:
     for rows in groups.values():
         sealed = settled(state, rows, state.pages.take(rows, with_values=False))
         if sealed is not None:
-            state.pages.append(sealed.valid_first(), rows, state.tail.batch)
+            tokens = sealed.for_rows(len(rows)).valid_first()
+            state.pages.append(tokens, rows, state.tail.batch)
     state.observed.settle()
 
 

@@ -115,6 +115,8 @@ class LayerState:
         self.observed = Observations.for_needs(settings.needs | Needs(queries=queries))
         self.num_seen = self.prompt_end = self.due = 0
         self.starts: tuple[int, ...] = ()
+        # Column of the first token in the tail's buffer.
+        self._first = 0
         self.num_departed: tuple[int, ...] = ()
         self.unpaged_reason: str | None = None
         self.latent_rank: int | None = None
@@ -189,6 +191,7 @@ class LayerState:
         """Start a tail with `keys` [B, H, T, Dk] and `values`, as they are stored."""
         self._tail, self.latent_rank = Tail(keys, values), latent_rank
         self.starts = self.num_departed = (0,) * keys.shape[0]
+        self._first = 0
 
     def begin_update(self) -> bool:
         """Return True if the tokens that are to be written are the first ones."""
@@ -227,6 +230,7 @@ class LayerState:
     def depart(self, starts: tuple[int, ...], num_departed: tuple[int, ...]) -> None:
         """Note which columns have left the tail, and how many tokens of each row."""
         self.starts, self.num_departed = starts, num_departed
+        self._first = min(starts)
 
     def begin_compression(self, *, is_due: bool) -> None:
         """Seal as after the first tokens: the tail's buffer was made for more than a tail.
@@ -252,6 +256,7 @@ class LayerState:
         if target < max(self.starts):
             self.starts = tuple(min(start, target) for start in self.starts)
             self.num_departed = tuple(self.columns.counts(self.starts))
+            self._first = min(self._first, target)
             self.pages.crop(target)
         self.tail.truncate(max(target - first, 0))
         self.observed.truncate(removed, self.tail.length)
@@ -261,7 +266,7 @@ class LayerState:
 
     def drop_unread(self, seen: int) -> None:
         """Drop tokens of a failed pass, behind the first `seen`, if attention has not read them."""
-        first = min(self.starts)
+        first = self._first
         if self.awaits == "attention":
             self.tail.truncate(min(self.tail.length, seen - first))
         self.num_seen, self.awaits = first + self.tail.length, None

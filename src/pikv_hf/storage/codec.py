@@ -159,7 +159,8 @@ def cover(mask: Tensor, columns: Tensor, covered: Tensor) -> Tensor:
 
     The tokens are at `columns` [n, h, T]; `covered` [n, Q, c] is True at columns that are hidden.
     """
-    index = columns.to(covered.device).long()[:, :, None]
+    # Places behind a last token may have any column; they are masked in any case.
+    index = columns.to(covered.device).long()[:, :, None].clamp(0, covered.shape[2] - 1)
     index = index.expand(-1, -1, covered.shape[1], -1)
     is_hidden = covered[:, None].expand(-1, index.shape[1], -1, -1).gather(3, index)
     return mask.masked_fill(is_hidden.to(mask.device), torch.finfo(mask.dtype).min)

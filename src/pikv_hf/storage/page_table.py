@@ -21,8 +21,6 @@ from .tiers import Tier, near
 from .token_table import TokenTable
 from .uniform_pages import UniformPages
 
-# Rows that would need more than this many times the memory of their pages are stored in pools.
-MAX_UNEVEN = 1.25
 # Pages of a KV head in a pool, if its last page is not full: at least.
 POOLED = 8
 # Pages of a pool that are encoded at a time, or copied at a time if no tier has a limit.
@@ -65,7 +63,7 @@ class PageTable:
         is_uneven, has_pools = min(lengths) < len(span), any(map(is_pool, self.slabs))
         if is_uneven:
             span = zeroed_behind(span, lengths)
-        in_pools = has_pools or "valid" in span or self._is_wasteful(lengths)
+        in_pools = has_pools or "valid" in span
         size = self._size(len(span), in_pools=in_pools)
         codes = {name: paged(tensor, size) for name, tensor in span.codes().items()}
         states = {} if codes else self._states(span, size)
@@ -90,11 +88,6 @@ class PageTable:
         filled = paged(valid.expand(*lead, -1), size).sum(-1)
         new = IncomingPages(states, codes, known, filled, rows, queries)
         self._append_pooled(new, choice, batch, room)
-
-    def _is_wasteful(self, lengths: list[int]) -> bool:
-        """Return True if rows of these lengths would need much more memory than their tokens."""
-        pages = [-(-n // self.page_size) for n in lengths]
-        return sum(pages) * MAX_UNEVEN < max(pages) * len(pages)
 
     def _size(self, tokens: int, *, in_pools: bool) -> int:
         """Return the size of pages for `tokens` tokens.

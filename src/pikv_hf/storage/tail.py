@@ -43,6 +43,11 @@ class Tail:
         batch, heads, _, dim = self.keys.shape
         return batch * heads * (dim + self.values.shape[3]) * self.keys.element_size()
 
+    @property
+    def is_borrowed(self) -> bool:
+        """True if the tokens are in a buffer that is lent to the layer."""
+        return self._own is not None
+
     def has_room(self, count: int) -> bool:
         """Return True if `count` more tokens can be written to the buffer."""
         return self.length + count <= self.keys.shape[2] and is_writable(self.keys)

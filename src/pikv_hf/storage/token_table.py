@@ -58,6 +58,10 @@ class TokenTable:
             lambda t: taken(t, places.to(t.device)[:, None].expand(-1, t.shape[1], -1))
         )
 
+    def for_rows(self, rows: int) -> "TokenTable":
+        """Return these tokens with entries for each of `rows` rows, as views."""
+        return self._map(lambda t: t.expand(rows, *t.shape[1:]))
+
     def narrow(self, start: int, length: int) -> "TokenTable":
         return self._map(lambda t: t.narrow(2, start, length))
 
