@@ -293,3 +293,38 @@ def test_own_masks_of_each_head_from_the_first_tokens_on(name) -> None:
             outs.append(out.logits)
         logits.append(torch.cat(outs, dim=1))
     assert_close(*logits)
+
+
+# ---- what a crop or a fork has left behind ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("compressor", [None, Scattered()], ids=str)
+def test_hiding_tokens_behind_a_crop_into_pages(read, compressor) -> None:
+    model, ids, more, mask, _ = read
+    caches = PiKVCache(model, compressor=compressor, **SMALL), dynamic(model)
+    changed = longer(mask[:, :11], 3)
+    changed[0, 2] = 0
+    outs = []
+    for cache in caches:
+        forward(model, ids, mask, cache)
+        cache.crop(-19)
+        outs.append(forward(model, more[:, :3], changed, cache))
+    assert_close(*outs)
+
+
+def test_a_fork_of_which_a_row_seals_nothing() -> None:
+    """Rows that read one stored row, with statistics: questions of different lengths."""
+    model, outs = tiny("mixtral"), []
+    document, mask = padded_prompt(model, (28,))
+    questions, asked = padded_prompt(model, (2, 2, 12))
+    cache = PiKVCache(model, scheduler="h2o", budget=2000, page_size=4, window=8)
+    forward(model, document, mask, cache)
+    fork, full = cache.fork(3), dynamic(model)
+    forward(model, document.expand(3, -1), mask.expand(3, -1), full)
+    for each in (fork, full):
+        mask = torch.cat([mask[:1].expand(3, -1), asked], dim=1) if mask.shape[1] == 28 else mask
+        parts = [forward(model, questions, mask, each)[:, -1:]]
+        parts += [forward(model, questions[:, :1], longer(mask, n), each) for n in range(1, 9)]
+        outs.append(torch.cat(parts, dim=1))
+    assert_close(*outs)

@@ -21,34 +21,6 @@ def visible_columns(mask: Tensor | None, length: int) -> Tensor | None:
     return last.bool()
 
 
-def newest_columns(mask: Tensor, length: int) -> Tensor:
-    """Return a copy of `visible_columns`, which does not keep the mask alive."""
-    visible = visible_columns(mask, length)
-    assert visible is not None, "there is a mask"
-    return visible.clone()
-
-
-def rows_by_visibility(
-    mask: Tensor | None, length: int, count: int, batch: int
-) -> list[tuple[list[int], Tensor | None]]:
-    """Group batch rows that see equal subsets of the oldest `count` of the last `length` columns.
-
-    Returns (rows, visible columns; None = all) for each group. A column hidden from the newest
-    query is padding. Rows that see nothing are left out.
-    """
-    visible = visible_columns(mask, length)
-    if visible is None:
-        return [(list(range(batch)), None)]
-    groups: dict[tuple[bool, ...], list[int]] = {}
-    for row, pattern in enumerate(visible[:, :count].expand(batch, -1).tolist()):
-        groups.setdefault(tuple(pattern), []).append(row)
-    return [
-        (rows, None if all(pattern) else torch.tensor(pattern).nonzero().flatten())
-        for pattern, rows in groups.items()
-        if any(pattern)
-    ]
-
-
 def check_masks(config: PreTrainedConfig) -> None:
     """Refuse the attention implementation of `config` if its masks cannot be read.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 GROWTH, ROOMY_GROWTH = 18, 2
 MIN_GROWTH = 4
 # A new store takes in older ones that have at most this many times its pages: with 1/18 of room
-# there are at most three, whatever their size, and a page is copied three to four times.
+# there are at most three of pages sealed in turn, and a page is copied three to four times.
 MERGED = 2
 # Copied pages per page of room, which lets eviction find old and new tokens in one piece.
 SPARE = 256
