@@ -144,11 +144,10 @@ def _check_continued(cache: PagedCache, kwargs: dict[str, Any], length: int, see
     shown, covered, changed = found or (None, None, None)
     first, expected, wrong = _start(kwargs.get("position_ids"), mask, seen, cache.prompt_end)
     is_shown, is_covered, is_changed, is_wrong = _any(shown, covered, changed, wrong)
-    columns.cover(covered if is_covered else None)
     if (is_shown or is_changed) and shown is not None and changed is not None:
         columns.refuse(shown, changed)
     if not is_wrong:
-        return
+        return columns.cover(covered if is_covered else None)
     at = expected if isinstance(expected, int) else expected.tolist()
     raise ValueError(
         f"the new tokens start at position {first.tolist()}, but the cache ends at {at}: "

@@ -25,7 +25,8 @@ def is_over_budget(state: LayerState, seen: int) -> bool:
 def tail_capacity(state: LayerState) -> int:
     """Return the number of tokens that a tail holds at most between forward passes.
 
-    A row within its budget keeps up to a page more than its window when whole pages leave.
+    Where whole pages leave, up to a page stays beside the window, and a page is added before more
+    tokens leave. Rows with padding behind their newest tokens may need more.
     """
     budget, settings = state.settings.budget, state.settings
     is_in_bytes = budget is not None and budget.bytes_in_force(state.num_generated) is not None

@@ -110,9 +110,12 @@ class Columns:
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Compare `mask`, for `total` columns, with what has left the tail: row r to `starts[r]`.
 
-        Returns [B, n] bool, True at padding that it shows, and twice [B, 1 or q, n] bool: True at
-        tokens that it hides from a query, and at tokens whose scores it changes. None if it says
-        nothing of these columns. Does not wait for a device.
+        Does not wait for a device.
+
+        Returns:
+            Three bool tensors: [B, n], padding that the mask shows; [B, 1 or q, n], tokens that it
+            hides from a query; [B, 1 or q, n], tokens to whose scores it adds something else. None
+            if the mask says nothing of these columns.
         """
         length, rows = max(starts, default=0), len(starts)
         if not length:

@@ -12,11 +12,11 @@ from .state import LayerState
 
 @dataclass(frozen=True)
 class Departing:
-    """Tokens of batch rows that are alike: they have had, keep and lose equally many tokens.
+    """The tail tokens of batch rows that have departed, leave and stay in equal numbers.
 
-    `count` tokens of each row leave the tail, behind `departed` others, and `opened` stay.
-    `places` [R, count + opened] are their places in the tail's buffer. If they follow one another,
-    from `first` on in all rows, `places` is None.
+    Of each row `departed` tokens have left the tail before, `count` leave it now and `opened` stay.
+    `places` [R, count + opened] are the places of the last two in the tail's buffer, the oldest
+    first. None = in every row they are the places from `first` on.
     """
 
     rows: list[int]
@@ -65,7 +65,7 @@ class Departure:
     groups: list[Departing]
     starts: tuple[int, ...]
     num_departed: tuple[int, ...]
-    # The places in the tail's buffer of all tokens of each row, the oldest first; then others.
+    # [B, n] places of the tail's buffer: first those of a row's tokens, the oldest token first.
     order: Tensor
 
     @property

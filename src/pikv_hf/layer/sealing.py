@@ -14,7 +14,7 @@ from .state import LayerState
 
 
 def seal_excess(state: LayerState) -> int:
-    """Seal what is due in the tail, and return how many columns all rows have left behind.
+    """Seal what is due in the tail, and return how many columns its buffer can drop.
 
     Tokens leave at the end of a pass of several tokens, and then every `page_size` passes, so that
     all rows seal in one step, and a row when it would alone.
@@ -38,7 +38,7 @@ def seal_excess(state: LayerState) -> int:
 
 @without_autocast
 def seal_oldest(state: LayerState, leaving: Departure) -> int:
-    """Seal the tokens that are `leaving`, and return how many columns all rows leave behind.
+    """Seal the tokens that are `leaving`, and return how many columns the tail can drop.
 
     Raises:
         ValueError: the compressor cannot store them.

@@ -26,8 +26,8 @@ def best_of_each_head(scores: Tensor, counts: Tensor) -> Tensor:
 def mask_of_best(scores: Tensor, counts: int | Tensor) -> Tensor:
     """Mark the `counts` (int or [...]) highest `scores` [..., T] of each row: a mask [..., T].
 
-    Of equal scores the later ones are chosen. Scores are equal if they differ by rounding errors,
-    which depend on the batch; scores in float64 are taken as they are. NaN counts as infinity.
+    Scores are compared after `rounded`, as rounding errors depend on the batch. Of equal scores the
+    later ones are chosen. NaN counts as infinity.
     """
     scores = rounded(scores.nan_to_num(torch.inf, torch.inf, -torch.inf))
     if isinstance(counts, Tensor):
