@@ -6,7 +6,8 @@ Arguments: names of schedulers and compressors; none = each of both.
 import itertools
 import sys
 
-import fakegpu  # first: before any model is built
+import fakecuda  # noqa: F401 - first: before any model is built
+import fakegpu
 import torch
 from accelerate import dispatch_model
 from helpers import BUDGETED, SMALL

@@ -1,7 +1,8 @@
 """What an accelerator would be asked to do: kernels, synchronizations, uploads, bytes, all counted.
 
-Import this module before a model is built. It registers the logical accelerator of `tests/fakegpu.py`
-and puts the folders of both on the path, so that scripts find `common` and `fakegpu`.
+Import this module before a model is built. It registers the logical accelerator of `tests/fakegpu.py`,
+with CUDA's fused attention of `tests/fakecuda.py`, and puts the folders of both on the path, so that
+scripts find `common` and `fakegpu`.
 """
 
 import sys
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
+import fakecuda  # noqa: F401 - first: fused attention as on CUDA
 import fakegpu
 import torch
 import torch.nn.functional as F

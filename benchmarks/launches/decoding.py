@@ -1,5 +1,6 @@
 """Models and caches on the logical accelerator, and decode steps on them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import census
@@ -84,12 +85,12 @@ class Decoding:
 
     def __init__(self, model: Qwen3MoeForCausalLM, cache: Cache) -> None:
         self.model, self.cache = model, cache
-        self.mask = torch.ones(1, 0, dtype=torch.long)
+        self.mask, self.prompt_length = torch.ones(1, 0, dtype=torch.long), 0
         self.generator = torch.Generator().manual_seed(0)
 
     def read(self, mask: Tensor) -> None:
         """Read a prompt; `mask` [B, T] hides padding."""
-        self.mask = mask
+        self.mask, self.prompt_length = mask, mask.shape[1]
         self.model.set_experts_implementation("eager")
         self._forward(mask.shape[1])
 
@@ -112,9 +113,15 @@ class Decoding:
         inputs = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
         inputs = {name: census.on_device(tensor.clone()) for name, tensor in inputs.items()}
         counted = census.Census()
-        with counted.in_places(self.model), counted:
+        with self._generating(), counted.in_places(self.model), counted:
             self.model(**inputs, **with_cache(self.cache), logits_to_keep=1)
         return counted
+
+    def _generating(self) -> AbstractContextManager[None]:
+        """Return the context in which `generate` decodes: it makes the masks, which are not checked."""
+        if not isinstance(self.cache, PiKVCache):
+            return nullcontext()
+        return self.cache.reading.prompt(self.prompt_length)
 
 
 def layer_kernels(counted: census.Census, layers: int, within: str = "") -> float:

@@ -181,7 +181,7 @@ def test_without_the_fused_attention_the_reference_runs(monkeypatch: pytest.Monk
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 2, 2, 7, 16, generator=generator)
     fused = partial_attention(query, key, value, None, 0.25)
-    monkeypatch.setattr(import_module("pikv_kernels.partial_attention"), "_flash_cpu", None)
+    monkeypatch.setattr(import_module("pikv_kernels.fused_attention"), "_flash_cpu", None)
     reference = partial_attention(query, key, value, None, 0.25)
     for ours, theirs in zip(reference, fused, strict=True):
         assert_close(ours, theirs)

@@ -9,12 +9,13 @@ from .codebook import (
 )
 from .codes import pack_codes, unpack_codes, unpack_codes_reference
 from .float8 import read_float8, read_float8_reference
+from .fused_attention import FUSED, lowest_score, new_mask
 from .hadamard import hadamard, hadamard_block, hadamard_reference
 from .lowrank_attention import Factors, lowrank_attention, lowrank_attention_reference
 from .merge_segments import merge_segments, merge_segments_reference
 from .partial_attention import (
-    add_sink,
     merge_partial,
+    merge_partials,
     partial_attention,
     partial_attention_reference,
 )
@@ -32,10 +33,10 @@ from .weighted_attention import (
 )
 
 __all__ = [
+    "FUSED",
     "PACKED_TOGETHER",
     "Factors",
     "Quantized",
-    "add_sink",
     "dequantize",
     "hadamard",
     "hadamard_block",
@@ -43,11 +44,14 @@ __all__ = [
     "is_fast_bfloat16",
     "look_up",
     "look_up_reference",
+    "lowest_score",
     "lowrank_attention",
     "lowrank_attention_reference",
     "merge_partial",
+    "merge_partials",
     "merge_segments",
     "merge_segments_reference",
+    "new_mask",
     "pack_codes",
     "pack_indices",
     "partial_attention",

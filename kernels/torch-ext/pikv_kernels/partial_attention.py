@@ -3,11 +3,19 @@
 Shapes: B rows, H KV heads, R query rows per KV head, T keys, D key dim, Dv value dim.
 """
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-# Torch's fused kernel that also returns the log-sum-exp; None in a torch without it.
-_flash_cpu = getattr(torch, "_scaled_dot_product_flash_attention_for_cpu", None)
+from .fused_attention import FUSED
+
+# Scores that are computed at a time without a fused kernel: on a CPU they stay in its cache, and all
+# scores of a long chunk of a prompt would be larger than the keys.
+MAX_SCORES = 2**21
+# Numbers of partial results that are held to be merged at once.
+MAX_MERGED = 2**22
 
 
 def partial_attention(
@@ -21,8 +29,8 @@ def partial_attention(
         query: `[B, H, R, D]`.
         key: `[B, H, T, D]`, T > 0; last dimension dense, other dimensions of any stride.
         value: `[B, H, T, Dv]`, dtype of the key.
-        mask: additive, dtype of the query, broadcastable to `[B, H, R, T]`; masked = the dtype's
-            minimum and not -inf, so that a fully masked row has a weight of zero and no NaN.
+        mask: additive, dtype of the query, broadcastable to `[B, H, R, T]`; masked =
+            `lowest_score` and not -inf, so that a fully masked row has a weight of zero and no NaN.
         scale: factor of the scores.
 
     Returns:
@@ -30,28 +38,66 @@ def partial_attention(
         logarithm) in float32 (float64 for float64).
     """
     assert key.shape[2] > 0, "torch's CPU kernel ends the process without a key"
-    fits = key.shape[-1] == value.shape[-1] and _is_flash_dtype(query)
-    if _flash_cpu is not None and fits and query.device.type == "cpu":
-        out, lse = _flash_cpu(query, key, value, attn_mask=mask, scale=scale)
-        return out, lse
-    return partial_attention_reference(query, key, value, mask, scale)
+    fused = FUSED.get(query.device.type)
+    result = None if fused is None else fused(query, key, value, mask, scale)
+    if result is not None:
+        return result
+    dtype, wide = query.dtype, _accumulate_dtype(query)
+    query, key, value = (states.to(wide) for states in (query, key, value))
+    step = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    in_rows = functools.partial(torch.cat, dim=2)
+    rows = query.split(step, dim=2)
+    is_shared = mask is None or mask.shape[2] == 1
+    masks = [mask] * len(rows) if is_shared else mask.split(step, dim=2)
+    parts = [
+        partial_attention_reference(row, key, value, part, scale)
+        for row, part in zip(rows, masks, strict=True)
+    ]
+    out, lse = parts[0] if len(parts) == 1 else map(in_rows, zip(*parts, strict=True))
+    return out.to(dtype), lse
 
 
 def partial_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Do the work of `partial_attention` in plain torch, with products in the dtype of the inputs.
-
-    Products of queries and keys in float16 could overflow and are computed in float32.
-    """
+    """Do the work of `partial_attention` in plain torch, in float32 or float64."""
     wide = _accumulate_dtype(query)
-    dtype = wide if query.dtype == torch.float16 else query.dtype
-    scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)).to(wide) * scale
+    scores = torch.matmul(query.to(wide), key.to(wide).transpose(-1, -2)) * scale
     if mask is not None:
         scores = scores + mask
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse[..., None]).to(value.dtype)
-    return torch.matmul(weights, value), lse
+    weights = torch.exp(scores - lse[..., None])
+    return torch.matmul(weights, value.to(wide)).to(query.dtype), lse
+
+
+def merge_partials(parts: Iterable[tuple[Tensor, Tensor]], sink: Tensor | None = None) -> Tensor:
+    """Return the output over all keys of partial results, which are over disjoint keys.
+
+    Args:
+        parts: outputs `[B, H, R, Dv]` and log-sum-exps `[B, H, R]`, as of `partial_attention`. A
+            row may be without keys (-inf), but not in the first result.
+        sink: logit of one more key, of value 0, in the softmax (gpt-oss), broadcastable to
+            `[B, H, R]`.
+
+    Returns:
+        `[B, H, R, Dv]`: of one result without a sink its output, otherwise float32 or float64.
+    """
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    for out, lse in parts:
+        if outs and (len(outs) + 1) * out.numel() > MAX_MERGED:
+            out, lse = merge_partial(outs.pop(), lses.pop(), out, lse)
+        outs.append(out)
+        lses.append(lse)
+    if len(outs) == 1:
+        return outs[0] if sink is None else outs[0] * torch.sigmoid(lses[0] - sink)[..., None]
+    wide = lses[0].dtype
+    if len(outs) == 2 and sink is None:
+        share = torch.sigmoid(lses[1] - lses[0])[..., None]
+        return torch.lerp(outs[0].to(wide), outs[1].to(wide), share)
+    lses += [] if sink is None else [sink.to(wide).expand_as(lses[0])]
+    shares = torch.stack(lses).softmax(0)[: len(outs), ..., None]
+    return (torch.stack(outs) * shares).sum(0)
 
 
 def merge_partial(
@@ -71,15 +117,6 @@ def merge_partial(
     weight = torch.sigmoid(more_lse - lse)[..., None]
     merged = torch.lerp(out.to(lse.dtype), more_out.to(lse.dtype), weight)
     return merged, torch.logaddexp(lse, more_lse)
-
-
-def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-    """Return `out` with one more key in the softmax, of logit `sink` and value 0 (gpt-oss)."""
-    return (out * torch.sigmoid(lse - sink)[..., None]).to(out.dtype)
-
-
-def _is_flash_dtype(query: Tensor) -> bool:
-    return query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _accumulate_dtype(query: Tensor) -> torch.dtype:

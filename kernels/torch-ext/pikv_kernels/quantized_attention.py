@@ -12,11 +12,7 @@ from torch import Tensor
 
 from .codes import unpack_codes
 from .float8 import read_float8
-from .partial_attention import partial_attention_reference
-
-# Scores computed at a time, which stay in a CPU's cache. All scores of a long chunk of a prompt
-# would be larger than the pages, and slower.
-MAX_SCORES = 2**21
+from .partial_attention import MAX_SCORES, partial_attention_reference
 
 
 class Quantized(NamedTuple):

@@ -42,9 +42,9 @@ def weighted_attention(
 def weighted_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do the work of `weighted_attention` in plain torch, in the dtype of the inputs."""
+    """Do the work of `weighted_attention` in plain torch, in float32 or float64."""
     out, lse = partial_attention_reference(query, key, value, mask, scale)
-    scores = (query @ key.mT).to(lse.dtype) * scale
+    scores = query.to(lse.dtype) @ key.to(lse.dtype).mT * scale
     if mask is not None:
         scores = scores + mask
     return out, lse, torch.exp(scores - lse[..., None])

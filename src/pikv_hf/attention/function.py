@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pikv_kernels import add_sink, merge_partial, partial_attention
+from pikv_kernels import lowest_score, merge_partials, new_mask
 from torch import Tensor, nn
 
 from ..layer.autocast import without_autocast
@@ -19,8 +19,9 @@ from ..layer.paged_layer import PagedLayer
 from ..layer.state import LayerState
 from ..model.latent import LatentQuery
 from ..model.versions import ALL_ATTENTION_FUNCTIONS, attention_implementation
+from ..storage.codec import attend_states
 from ..storage.ragged_pages import RaggedPages
-from ..storage.row_map import PageStore
+from ..storage.row_map import PageStore, Partial
 from ..storage.uniform_pages import UniformPages
 from .readable import SINKS, unpaged_reason
 from .recording import attend_counting, counted_slabs
@@ -121,48 +122,49 @@ def attend(
     if state.latent_rank is not None:
         latent = LatentQuery(module, query, state.latent_rank)
         query = latent.absorb(query)
-    out = _attend(state, query.to(state.tail.keys.dtype), mask, scale, sink).to(dtype)
-    if latent is not None:
-        out = latent.expand(out)
-    return out.transpose(1, 2).contiguous()  # models may call `view` on it
+    batch, heads, length, _ = query.shape
+    out = _attend(state, query.to(state.tail.keys.dtype), mask, scale, sink)
+    if latent is None:
+        out = out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
+        out = out.to(dtype, memory_format=torch.contiguous_format).flatten(2, 3)
+    else:
+        out = latent.expand(out.to(dtype).reshape(batch, heads, length, -1)).transpose(1, 2)
+    return out.contiguous()  # models may call `view` on it
 
 
 @without_autocast
 def _attend(
     state: LayerState, query: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None
 ) -> Tensor:
-    """Compute `attend` in the space of the cached keys: `query` [B, Hq, q, D] to [B, Hq, q, Dv]."""
-    batch, heads, length, _ = query.shape
+    """Compute `attend` in the space of the cached keys, from [B, Hq, q, D] to [B, H, G * q, Dv]."""
+    batch, _, length, _ = query.shape
     # Grouped by KV head: each key is then read once for all query heads of its group.
     packed = query.reshape(batch, state.tail.keys.shape[1], -1, query.shape[3])
     state.neighbours.read_ahead(state.facts.paged_index + 1)
     slabs = counted_slabs(state, length)
     if slabs is None:
         state.observed.forget_counted()
-        out, lse = _attend_all(state, packed, length, mask, scale)
+        parts = _attend_all(state, packed, length, mask, scale)
     else:
         additive = _tail_mask(state, packed, mask, length)
-        out, lse = attend_counting(state, slabs, packed, additive, scale)
-    out = out.reshape(batch, heads, length, -1)
+        parts = iter([attend_counting(state, slabs, packed, additive, scale)])
     if sink is not None:
-        out = add_sink(out, lse.reshape(batch, heads, length), sink.view(1, -1, 1))
-    return out
+        sink = sink.view(1, packed.shape[1], -1, 1).expand(-1, -1, -1, length).flatten(2)
+    return merge_partials(parts, sink)
 
 
 def _attend_all(
     state: LayerState, query: Tensor, length: int, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend from `query` [B, H, G * q, D] to the tail and the pages that the router selects."""
-    out, lse = _attend_tail(state, query, length, mask, scale)
+) -> Iterator[Partial]:
+    """Yield partial results of `query` [B, H, G * q, D]: the tail's, then of selected pages."""
+    yield _attend_tail(state, query, length, mask, scale)
     for slab in state.pages.slabs:
-        for more_out, more_lse in _attend_slab(state, slab, query, length, scale):
-            out, lse = merge_partial(out, lse, more_out, more_lse)
-    return out, lse
+        yield from _attend_slab(state, slab, query, length, scale)
 
 
 def _attend_slab(
     state: LayerState, slab: UniformPages | RaggedPages, query: Tensor, length: int, scale: float
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Partial]:
     """Yield partial results [B, H, R, Dv] over pages, which lie in the past of all queries."""
     batch, covered = query.shape[0], _covered(state, length, query)
     # Ragged pages are read whole: a router that selects pages is refused with them.
@@ -226,7 +228,7 @@ def _attend_tail(
     keys, values = state.tail.view()
     if length == 1:
         additive = _tail_mask(state, query, mask, length)
-        return _partial(query, keys, values, additive, scale)
+        return attend_states(query, keys, values, additive, scale)
     # With one attention head per query head, on expanded keys, a mask of q x n is enough.
     heads = query.shape[1]
     additive = _tail_mask(state, query, mask, length)
@@ -235,7 +237,7 @@ def _attend_tail(
         additive = additive.expand(-1, heads, -1, -1).flatten(0, 1)[:, None]
     apart = query.unflatten(2, (-1, length)).flatten(0, 1)
     keys, values = (_one_per_query_head(t, apart.shape[1]) for t in (keys, values))
-    out, lse = _partial(apart, keys, values, additive, scale)
+    out, lse = attend_states(apart, keys, values, additive, scale)
     return out.reshape(*query.shape[:3], -1), lse.reshape(query.shape[:3])
 
 
@@ -252,19 +254,13 @@ def _tail_mask(state: LayerState, query: Tensor, mask: Tensor | None, length: in
         # Only the rows that started later still have these columns in the tail.
         ends = torch.tensor(departed, device=query.device)[:, None]
         is_gone = (torch.arange(tokens, device=query.device) < ends)[:, None, None]
-        additive = query.new_zeros(1, 1, 1, tokens) if additive is None else additive
-        return additive.masked_fill(is_gone, torch.finfo(query.dtype).min)
+        both = torch.broadcast_shapes(is_gone.shape, (1,) if additive is None else additive.shape)
+        whole = new_mask(query, *both)
+        if additive is not None:
+            whole.copy_(additive)
+        return whole.masked_fill_(is_gone, lowest_score(query.dtype))
 
     return state.step.remember("mask", key, make)
-
-
-def _partial(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Call `partial_attention`; keys without values are latents, which serve as values, too."""
-    if values.shape[-1] == 0:
-        values = keys
-    return partial_attention(query, keys, values, mask, scale)
 
 
 def _one_per_query_head(states: Tensor, groups: int) -> Tensor:
@@ -285,9 +281,9 @@ def _spread(out: Tensor, lse: Tensor, slab: PageStore, batch: int) -> tuple[Tens
 def _additive(mask: Tensor | None, length: int, tokens: int, query: Tensor) -> Tensor | None:
     """Return the additive mask [B or 1, 1, q, n] of the tail's columns; None = all visible.
 
-    Masked is the dtype's minimum, not -inf: a query that sees nothing gets weight 0, not NaN.
+    Masked is not -inf: a query that sees nothing gets weight 0, not NaN.
     """
-    lowest = torch.finfo(query.dtype).min
+    lowest = lowest_score(query.dtype)
     if mask is None or mask.dim() == 2:
         if length == 1 and mask is None:
             return None
@@ -299,9 +295,8 @@ def _additive(mask: Tensor | None, length: int, tokens: int, query: Tensor) -> T
     else:
         visible = mask[..., -tokens:]
         if visible.is_floating_point():
-            return visible.to(query.dtype).clamp_min(lowest)
-    zeros = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
-    return zeros.masked_fill_(~visible, lowest)
+            return new_mask(query, *visible.shape).copy_(visible.clamp_min(lowest))
+    return new_mask(query, *visible.shape).masked_fill_(~visible, lowest)
 
 
 def _original(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -8,10 +8,10 @@ of the given pages only; the zeros that pad a page are not tokens.
 from collections.abc import Iterator, Sequence
 
 import torch
-from pikv_kernels import merge_partial, partial_attention
+from pikv_kernels import merge_partial
 from torch import Tensor
 
-from ..storage.codec import encoded
+from ..storage.codec import attend_states, encoded
 from .base import PAGES_AT_A_TIME, Compressor, computed_dtype
 
 STAND_INS = 32
@@ -135,7 +135,7 @@ def _with_pages(
     """Merge `result` with attention over `pages`; zeros in the keys `originals` are padding."""
     keys, values = (states.flatten(2, 3).to(queries.dtype) for states in pages)
     mask = _hidden(originals, queries.dtype).flatten(2, 3)[:, :, None]
-    more = partial_attention(queries, keys, values if values.shape[-1] else keys, mask, 1.0)
+    more = attend_states(queries, keys, values, mask, 1.0)
     return more if result is None else merge_partial(*result, *more)
 
 

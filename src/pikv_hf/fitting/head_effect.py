@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from pikv_kernels import add_sink, partial_attention
+from pikv_kernels import lowest_score, merge_partials, partial_attention
 from torch import Tensor
 
 from ..schedulers import Candidates, Needs, Scheduler
@@ -91,11 +91,11 @@ def _outputs(
     """Return the outputs [H, G, m, Dv] in float32 of attention under the boolean `mask` [m, T]."""
     groups, num_queries = queries.shape[2:4]
     additive = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    additive = additive.masked_fill(~mask, torch.finfo(torch.float32).min).repeat(groups, 1)
+    additive = additive.masked_fill(~mask, lowest_score(torch.float32)).repeat(groups, 1)
     parts = queries.flatten(2, 3).float(), keys.float(), values.float()
-    out, lse = partial_attention(*parts, additive[None, None], tokens.scale)
+    result = partial_attention(*parts, additive[None, None], tokens.scale)
     sink = getattr(tokens.module, "sinks", None)  # as in gpt-oss: [Hq]
     if sink is not None:
-        sink = sink.float().view(1, -1, groups, 1).expand(-1, -1, -1, num_queries)
-        out = add_sink(out, lse, sink.flatten(2))
+        sink = sink.float().view(1, -1, groups, 1).expand(-1, -1, -1, num_queries).flatten(2)
+    out = merge_partials([result], sink)
     return out[0].unflatten(1, (groups, num_queries))

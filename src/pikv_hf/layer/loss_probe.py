@@ -6,9 +6,10 @@ Shapes: R rows, H KV heads, T tokens, Q queries, D key dim, Dv value dim.
 from collections.abc import Iterator
 
 import torch
-from pikv_kernels import merge_partial, partial_attention
+from pikv_kernels import merge_partial
 from torch import Tensor
 
+from ..storage.codec import attend_states
 from ..storage.page_table import PageTable
 from ..storage.row_map import Partial
 from ..storage.token_table import TokenTable
@@ -76,7 +77,6 @@ def _exact(query: Tensor, span: TokenTable, scale: float) -> Partial:
     for start in range(0, len(span), _BLOCK):
         block = span.narrow(start, min(_BLOCK, len(span) - start))
         keys, values = block["keys"].to(dtype), block["values"].to(dtype)
-        values = values if values.shape[-1] else keys
-        part = partial_attention(query.to(dtype), keys, values, None, scale)
+        part = attend_states(query.to(dtype), keys, values, None, scale)
         result = merge_partial(*result, *part)
     return result

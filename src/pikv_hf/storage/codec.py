@@ -4,17 +4,20 @@ Shapes: R rows, H KV heads, S pages of P tokens, Q queries; Dk and Dv are the ke
 either may be 0.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from pikv_kernels import partial_attention, weighted_attention
+from pikv_kernels import lowest_score, partial_attention, weighted_attention
 from torch import Tensor
 
 # Maximum number of queries of a KV head for which attention weights are computed: the weights of
 # more would be larger than the pages.
 MAX_WEIGHTED = 64
+# Tokens that an accelerator decodes at a time, of all rows and KV heads.
+BLOCK_ON_ACCELERATORS = 2**18
 
 
 class PageCodec(ABC):
@@ -25,7 +28,8 @@ class PageCodec(ABC):
     `decode`. No method changes its arguments.
     """
 
-    #: Tokens of a row and KV head that attention decodes at a time; None = pages are read in place.
+    #: Tokens of a row and KV head that attention decodes at a time on a CPU; None = pages are read
+    #: in place.
     block_tokens: ClassVar[int | None] = 2048
 
     #: True if attention may use `attend_weighted`; if False, `into_pages` is never called.
@@ -100,6 +104,14 @@ class PageCodec(ABC):
         """Decode the keys [R, H, S, P, Dk] only. Override it if decoding values costs extra."""
         return self.decode(fields)[0]
 
+    def tokens_per_block(self, owners: int, device: torch.device) -> int:
+        """Return how many tokens of each of `owners` rows and KV heads are decoded at a time."""
+        if self.block_tokens is None:
+            return sys.maxsize
+        if device.type == "cpu":
+            return self.block_tokens
+        return max(self.block_tokens, BLOCK_ON_ACCELERATORS // owners)
+
     def attend(
         self, query: Tensor, fields: dict[str, Tensor], tokens: int, scale: float
     ) -> tuple[Tensor, Tensor]:
@@ -109,7 +121,7 @@ class PageCodec(ABC):
         latents, which are their own values. Override it if the encoding can be read directly.
         """
         keys, values = (flat_tokens(pages, tokens) for pages in self.decode(fields))
-        return partial_attention(query, keys, values if values.shape[-1] else keys, None, scale)
+        return attend_states(query, keys, values, None, scale)
 
     def attend_weighted(
         self,
@@ -151,7 +163,7 @@ def attend_masked(
         out, lse, _ = codec.attend_weighted(turned, fields, tokens, scale, mask)
         return codec.out_of_pages(out), lse
     keys, values = (flat_tokens(pages, tokens) for pages in codec.decode(fields))
-    return partial_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
+    return attend_states(query, keys, values, mask, scale)
 
 
 def cover(mask: Tensor, columns: Tensor, covered: Tensor) -> Tensor:
@@ -163,7 +175,7 @@ def cover(mask: Tensor, columns: Tensor, covered: Tensor) -> Tensor:
     index = columns.to(covered.device).long()[:, :, None].clamp(0, covered.shape[2] - 1)
     index = index.expand(-1, -1, covered.shape[1], -1)
     is_hidden = covered[:, None].expand(-1, index.shape[1], -1, -1).gather(3, index)
-    return mask.masked_fill(is_hidden.to(mask.device), torch.finfo(mask.dtype).min)
+    return mask.masked_fill(is_hidden.to(mask.device), lowest_score(mask.dtype))
 
 
 def encoded(
@@ -186,6 +198,13 @@ def decoded(codec: PageCodec, fields: dict[str, Tensor], with_values: bool) -> d
 def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
     """View pages [R, H, s, P, D] as their first `tokens` tokens [R, H, tokens, D]."""
     return pages.flatten(2, 3).narrow(2, 0, tokens)
+
+
+def attend_states(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Call `partial_attention`; keys without values are latents, which are their own values."""
+    return partial_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
 
 
 def weighted_states(

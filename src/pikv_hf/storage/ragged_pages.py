@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from pikv_kernels import merge_segments, partial_attention
+from pikv_kernels import lowest_score, merge_segments, new_mask
 from torch import Tensor
 
-from .codec import MAX_WEIGHTED, PageCodec, cover, decoded, flat_tokens
+from .codec import MAX_WEIGHTED, PageCodec, attend_states, cover, decoded, flat_tokens
 from .incoming_pages import EncodedPages
 from .memory import is_writable
 from .prefetch import Block
@@ -156,17 +156,16 @@ class RaggedPages(PageStore):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield results [n, Q, Dv] and [n, Q] of `queries` [R * H, Q, Dk], and their owners [n]."""
         step = max(1, MAX_COPIED // (queries.shape[1] * queries.shape[2]))
-        if self.codec.block_tokens is not None:
-            max_decoded = self.codec.block_tokens * len(queries) // self.page_size
-            step = min(step, max(1, max_decoded))
+        max_decoded = self.codec.tokens_per_block(len(queries), self.tier.device) * len(queries)
+        step = min(step, max(1, max_decoded // self.page_size))
         for fields, (block, run) in self.tier.blocks(self._blocks(step)):
             owner = self.owner[block][:: run.group]
             query = queries.index_select(0, owner)[:, None]
-            mask = self._mask(block, queries.dtype) if run.group == 1 else None
+            mask = self._mask(block, queries) if run.group == 1 else None
             tokens = run.group * self.page_size
             if covered is not None:
                 columns = self.meta["positions"][block].reshape(len(owner), 1, tokens)
-                mask = queries.new_zeros(len(owner), 1, 1, tokens) if mask is None else mask
+                mask = new_mask(queries, len(owner), 1, 1, tokens) if mask is None else mask
                 mask = cover(mask, columns, covered.index_select(0, owner // self.heads))
             # Over single undecoded pages, one fused kernel is faster than several operations.
             is_fused = not is_weighted or (run.group == 1 and self.codec.block_tokens is None)
@@ -183,14 +182,14 @@ class RaggedPages(PageStore):
     ) -> Partial:
         """Attend with `query` [n, 1, Q, Dk] to pages [n, 1, group, ...] with a `mask`."""
         keys, values = (flat_tokens(t, tokens) for t in self.codec.decode(fields))
-        return partial_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
+        return attend_states(query, keys, values, mask, scale)
 
-    def _mask(self, block: slice, dtype: torch.dtype) -> Tensor:
+    def _mask(self, block: slice, like: Tensor) -> Tensor:
         """Return the mask [n, 1, 1, P] that hides places without a token in the pages `block`."""
         lengths = self.lengths[block, None]
         place = torch.arange(self.page_size, device=lengths.device)
-        mask = torch.zeros(len(lengths), len(place), dtype=dtype, device=lengths.device)
-        return mask.masked_fill_(place >= lengths, torch.finfo(dtype).min)[:, None, None]
+        mask = new_mask(like, len(lengths), len(place))
+        return mask.masked_fill_(place >= lengths, lowest_score(like.dtype))[:, None, None]
 
     def changed(self) -> None:
         super().changed()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+from pikv_kernels import lowest_score, new_mask
 from torch import Tensor
 
 from .codec import PageCodec, attend_masked, cover, decoded, flat_tokens
@@ -209,8 +210,8 @@ class UniformPages(PageStore):
                 yield self.codec.attend(query, fields, tokens, scale)
                 continue
             is_behind = (chosen >= ends[:, None, None]).repeat_interleave(self.page_size, dim=2)
-            mask = query.new_zeros(is_behind.shape)
-            mask = mask.masked_fill_(is_behind, torch.finfo(query.dtype).min)[:, :, None]
+            mask = new_mask(query, *is_behind.shape)
+            mask = mask.masked_fill_(is_behind, lowest_score(query.dtype))[:, :, None]
             if covered is not None:
                 columns = TokenTable({"at": self._paged_positions()}).select_rows(stored)
                 mask = cover(mask, columns.gather(chosen)["at"].flatten(2), covered)
@@ -228,8 +229,8 @@ class UniformPages(PageStore):
         if mask is None or mask.dtype != query.dtype:
             lengths = torch.tensor(self.lengths, device=query.device)
             place = torch.arange(self.length, device=query.device)
-            mask = query.new_zeros(self.rows, self.length)
-            mask.masked_fill_(place >= lengths[:, None], torch.finfo(query.dtype).min)
+            mask = new_mask(query, self.rows, self.length)
+            mask.masked_fill_(place >= lengths[:, None], lowest_score(query.dtype))
             self._index["mask"] = mask = mask[:, None, None]
         return mask
 
@@ -254,9 +255,9 @@ class UniformPages(PageStore):
 
     def _pages_per_block(self) -> int:
         max_pages = self.tier.most_pages(self.nbytes * self.page_size // self.capacity)
-        if self.codec.block_tokens is None:
-            return min(self.pages, max_pages)
-        return min(max(1, self.codec.block_tokens // self.page_size), max_pages)
+        owners = self.rows * self._sample.shape[1]
+        tokens = self.codec.tokens_per_block(owners, self.tier.device)
+        return min(max(tokens // self.page_size, 1), max_pages, self.pages)
 
     def span(self, rows: list[int], *, with_values: bool) -> TokenTable:
         """Decode all tokens of batch rows that have equally many, as views if possible."""
