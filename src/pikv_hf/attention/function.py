@@ -1,7 +1,7 @@
 """The attention function that attached modules call, and attention over a paged layer.
 
-Shapes: B batch rows, Hq query heads, H KV heads, G query heads per KV head, q new tokens, n tail
-tokens (new ones included), D key dim, Dv value dim.
+Shapes: B batch rows, Hq query heads, H KV heads, G query heads per KV head, q new tokens, R = G * q
+queries of a KV head, n tail tokens (new tokens included), D key dim, Dv value dim.
 """
 
 import sys
@@ -38,10 +38,11 @@ def pikv_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute attention for transformers: `query` [B, Hq, q, D] to `[B, q, Hq, Dv]` and None.
+    """Compute attention for transformers: `query` [B, Hq, q, D] to `[B, q, Hq, Dv]` and weights.
 
     Layers that are not paged, and the first tokens of a paged layer, which have no pages before
-    them, use the model's own attention function. torch.compile traces calls without a paged layer.
+    them, use the model's own attention function, which may return weights; otherwise these are
+    None. torch.compile traces calls that no `update` of a `PagedLayer` precedes.
     """
     if SLOT.layer is None:
         return _original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -82,23 +83,23 @@ def _paged(
 
 
 def _refuse_gradients(out: Tensor) -> None:
-    """Make a backward pass through `out` raise: it would miss the gradients of cached tokens."""
+    """Let a backward pass through `out` raise: it would miss the gradients of cached tokens."""
     if out.requires_grad:
         out.register_hook(_raise_on_backward)
 
 
 def _raise_on_backward(gradient: Tensor) -> None:
     raise RuntimeError(
-        "a gradient is asked for that goes through the keys and values of earlier forward passes, but "
-        "a PiKVCache holds them without one: train with the whole text in one forward pass."
+        "the backward pass needs a gradient for keys and values of earlier forward passes, but a "
+        "PiKVCache holds them without one: train with the whole text in one forward pass."
     )
 
 
 def _observe(layer: PagedLayer, module: nn.Module, query: Tensor, scale: float) -> None:
-    """Hand the newest queries to the layer, in the space and dtype of its cached keys."""
+    """Hand the queries to the layer, in the space and dtype of its cached keys."""
     state = layer.state
     newest = query
-    if state.columns.hidden is None:  # else older queries of rows with padding may be among them
+    if state.columns.hidden is None:  # else its last columns may be padding
         newest = query[:, :, -state.observed.limit :]
     if state.latent_rank is not None:
         newest = LatentQuery(module, newest, state.latent_rank).absorb(newest)
@@ -165,7 +166,7 @@ def _attend_all(
 def _attend_slab(
     state: LayerState, slab: UniformPages | RaggedPages, query: Tensor, length: int, scale: float
 ) -> Iterator[Partial]:
-    """Yield partial results [B, H, R, Dv] over pages, which lie in the past of all queries."""
+    """Yield outputs [B, H, R, Dv] and log-sum-exps over pages, which are older than all queries."""
     batch, covered = query.shape[0], _covered(state, length, query)
     # Ragged pages are read whole: a router that selects pages is refused with them.
     selected = _selected_pages(state, slab, query) if isinstance(slab, UniformPages) else None
@@ -193,7 +194,7 @@ def _attend_slab(
 def _covered(state: LayerState, length: int, query: Tensor) -> Tensor | None:
     """Return [B, R, n] bool, True where a row of `query` [B, H, R, D] may not see a column.
 
-    None: all tokens in pages are seen. A query that is not masked by itself is as the last one.
+    None: all tokens in pages are seen. If `covered` is not per new token, its last row is for all.
     """
     covered, seen = state.columns.covered, state.num_seen
     if covered is None:
@@ -229,7 +230,7 @@ def _attend_tail(
     if length == 1:
         additive = _tail_mask(state, query, mask, length)
         return attend_states(query, keys, values, additive, scale)
-    # With one attention head per query head, on expanded keys, a mask of q x n is enough.
+    # With keys expanded to every query head, a mask of q x n is enough.
     heads = query.shape[1]
     additive = _tail_mask(state, query, mask, length)
     assert additive is not None, "several new tokens are causal among themselves"
@@ -251,7 +252,7 @@ def _tail_mask(state: LayerState, query: Tensor, mask: Tensor | None, length: in
         departed = [start - state.first_in_tail for start in starts]
         if not any(departed):
             return additive
-        # Only the rows that started later still have these columns in the tail.
+        # Columns before the start of a row are in the tail only because other rows need them.
         ends = torch.tensor(departed, device=query.device)[:, None]
         is_gone = (torch.arange(tokens, device=query.device) < ends)[:, None, None]
         both = torch.broadcast_shapes(is_gone.shape, (1,) if additive is None else additive.shape)
@@ -269,7 +270,7 @@ def _one_per_query_head(states: Tensor, groups: int) -> Tensor:
 
 
 def _spread(out: Tensor, lse: Tensor, slab: PageStore, batch: int) -> tuple[Tensor, Tensor]:
-    """Extend results of the slab's readers to all batch rows; other rows saw no key."""
+    """Extend results of the slab's readers to all batch rows; other rows attend to no key."""
     if slab.is_read_by_all(batch):
         return out, lse
     readers = slab.index("readers", out.device)
@@ -281,7 +282,7 @@ def _spread(out: Tensor, lse: Tensor, slab: PageStore, batch: int) -> tuple[Tens
 def _additive(mask: Tensor | None, length: int, tokens: int, query: Tensor) -> Tensor | None:
     """Return the additive mask [B or 1, 1, q, n] of the tail's columns; None = all visible.
 
-    Masked is not -inf: a query that sees nothing gets weight 0, not NaN.
+    Masked entries are `lowest_score`, not -inf: a query that sees nothing yields no NaN.
     """
     lowest = lowest_score(query.dtype)
     if mask is None or mask.dim() == 2:

@@ -1,4 +1,4 @@
-"""Reasons that keep a layer on the attention function of its model."""
+"""Reasons to leave a layer to the attention function of its model."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ SINKS = ("s_aux", "sinks")
 def unpaged_reason(state: LayerState, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> str | None:
     """Return why pikv attention cannot serve this layer, or None; called with its first tokens.
 
-    Pikv attention reads the keys given to `update`. A model that changes them before attention, or
-    adds something to the scores, keeps its own attention and gets all keys from `update`.
+    Pikv attention reads the keys given to `update`. A layer that changes them before attention, or
+    changes the scores, keeps the model's attention and gets all keys from `update`.
     """
     known = {*HARMLESS, *SINKS}
     foreign = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in known]

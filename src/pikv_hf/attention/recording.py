@@ -1,4 +1,4 @@
-"""Token statistics that a decode step updates, as attention has its weights at hand.
+"""Token statistics updated in a decode step, where attention has computed the weights.
 
 Shapes: B rows, H KV heads, G query heads of each, T tokens held, D key dim, c numbers of a token.
 """
@@ -20,9 +20,9 @@ Slabs = list[UniformPages]
 
 
 def counted_slabs(state: LayerState, length: int) -> Slabs | None:
-    """Return all slabs if attention of `length` new tokens can update their token statistics.
+    """Return all slabs if attention of `length` new tokens can update the token statistics.
 
-    None if it cannot: the queries are then kept, and applied when tokens are sealed.
+    If it cannot, return None: the queries are then kept until they are settled.
     """
     observed, slabs = state.observed, state.pages.slabs
     if not observed.width or length > 1 or state.settings.router is not None:
@@ -32,7 +32,7 @@ def counted_slabs(state: LayerState, length: int) -> Slabs | None:
     if observed.counted is None and observed.has_pending:
         return None  # the statistics would miss the pending queries
     if state.columns.hidden is not None or state.columns.covered is not None:
-        return None  # rows hold different numbers of tokens, or not all are seen
+        return None  # rows hold different numbers of tokens, or a mask hides some
     batch = state.tail.batch
     readable = [
         slab
@@ -77,7 +77,7 @@ def _merged(one: Partial, other: Partial) -> Partial:
 
 
 def _records(state: LayerState, slabs: Slabs) -> Tensor:
-    """Return the statistics of all tokens [B, H, T, c] before the newest token has updated them."""
+    """Return the statistics of all tokens [B, H, T, c] before the newest query updates them."""
     held = state.observed.counted
     if held is not None:
         return F.pad(held, (0, 0, 0, 1))

@@ -11,7 +11,8 @@ from .state import LayerState
 def is_over_budget(state: LayerState, seen: int) -> bool:
     """Return True if a row of `seen` tokens would exceed its budget if none had been evicted.
 
-    All layers agree, as their tails must be equal. Bytes differ between layers: always True.
+    All layers must agree, as their tails must be equal. A budget in bytes allows them different
+    numbers of tokens: the result is then always True.
     """
     budget, scheduler = state.settings.budget, state.settings.scheduler
     if scheduler is None:
@@ -23,10 +24,10 @@ def is_over_budget(state: LayerState, seen: int) -> bool:
 
 
 def tail_capacity(state: LayerState) -> int:
-    """Return the number of tokens that a tail holds at most between forward passes.
+    """Return the maximum number of tokens in a tail between forward passes.
 
-    Where whole pages leave, up to a page stays beside the window, and a page is added before more
-    tokens leave. Rows with padding behind their newest tokens may need more.
+    A row of which only whole pages leave keeps up to a page beside its window, and gains a page
+    before the next seal. Rows with padding behind their newest tokens may need more.
     """
     budget, settings = state.settings.budget, state.settings
     is_in_bytes = budget is not None and budget.bytes_in_force(state.num_generated) is not None
@@ -36,8 +37,8 @@ def tail_capacity(state: LayerState) -> int:
 def row_window(state: LayerState, seen: int) -> int:
     """Return how many newest tokens a row keeps in its tail after `seen` tokens.
 
-    If the budget is a share, the window must fit into it; a default window fits into half of it, so
-    that the scheduler has a choice.
+    If the budget is a share, the window is cut to fit into it; a default window is cut to half of
+    it, so that the scheduler has a choice.
     """
     settings, generated = state.settings, state.num_generated
     if settings.budget is None or not isinstance(settings.budget.in_force(generated), float):
@@ -75,15 +76,15 @@ def _tokens_in(state: LayerState, nbytes: int) -> int:
     """Return the tokens per row and KV head, tail included, that a cache of `nbytes` can hold."""
     settings = state.settings
     pages = int(_bytes_for_pages(state, nbytes) / _page_row_bytes(state))
-    # Where heads differ in their tokens or bytes, the last page of each head is not full.
+    # Where heads differ in tokens or bytes, the last page of each head may not be full.
     pages -= _has_ragged_pages(state)
     return settings.window + max(pages, 0) * settings.page_size
 
 
 def spare_bytes(state: LayerState) -> int:
-    """Return the bytes of unused room that pages may have, a small part of the cache.
+    """Return the bytes of unused room that the pages of a layer may have.
 
-    It is a quarter of all tokens seen, less two pages, for which the tail has room as well.
+    It is room for a quarter of the tokens seen, less two pages, for which the tail has room.
     """
     return max(state.num_seen // 4 - 2 * state.settings.page_size, 0) * state.tail.token_bytes
 
@@ -99,7 +100,7 @@ def _bytes_for_pages(state: LayerState, nbytes: int) -> int:
     """Return the bytes that a cache of `nbytes` leaves to the pages of a layer.
 
     Raises:
-        ValueError: its tail tokens and sinks take more than its share.
+        ValueError: the tail tokens and sinks of the layer take more than its share.
     """
     settings, tail = state.settings, state.tail
     elsewhere = state.neighbours.nbytes(state)
@@ -116,7 +117,7 @@ def _bytes_for_pages(state: LayerState, nbytes: int) -> int:
     if share <= fixed or share < min_bytes:
         raise ValueError(
             f"`budget` is {nbytes} bytes, of which layers that are not paged and token ids take "
-            f"{elsewhere}. That leaves {share} for layer {state.layer_idx}, but its open tokens "
+            f"{elsewhere}. That leaves {share} for layer {state.layer_idx}, but its tail tokens "
             f"and sinks alone take {math.ceil(min_bytes)} in this batch of {tail.batch}: give more, or a "
             "smaller `window`, `page_size` or batch."
         )
@@ -124,7 +125,7 @@ def _bytes_for_pages(state: LayerState, nbytes: int) -> int:
 
 
 def _page_row_bytes(state: LayerState) -> float:
-    """Return the bytes of a page of each KV head of all rows."""
+    """Return the bytes of one page for every KV head of every row."""
     tail = state.tail
     return tail.batch * tail.keys.shape[1] * state.settings.page_size * token_bytes(state)
 
@@ -134,7 +135,7 @@ def token_bytes(state: LayerState) -> float:
     settings, tail = state.settings, state.tail
     dims, size = (tail.keys.shape[3], tail.values.shape[3]), tail.keys.element_size()
     total = state.compressor.bytes_per_token(*dims, size, settings.page_size)
-    # Position, statistics, the copy of these that attention adds to, labels; then constants.
+    # Position; statistics, and their copy `counted`; labels; then constants.
     total += 4 + 4 * (state.observed.numbers + state.observed.width) + _label_bytes(state)
     constants = settings.needs.constants
     total += 0 if constants is None else 4 * constants.num_constants
@@ -144,7 +145,7 @@ def token_bytes(state: LayerState) -> float:
 
 
 def _has_ragged_pages(state: LayerState) -> bool:
-    """Return True if KV heads may differ in their number of pages or in the encodings of these."""
+    """Return True if KV heads may differ in the number or the encoding of their pages."""
     return state.settings.traits.is_ragged or state.pages.codec.is_mixed
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic of the cache outside of `torch.autocast`, which is for the model's dtypes alone."""
+"""A decorator that keeps `torch.autocast` away from the arithmetic of the cache."""
 
 import functools
 from collections.abc import Callable

@@ -16,10 +16,10 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class Budget:
-    """Amounts that may be held after prefill and while decoding; None = no limit.
+    """The amounts that may be held after prefill and during decode; None = no limit.
 
     An amount is a number of tokens of each row and KV head, a share of the tokens that the row has
-    seen, or bytes of the whole cache. If `decode` is None, generated tokens come on top.
+    seen, or bytes of the whole cache. If `decode` is None, all generated tokens are held, too.
     """
 
     prefill: Amount | None
@@ -29,7 +29,7 @@ class Budget:
         """Return the tokens per KV head that a row may hold, tail included; None = all.
 
         `seen`: the tokens of the row, padding not counted; the newest `generated` of them are
-        behind its prompt. `tokens_in` returns how many tokens fit into bytes of the whole cache.
+        behind its prompt. `tokens_in(nbytes)` is the result for a whole cache of `nbytes` bytes.
         """
         amount = self.in_force(generated)
         if amount is None:
@@ -38,7 +38,7 @@ class Budget:
         return _tokens(amount, seen - adds, tokens_in) + adds
 
     def in_force(self, generated: int) -> Amount | None:
-        """Return the amount that applies when `generated` tokens are behind the prompt."""
+        """Return the amount that applies after `generated` tokens behind the prompt."""
         return self.decode if generated and self.decode is not None else self.prefill
 
     def bytes_in_force(self, generated: int) -> int | None:
@@ -48,7 +48,7 @@ class Budget:
 
     @property
     def has_phases(self) -> bool:
-        """True if another amount applies to generated tokens."""
+        """True if another amount applies once a token is generated."""
         return self.decode is not None and self.decode != self.prefill
 
     @property
@@ -67,10 +67,10 @@ class Budget:
 
 
 def make_budget(given: Any) -> Budget:
-    """Make a budget of what a user passes: an amount, or amounts for `prefill` and `decode`.
+    """Make a budget from an amount, or from a mapping of `prefill` and `decode` to amounts.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `given` is neither.
     """
     if not isinstance(given, Mapping):
         _check("budget", given)

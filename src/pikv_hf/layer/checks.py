@@ -9,7 +9,7 @@ from .state import LayerState
 
 
 def check_update(state: LayerState, keys: Tensor, values: Tensor) -> None:
-    """Refuse new `keys` [B, H, T, Dk] and `values` that do not continue the layer's tokens.
+    """Refuse new `keys` [B, H, T, Dk] and `values` that cannot follow the layer's tokens.
 
     Raises:
         RuntimeError: the last tokens still wait for their attention or their experts.
@@ -46,13 +46,13 @@ def check_crop(state: LayerState, tokens_to_remove: int) -> None:
     if -tokens_to_remove > tail and state.settings.scheduler is not None:
         raise ValueError(
             f"`tokens_to_remove` is {tokens_to_remove}, but only the newest {tail} tokens can be "
-            "removed from a cache whose scheduler may have dropped older ones."
+            "removed from a cache whose scheduler may have evicted older tokens."
         )
 
 
 @contextlib.contextmanager
 def naming(state: LayerState) -> Generator[None, None, None]:
-    """Name the layer in a ValueError of a compressor that cannot store its tokens."""
+    """Add the layer's index to a ValueError of the compressor."""
     try:
         yield
     except ValueError as error:

@@ -11,19 +11,19 @@ from ..model.versions import full_attention_mask
 
 
 class Columns:
-    """The tokens of each batch row among the columns of the sequence, as masks have shown them.
+    """The tokens of each batch row among the columns of the sequence, as read from the masks.
 
-    `hidden` [B, c] bool, on the CPU, is True at padding among the first c columns; all others are
-    tokens. None = there is no padding. Tokens are numbered in their row: the position of a token is
-    the number of tokens before it. `covered` [B, 1 or q, n] bool is True at tokens in pages that the
-    newest mask hides from its queries; None = it hides none. The paged layers of a cache share the
-    columns.
+    `hidden` [B, c] bool, on the CPU, is True at padding among the first c columns; later columns
+    are tokens. None = there is no padding. The position of a token is the number of tokens of its
+    row before it. `covered` [B, 1 or q, n] bool is True at tokens that have left the tail and that
+    the newest mask hides from its queries; None = it hides none. The paged layers of a cache share
+    the columns.
     """
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
         self.covered: Tensor | None = None
-        # Changes whenever `hidden` does, so that what is derived from it can be kept.
+        # Changes whenever `hidden` does, so that results derived from it can be kept.
         self.stamp = 0
 
     def reset(self) -> None:
@@ -32,7 +32,7 @@ class Columns:
         self.covered = None
 
     def note(self, visible: Tensor | None, start: int, end: int, starts: Sequence[int]) -> None:
-        """Note which of the columns from `start` to `end` are tokens: all, or `visible` [B or 1, n].
+        """Note which columns from `start` to `end` are tokens: all, or `visible` [B or 1, n].
 
         Columns of row r before `starts[r]` have left its tail and do not change.
         """
@@ -101,21 +101,21 @@ class Columns:
         return columns - before.gather(1, at.flatten(1)).view(at.shape)
 
     def _before(self) -> Tensor:
-        """Return the padding [B, c] before each column and at it."""
+        """Return the number [B, c] of padding columns up to each column, itself included."""
         assert self.hidden is not None, "there is padding"
         return self.hidden.cumsum(1)
 
     def differences(
         self, mask: Any, total: int, starts: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Compare `mask`, for `total` columns, with what has left the tail: row r to `starts[r]`.
+        """Compare `mask`, of `total` columns, with the columns before `starts[r]` of each row r.
 
-        Does not wait for a device.
+        These columns have left the tail. The comparison does not wait for a device.
 
         Returns:
             Three bool tensors: [B, n], padding that the mask shows; [B, 1 or q, n], tokens that it
-            hides from a query; [B, 1 or q, n], tokens to whose scores it adds something else. None
-            if the mask says nothing of these columns.
+            hides from a query; [B, 1 or q, n], tokens to whose scores it adds another number. None
+            if no column has left the tail, or the mask is for the tail alone.
         """
         length, rows = max(starts, default=0), len(starts)
         if not length:
@@ -127,9 +127,9 @@ class Columns:
             return padding & departed, none, none
         mask = full_attention_mask(mask)
         if mask is None or (mask.dim() == 4 and mask.shape[-1] != total):
-            return None  # made by the model's own code, for the tail alone
+            return None  # made by the model's code for the tail alone
         mask = mask[..., :length]
-        if mask.dim() == 2:  # what is missing is hidden
+        if mask.dim() == 2:  # columns that it lacks are hidden
             mask = F.pad(mask.bool(), (0, length - mask.shape[1]))[:, None, None]
         mask, is_added = mask.flatten(1, 2), mask.is_floating_point()
         shows = mask > torch.finfo(mask.dtype).min / 2 if is_added else mask.bool()
@@ -139,11 +139,11 @@ class Columns:
         return shows.any(1) & padding & departed, ~shows & tokens, changes & tokens
 
     def cover(self, covered: Tensor | None) -> None:
-        """Hide tokens that have left the tail from the next queries, by [B, 1 or q, n] bool."""
+        """Hide tokens that have left the tail from the next queries: set `covered`."""
         self.covered = covered
 
     def refuse(self, shown: Tensor, changed: Tensor) -> None:
-        """Raise ValueError for the first padding [B, n] that is `shown`, or token that is `changed`."""
+        """Raise ValueError for the first `changed` token, else for the first `shown` padding."""
         for row, _, column in changed.nonzero()[:1].tolist():
             raise ValueError(
                 f"`attention_mask` adds to the scores of token {column} of row {row}, which is sealed "

@@ -11,7 +11,7 @@ from .state import LayerState
 
 
 class DenseStates(DynamicLayer):
-    """A layer without dense keys and values: it makes them whenever they are read."""
+    """A layer that makes its dense keys and values anew whenever they are read."""
 
     state: LayerState
 
@@ -45,7 +45,7 @@ class DenseStates(DynamicLayer):
 
 
 def _check_none(name: str, value: Any) -> None:
-    """Refuse to set `value`, except None, which transformers' layers begin with."""
+    """Raise AttributeError unless `value` is None, which transformers' layers begin with."""
     if value is not None:
         raise AttributeError(
             f"`{name}` of a paged layer cannot be set: they are held as a tail and pages, which "

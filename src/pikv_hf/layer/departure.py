@@ -1,4 +1,4 @@
-"""The tokens that leave the tail at a seal: of each row, by its own tokens alone."""
+"""The tokens that leave the tail at a seal; each row depends on its own tokens alone."""
 
 from dataclasses import dataclass, replace
 
@@ -12,11 +12,11 @@ from .state import LayerState
 
 @dataclass(frozen=True)
 class Departing:
-    """The tail tokens of batch rows that have departed, leave and stay in equal numbers.
+    """Batch rows of which equally many tokens have left the tail, leave it now, and stay.
 
     Of each row `departed` tokens have left the tail before, `count` leave it now and `opened` stay.
-    `places` [R, count + opened] are the places of the last two in the tail's buffer, the oldest
-    first. None = in every row they are the places from `first` on.
+    `places` [R, count + opened] are the places of leaving and staying tokens in the tail's buffer,
+    oldest first. None = in every row they are the places from `first` on.
     """
 
     rows: list[int]
@@ -27,7 +27,7 @@ class Departing:
     places: Tensor | None
 
     def select(self, numbers: list[int]) -> "Departing":
-        """Return the group of the rows with these numbers."""
+        """Return the group of some of these rows, given by their indices in `rows`."""
         if len(numbers) == len(self.rows):
             return self
         rows = [self.rows[number] for number in numbers]
@@ -54,18 +54,18 @@ class Departing:
 
     @property
     def seen(self) -> int:
-        """Number of tokens that each row has had, padding not counted."""
+        """Number of tokens that each row has seen, padding not counted."""
         return self.departed + self.count + self.opened
 
 
 @dataclass(frozen=True)
 class Departure:
-    """The rows of a layer by what leaves their tails, and where the tails start afterwards."""
+    """The rows of a layer, grouped, with `starts` and `num_departed` after tokens have left."""
 
     groups: list[Departing]
     starts: tuple[int, ...]
     num_departed: tuple[int, ...]
-    # [B, n] places of the tail's buffer: first those of a row's tokens, the oldest token first.
+    # [B, n] places in the tail's buffer: first the tail tokens of a row, oldest first.
     order: Tensor
 
     @property
@@ -79,7 +79,7 @@ class Departure:
         return not any(group.count for group in self.groups)
 
     def leaving(self, tail: TokenTable) -> TokenTable:
-        """Return the tokens of all rows that leave a `tail`; shorter rows have others behind."""
+        """Return the tokens that leave a `tail`; rows with fewer have arbitrary entries behind."""
         if len(self.groups) == 1:
             return self.groups[0].leaving(tail)
         rows = list(range(len(self.starts)))
@@ -87,7 +87,7 @@ class Departure:
 
 
 def open_places(state: LayerState) -> Tensor | None:
-    """Return [B, n] bool, True where the tail's buffer has an open token; None = everywhere."""
+    """Return [B, n] bool, True where the buffer has a tail token of the row; None = everywhere."""
     first, end, starts = state.first_in_tail, state.num_seen, state.starts
     key = (state.columns.stamp, first, end, starts)
     return state.step.remember("open", key, lambda: _open_places(state))
@@ -103,7 +103,7 @@ def _open_places(state: LayerState) -> Tensor | None:
 
 
 def departure(state: LayerState) -> Departure:
-    """Return what leaves the tails now; layers that have equal tails compute it once."""
+    """Return the tokens that leave the tails now, computed once for layers with equal tails."""
     key = (state.columns.stamp, state.num_seen, state.starts, state.num_departed, state.prompt_end)
     return state.step.remember("departure", key, lambda: _departure(state))
 
@@ -136,9 +136,10 @@ def _departure(state: LayerState) -> Departure:
 
 
 def _count(state: LayerState, departed: int, held: int) -> int:
-    """Return how many of the oldest `held` tail tokens of a row leave, behind `departed` others.
+    """Return how many of the `held` tail tokens of a row leave; `departed` have left before.
 
-    A row within its budget loses whole pages, a row over its budget all that is not in its window.
+    From a row within its budget whole pages leave, from a row over its budget all tokens outside
+    the window.
     """
     seen = departed + held
     count = max(held - row_window(state, seen), 0)

@@ -1,4 +1,4 @@
-"""The choice of tokens within the budget, among those that leave the tail and sealed ones."""
+"""The choice, within the budget, among sealed tokens and tokens that leave the tail."""
 
 import functools
 import math
@@ -24,10 +24,11 @@ INTERVALS = 16
 def select_tokens(
     state: LayerState, tail: TokenTable, group: Departing, scheduler: Scheduler
 ) -> tuple[TokenTable, Room]:
-    """Return the tokens to seal of the `group` that leaves the `tail`, and room for later ones.
+    """Return the tokens of `group` to seal, and the room to make for later tokens.
 
-    If some must be evicted, sealed tokens leave their pages, and the kept ones are returned, too.
-    The room lasts until the next eviction.
+    These are the tokens that leave the `tail`. If the scheduler must evict or update statistics,
+    sealed tokens leave their pages, and the kept ones are returned, too. The room lasts until the
+    next eviction.
     """
     rows, new = group.rows, group.leaving(tail)
     if moves(state.settings):
@@ -69,7 +70,7 @@ def select_tokens(
 
 
 def _room(state: LayerState, rows: list[int], new: int) -> Room:
-    """Return the room that is left when `new` tokens of `rows` are sealed; < 0 = too many."""
+    """Return the room left once `new` tokens of each of `rows` are sealed; < 0 bytes = too many."""
     limit, spare = page_bytes(state), spare_bytes(state)
     if limit is None:
         return Room(nbytes=spare)
@@ -84,7 +85,7 @@ def _candidates(state: LayerState, group: Departing, new: TokenTable) -> TokenTa
     take = functools.partial(pages.take, rows, with_values="values" in needs.inputs)
     is_small = len(new) <= pages.page_size and pages.held(rows[0]) is not None
     if is_small and pages.codec.is_lossless and needs.statistics is None:
-        # Pages mostly have room for `new`, so that the tokens need not be copied into one piece.
+        # Pages mostly have room for `new`: old and new tokens are then in one piece without a copy.
         with naming(state):
             pages.append(new, rows, state.tail.batch)
         span = take()
@@ -95,7 +96,7 @@ def _candidates(state: LayerState, group: Departing, new: TokenTable) -> TokenTa
         sealed = settled(state, rows, sealed)
         new = with_record(state, group, new)
     if sealed is not None and not group.count:
-        return sealed.for_rows(len(rows))  # rows may have read one stored row
+        return sealed.for_rows(len(rows))  # several rows may have read one stored row
     if sealed is not None and not moves(state.settings):
         with naming(state):
             new = pages.encoded(new)
@@ -105,7 +106,10 @@ def _candidates(state: LayerState, group: Departing, new: TokenTable) -> TokenTa
 def _is_within_budget(
     state: LayerState, group: Departing, budget: int, scheduler: Scheduler
 ) -> bool:
-    """Return True if the tokens that leave are within the budget of each KV head."""
+    """Return True if sealed tokens and tokens that leave the tail need no eviction.
+
+    KV heads may hold `budget` tokens on average, or their `lengths` if the scheduler has any.
+    """
     held = state.pages.held(group.rows[0])
     held = torch.zeros(1) if held is None else held.double()
     if state.settings.traits.has_lengths:
@@ -115,9 +119,9 @@ def _is_within_budget(
 
 
 def _headroom(state: LayerState, seen: int, budget: int) -> int:
-    """Return the places per KV head that an eviction leaves free, for the next `interval` tokens.
+    """Return how many tokens per KV head an eviction leaves free for the next `interval` tokens.
 
-    While a prompt is read this is 0: the prompt may use its whole `budget`.
+    Before the first generated token this is 0: the prompt may use its whole `budget`.
     """
     if not state.num_generated:
         return 0
@@ -136,7 +140,7 @@ def _candidates_of(
     span: TokenTable,
     inputs: frozenset[str],
 ) -> Candidates:
-    """Return `span` as candidates, with `inputs` and all else that the scheduler needs."""
+    """Return `span` as candidates, with `inputs` and all other needs of the scheduler."""
     rows, needs, opened = group.rows, state.settings.needs, group.staying(tail)
     labels: dict[str, Any] = {}
     if "experts" in inputs and "experts" in span:

@@ -1,4 +1,4 @@
-"""Handover of a layer from its `update` to the attention function that the model calls next."""
+"""Handover of a layer from its `update` to the attention function, which runs next."""
 
 import threading
 from typing import Any
@@ -15,11 +15,11 @@ SLOT = _Slot()
 
 
 def hand_over(layer: Any) -> None:
-    """Leave the layer whose `update` has run, for the attention function."""
+    """Leave `layer`, whose `update` has run, for the attention function to take."""
     SLOT.layer = layer
 
 
 def take_layer() -> Any:
-    """Take out the layer whose `update` ran last, if its attention did not run yet; else None."""
+    """Return the layer whose `update` ran last, and empty the slot; None if it is empty."""
     layer, SLOT.layer = SLOT.layer, None
     return layer

@@ -22,14 +22,14 @@ MAX_PAGES = 8
 
 
 class LossWarning(UserWarning):
-    """Keys or values of a layer lose more than `guard.LIMIT` when they are sealed."""
+    """Keys or values of a layer lose more than `loss_guard.LIMIT` when they are sealed."""
 
 
 class Guard:
-    """Compares pages of one layer with their originals, a few at a time, and warns once.
+    """Compares a few pages of one layer with their originals, and warns once.
 
-    It compares at the first seal, and then whenever the sealed tokens have doubled, so that most
-    seals cost nothing. Tokens that a scheduler evicts at once are compared, too.
+    It compares at the first seal, and then whenever the tokens that have left the tail have
+    doubled, so that most seals cost nothing. Tokens that are evicted at once are compared, too.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Guard:
         self.due_at = 1
 
     def is_due(self, compressor: Compressor, sealed: int) -> bool:
-        """Return True if a comparison is due when `sealed` tokens have been sealed."""
+        """Return True if a comparison is due when `sealed` tokens of a row have left the tail."""
         return not (self.has_warned or sealed < self.due_at or compressor.is_lossless)
 
     def check(
@@ -55,7 +55,7 @@ class Guard:
     ) -> None:
         """Warn if `compressor` loses much of `span`, tokens for `table`, which is not changed.
 
-        `sealed` tokens have been sealed so far; `queries` as for `PageTable.append`.
+        `sealed` tokens of a row have left the tail; `queries` as for `PageTable.append`.
         """
         if not self.is_due(compressor, sealed):
             return
@@ -73,7 +73,10 @@ class Guard:
 
 
 def _sample(span: TokenTable, page_size: int) -> TokenTable:
-    """Return whole pages of the first row, evenly spread: all heads, about `MAX_PAGES` in all."""
+    """Return the first row: evenly spread whole pages, about `MAX_PAGES` over all heads.
+
+    If the tokens do not fill a page, return all of them.
+    """
     first = span.of_rows([0])
     whole = len(span) // page_size
     if whole == 0:
@@ -84,7 +87,7 @@ def _sample(span: TokenTable, page_size: int) -> TokenTable:
 
 
 def _losses(sample: TokenTable, pages: PageTable) -> dict[str, float]:
-    """Return the relative root mean square errors of `keys` and of `values`, if these have dims."""
+    """Return the relative root mean square errors of `keys` and `values`, if they have dims."""
     spans, names = pages.spans([0]), [n for n in ("keys", "values") if sample[n].shape[-1]]
     found = []
     for name in names:
@@ -97,9 +100,9 @@ def _losses(sample: TokenTable, pages: PageTable) -> dict[str, float]:
 def _advice(
     compressor: Compressor, sample: TokenTable, page_size: int, names: Iterable[str]
 ) -> dict[str, float]:
-    """Return compressors that lose less than the limit of `names` in `sample`, and their losses.
+    """Return compressors that lose at most `LIMIT` of `names` in `sample`, with their losses.
 
-    `Int8` always does: its error is at most 1/127 of the largest number of a token.
+    `Int8` is always among them: its error is at most 1/127 of the largest number of a token.
     """
     found: dict[str, float] = {}
     for other in (*compressor.alternatives(), Int8()):
@@ -112,7 +115,7 @@ def _advice(
 
 
 def _in_code(compressor: Compressor) -> str:
-    """Return the call that makes `compressor`, without default arguments."""
+    """Return the code that makes `compressor`, default arguments left out."""
     fields = dataclasses.fields(compressor)  # ty: ignore[invalid-argument-type]
     values = ((f.name, getattr(compressor, f.name), f.default) for f in fields if f.repr)
     given = ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)

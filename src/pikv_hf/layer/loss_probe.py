@@ -1,4 +1,4 @@
-"""The error that pages cause in attention outputs, measured as tokens are sealed.
+"""The error that compressed pages cause in attention outputs, measured at each seal.
 
 Shapes: R rows, H KV heads, T tokens, Q queries, D key dim, Dv value dim.
 """
@@ -51,7 +51,7 @@ class Probe:
 
     @property
     def error(self) -> float | None:
-        """Relative error, the root of the first sum over the second; None before `measure`."""
+        """Relative error: the root of the first sum over the second; None if the second is 0."""
         if self._sums is None:
             return None
         wrong, whole = self._sums.tolist()
@@ -63,7 +63,7 @@ class Probe:
 
 
 def _start(query: Tensor, span: TokenTable) -> Partial:
-    """Return the result over no key: zeros, and a log-sum-exp that any other outweighs."""
+    """Return attention over no key: zeros, and a log-sum-exp that any other outweighs."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     dim = span["values"].shape[-1] or span["keys"].shape[-1]
     lse = query.new_full(query.shape[:3], torch.finfo(dtype).min / 2, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Queries and token statistics of one layer, for methods that need to know its attention."""
+"""Queries and token statistics of one layer, for methods that depend on its attention."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ from ..schedulers import Needs
 EVERY = 2**62
 # Up to 1/4 more queries than needed are held, so that they are not copied at every step.
 SLACK = 4
-# Drafted tokens whose queries may have to be taken back.
+# Maximum number of drafted tokens whose queries may have to be taken back.
 DRAFTED = 256
 
 
 class Trail:
-    """The newest queries [B, H, G, n, D], concatenated when they are read, not at every step."""
+    """The newest queries [B, H, G, n, D]: parts that are concatenated only when they are read."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
@@ -59,15 +59,17 @@ class Trail:
 
 
 class Observations:
-    """Copies of the newest queries of one layer, and token statistics as schedulers need them.
+    """Copies of the newest queries of one layer, and the token statistics of its scheduler.
 
     Attributes:
-        queries: [B, H, G, n, D] of the newest n <= `most` tokens, of G query heads; padding: zeros.
-        control: [B, controls], the row state of the scheduler.
-        width: numbers of a record, the statistics of a token; 0 if queries change none.
+        queries: [B, H, G, n, D] of the newest n <= `most` tokens, or more while drafting, and of
+            the G query heads of each KV head; zeros at padding.
+        control: [B, controls], the row state of the scheduler; None until it is first read.
+        width: numbers of a record (the statistics of a token) that queries change; 0 = none.
         pending: queries that the records do not include yet.
-        record: [B, H, t, width], the records of the oldest t tail tokens.
-        counted: [B, H, T, width], all records with the pending queries, if attention added them.
+        record: [B, H, t, numbers], the records of the oldest t tail tokens.
+        counted: [B, H, T, width], the records of all tokens with the pending queries; None unless
+            attention has added these.
         is_marked: True if a record is one number that only a repetition changes.
     """
 
@@ -101,11 +103,14 @@ class Observations:
         return len(self._pending) > 0
 
     def is_pending(self, generated: int, page_size: int) -> bool:
-        """Return True if queries must be settled without sealing: a prompt's, or a page's."""
+        """Return True if pending queries must be settled although no token is sealed.
+
+        They must be after a prompt, and after `page_size` forward passes.
+        """
         return self.has_pending and (not generated or len(self._pending) >= page_size)
 
     def set_record(self, record: Tensor) -> None:
-        """Set the records [B, H, t, width] of the oldest t tail tokens."""
+        """Set the records [B, H, t, numbers] of the oldest t tail tokens."""
         self.record = record
 
     def count(self, counted: Tensor) -> None:
@@ -113,7 +118,7 @@ class Observations:
         self.counted = counted
 
     def forget_counted(self) -> None:
-        """Forget `counted`: the pending queries are used when tokens are sealed."""
+        """Forget `counted`: the pending queries are added when they are settled."""
         self.counted = None
 
     def begin_drafting(self) -> None:
@@ -140,7 +145,7 @@ class Observations:
         return EVERY if self.width else self.most and self.most + DRAFTED * self.is_drafting
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:
-        """Append `queries` [B, H, G, q, D]; `visible` [B, q] is False at padding, None = none."""
+        """Append `queries` [B, H, G, q, D]; `visible` [B, q] is False at padding; None = none."""
         queries, most = queries.detach(), self.most + DRAFTED * self.is_drafting
         if visible is not None:
             seen = visible[:, None, None, :, None]
@@ -188,9 +193,10 @@ class Observations:
         return queries.index_select(0, torch.tensor(rows, device=queries.device))
 
     def most_bytes(self, owners: int, opened: int, sealed: int) -> int:
-        """Return the maximum of bytes, without records of pages, for `owners` KV heads of all rows.
+        """Return the maximum of the bytes held, records of sealed tokens not counted.
 
-        The tail has at most `opened` tokens; queries are settled after every `sealed` tokens.
+        `owners`: rows times KV heads. The tail has at most `opened` tokens; pending queries are
+        settled after every `sealed` tokens.
         """
         size = 4 * owners * opened * (self.numbers + self.width)
         size += 0 if self.control is None else self.control.nbytes
@@ -200,13 +206,13 @@ class Observations:
         return size
 
     def control_of(self, rows: list[int], like: Tensor) -> Tensor:
-        """Return the row state [R, controls], at first zeros on the device of `like` [B, ...]."""
+        """Return the row state [R, controls]: at first zeros, on the device of `like` [B, ...]."""
         if self.control is None:
             self.control = like.new_zeros(like.shape[0], self.controls, dtype=torch.float32)
         return self.control[rows]
 
     def set_control(self, rows: list[int], control: Tensor) -> None:
-        assert self.control is not None, "the controls were asked for"
+        assert self.control is not None, "`control_of` has made the row state"
         self.control[rows] = control
 
     def tensors(self) -> Iterator[Tensor]:

@@ -46,8 +46,8 @@ class PagedLayer(DenseStates):
     ) -> tuple[Tensor, Tensor]:
         """Append `key_states` [B, H, T, Dk] and `value_states` [B, H, T, Dv].
 
-        Return the new tokens alone, as the attention function reads the others, or all tokens of an
-        unpaged layer. Stored tensors carry no gradient.
+        Return the new tokens alone, because the attention function reads the older tokens itself;
+        an unpaged layer returns all tokens. Stored tensors carry no gradient.
 
         Raises:
             RuntimeError: the last tokens still wait for their attention or their experts.
@@ -90,7 +90,7 @@ class PagedLayer(DenseStates):
         self.is_initialized = True
 
     def observe(self, query: Tensor, scale: float) -> None:
-        """Keep the newest of the queries [B, Hq, q, D] of this layer, but none of padding.
+        """Keep the newest of the queries [B, Hq, q, D] of this layer, as zeros at padding.
 
         `scale` is the factor of queries times keys.
         """
@@ -100,7 +100,8 @@ class PagedLayer(DenseStates):
     def note_columns(self, mask: Tensor | None, length: int) -> None:
         """Note which columns are tokens, by the `mask` of attention with `length` new tokens.
 
-        While `generate` decodes, all new columns are, and nothing waits for a device.
+        While `generate` decodes, all new columns are tokens: a mask on an accelerator is not read,
+        so that nothing waits for the device.
         """
         state = self.state
         first, end, starts = state.first_in_tail, state.num_seen, state.starts
@@ -115,7 +116,7 @@ class PagedLayer(DenseStates):
         state.step.remember("noted", (mask, first, end), note)
 
     def finish(self) -> None:
-        """End attention: seal, or wait for the labels that sealing needs."""
+        """End the attention step: seal, or wait for the labels that sealing needs."""
         state = self.state
         if state.reading.is_held and state.observed.pending is not None:
             state.step.note_sealed()
@@ -134,7 +135,7 @@ class PagedLayer(DenseStates):
         self.seal()
 
     def seal(self) -> None:
-        """Move the oldest tokens of a full tail into pages."""
+        """Seal the tail tokens that are due, and fit the tail's buffer to the rest."""
         state = self.state
         if not state.seals:
             return
@@ -155,7 +156,10 @@ class PagedLayer(DenseStates):
         return self.state.num_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the mask's columns: the tail and the new tokens."""
+        """Return the length and offset of the mask: the tail and the new tokens.
+
+        The mask covers all columns if a layer that is not paged reads it.
+        """
         state = self.state
         if state.neighbours.read_full_mask:
             return state.num_seen + query_length, 0
@@ -167,10 +171,11 @@ class PagedLayer(DenseStates):
         self.state.begin_drafting()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens; 0 only ends a verification.
+        """Remove the newest `-tokens_to_remove` tokens; 0 removes none.
 
         Raises:
-            ValueError: some of these tokens have left the tail.
+            ValueError: `tokens_to_remove` is positive or beyond the tokens seen; or a scheduler may
+                have evicted tokens, and some to be removed have left the tail.
         """
         check_crop(self.state, tokens_to_remove)
         target = self.state.num_seen + tokens_to_remove
@@ -218,7 +223,7 @@ def keep_queries(state: LayerState, query: Tensor) -> None:
 
 
 def stored(keys: Tensor, values: Tensor, latent_rank: int | None) -> tuple[Tensor, Tensor]:
-    """Return keys and values as stored: a latent and its rotary key as one key without value."""
+    """Return keys and values as stored: a latent and its rotary key become one key, no value."""
     keys, values = alike(keys, values)
     if latent_rank is None:
         return keys, values
@@ -226,7 +231,7 @@ def stored(keys: Tensor, values: Tensor, latent_rank: int | None) -> tuple[Tenso
 
 
 def capacity(state: LayerState, held: int) -> int:
-    """Return the size in tokens of a tail's buffer that is to hold `held` tokens and more."""
+    """Return the capacity in tokens of a tail's buffer for `held` tokens and some to come."""
     tokens = roomy(held, max(state.num_seen, held), state.tail.token_bytes)
     # Padding behind the newest tokens of a row can make a tail longer than it should be.
     is_short = state.seals and held <= tail_capacity(state)

@@ -1,6 +1,6 @@
-"""Records: token statistics that the queries of a layer update, for schedulers that need them.
+"""Records: token statistics that the queries of a layer update, for its scheduler.
 
-Queries are settled when they have been added to all records.
+To settle queries is to add them to the records of all tokens.
 Shapes: R rows, H KV heads, G query heads of each, m queries, T tokens, c numbers of a record.
 """
 
@@ -18,7 +18,7 @@ from .state import LayerState
 
 
 def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> TokenTable | None:
-    """Return `sealed`, all sealed tokens of `rows`, with records that include pending queries.
+    """Add pending queries to all records of `rows`; return `sealed`, all sealed tokens, with them.
 
     Records of tail tokens are updated in place.
     """
@@ -41,7 +41,7 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
 
 
 def _opened(state: LayerState) -> TokenTable:
-    """Return keys, records, positions and `valid`, True at open tokens, of the tail's buffer."""
+    """Return keys, records and positions of the tail, and `valid`, True at tail tokens."""
     tail = state.tail
     device = tail.keys.device
     valid = open_places(state)
@@ -61,7 +61,7 @@ def with_record(state: LayerState, group: Departing, new: TokenTable) -> TokenTa
 
 @without_autocast
 def settle_held(state: LayerState) -> None:
-    """Add pending queries, which take much memory, to the records of a layer that does not seal."""
+    """Settle the pending queries of a layer that seals no token now: they take much memory."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row in range(state.tail.batch):
         groups.setdefault(state.pages.signature(row), []).append(row)
@@ -105,12 +105,12 @@ def recorded(state: LayerState, rows: list[int], tokens: TokenTable, queries: Te
 
 
 def write_counted(state: LayerState) -> bool:
-    """Write counted records in place, and return True, if there are any and pages allow it."""
+    """Write the counted records in place and return True; return False if that is not possible."""
     observed, slabs = state.observed, state.pages.slabs
     counted = observed.counted
     if counted is None:
         return False
-    # Pages that batch rows share, or that inference mode made, are not written to.
+    # Pages that another cache shares, or that inference mode made, are not written to.
     if any(slab.is_forked or not is_writable(slab.meta["record"]) for slab in slabs):
         return False
     start = 0

@@ -1,4 +1,4 @@
-"""Rerotation: kept tokens move to the positions of evicted ones, so that they are side by side."""
+"""Rerotation: kept keys move to newer positions, closing the gaps that evicted tokens left."""
 
 import torch
 from torch import Tensor
@@ -8,20 +8,20 @@ from ..storage.token_table import TokenTable
 from .settings import Settings
 from .state import LayerState
 
-# Steps of a rest in half the distance between two neighbouring numbers of the keys' dtype.
+# Steps of a rest in half the distance from a number of a key to its neighbour in the dtype.
 STEPS = 127
 
 
 def moves(settings: Settings) -> bool:
-    """Return True if kept tokens close the gaps between them."""
+    """Return True if kept keys move to close the gaps between them."""
     return "rerotate" in settings.needs.inputs
 
 
 def with_rest(state: LayerState, span: TokenTable) -> TokenTable:
-    """Return `span`, tokens that have not moved yet, with zeros as the rests of their keys.
+    """Return `span`, tokens that have not moved yet, with a `rest` of zeros; float32 has no rest.
 
-    Keys moved again and again in 16 bits would drift: a quarter of the way after some hundred
-    moves. `rest` [R, H, T, turning dims] int8 is the part of the keys that their dtype cannot hold.
+    `rest` [R, H, T, turning dims] int8 is the part of the keys that their dtype cannot hold.
+    Without it, keys that move many times in 16 bits would drift.
     """
     keys, rotary = span["keys"], state.turning
     if keys.dtype == torch.float32:
@@ -31,14 +31,14 @@ def with_rest(state: LayerState, span: TokenTable) -> TokenTable:
 
 
 def rest_bytes(state: LayerState) -> int:
-    """Return the bytes of the `rest` of a token."""
+    """Return the bytes of the `rest` of a token of one KV head."""
     if not moves(state.settings) or state.tail.keys.dtype == torch.float32:
         return 0
     return state.tail.keys[..., state.turning.turning].shape[-1]
 
 
 def side_by_side(state: LayerState, stays: TokenTable, kept: Tensor, places: int) -> TokenTable:
-    """Return `stays`, tokens from `kept` [R, H, K] of `places`, with keys that close the gaps.
+    """Return `stays`, the tokens at `kept` [R, H, K] of `places` places, moved to close the gaps.
 
     `kept` ascends, and is -1 behind the last token. The newest token moves to the last place.
     """
@@ -59,7 +59,7 @@ def side_by_side(state: LayerState, stays: TokenTable, kept: Tensor, places: int
 
 
 def _unit(dtype: torch.dtype) -> float:
-    """Return one step of a rest as a fraction of its number."""
+    """Return one step of a rest as a fraction of the number that it corrects."""
     return torch.finfo(dtype).eps / 2 / STEPS
 
 

@@ -1,4 +1,4 @@
-"""Sealing: the oldest tokens of each batch row that are kept move from tail to pages."""
+"""Sealing: the oldest tail tokens of each row move into pages, or are evicted."""
 
 from torch import Tensor
 
@@ -14,10 +14,10 @@ from .state import LayerState
 
 
 def seal_excess(state: LayerState) -> int:
-    """Seal what is due in the tail, and return how many columns its buffer can drop.
+    """Seal the tail tokens that are due, and return how many columns the tail's buffer can drop.
 
-    Tokens leave at the end of a pass of several tokens, and then every `page_size` passes, so that
-    all rows seal in one step, and a row when it would alone.
+    Tokens leave after each forward pass over a prompt, and then after every `page_size` generated
+    tokens. So all rows seal in one step, and each row when it would seal if it were alone.
     """
     if state.num_seen >= state.due:
         budget, page_size = state.settings.budget, state.settings.page_size
@@ -41,7 +41,7 @@ def seal_oldest(state: LayerState, leaving: Departure) -> int:
     """Seal the tokens that are `leaving`, and return how many columns the tail can drop.
 
     Raises:
-        ValueError: the compressor cannot store them.
+        ValueError: the compressor cannot store these tokens.
     """
     tail = state.tail.span(state.first_in_tail, state.tail.length)
     newest = state.compressor.observed_queries
@@ -68,7 +68,7 @@ def seal_oldest(state: LayerState, leaving: Departure) -> int:
 
 
 def _seal_group(state: LayerState, tail: TokenTable, group: Departing) -> None:
-    """Seal the tokens of one group of rows that leave the `tail`."""
+    """Seal the tokens that leave the `tail` in one group of rows; a scheduler may evict some."""
     span, room = group.leaving(tail), Room(spare_bytes(state))
     if state.settings.scheduler is not None:
         span, room = select_tokens(state, tail, group, state.settings.scheduler)
@@ -98,9 +98,10 @@ def _scaled_queries(state: LayerState, rows: list[int], newest: int) -> Tensor |
 
 
 def _examine(state: LayerState, tail: TokenTable, leaving: Departure) -> None:
-    """Let guard and probe compare tokens that leave the `tail`, evicted ones too, with their pages.
+    """Let guard and probe compare tokens that leave the `tail` with pages made of them.
 
-    Sealed tokens are not compared, as some of them may have been decoded: no original is left.
+    Tokens evicted at once are compared, too; tokens sealed earlier are not, as their originals are
+    gone.
     """
     groups = [group for group in leaving.groups if group.count]
     for group in groups if state.settings.probe else groups[:1]:
@@ -124,9 +125,9 @@ def _examine(state: LayerState, tail: TokenTable, leaving: Departure) -> None:
 
 
 def _groups(state: LayerState, leaving: Departure) -> list[Departing]:
-    """Split the groups of rows until the rows of a group have equal pages, for a scheduler.
+    """Split the groups, for a scheduler, until the rows of each hold equally many sealed tokens.
 
-    Where a mixed compressor ranks pages of heads with different lengths, each row is by itself.
+    With a ragged scheduler and a mixed compressor, each row is a group by itself.
     """
     if state.settings.scheduler is None:
         return leaving.groups

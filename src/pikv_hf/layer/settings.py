@@ -1,4 +1,4 @@
-"""The settings of a cache: what a user chose, checked, and what follows from it."""
+"""The settings of a cache, checked, and the properties that follow from them."""
 
 import functools
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ..routers import Router
 from ..schedulers import Needs, Scheduler, Traits
 from .budget import Budget
 
-# Inputs of a scheduler that move keys or queries to other positions.
+# Inputs of a scheduler by which keys or queries are moved to other positions.
 MOVING = {"rotary", "rerotate"}
 
 
@@ -20,14 +20,14 @@ class Settings:
     Args:
         compressor: encoding of sealed pages.
         scheduler: choice of the tokens to keep; None = all.
-        router: choice of the pages that a query reads; None = all, and tokens carry no labels.
+        router: choice of the pages that a query reads; None = all.
         placement: choice of the memory of pages.
         page_size: tokens of a page.
         window: newest tokens that are always in the tail.
         has_given_window: True if the user gave `window`.
-        budget: limit of what is held; None = the scheduler's own.
+        budget: limit of the tokens or bytes held; None = the scheduler's own limit.
         sinks: first tokens of each row that are never evicted.
-        interval: generated tokens between two evictions; an eviction frees room for that many.
+        interval: generated tokens between two evictions; each eviction frees room for `interval`.
         holds_prompts: True if a prompt is held whole until its first generated token.
         probe: True if the error of attention over compressed pages is measured.
     """
@@ -72,12 +72,12 @@ class Settings:
 
     @functools.cached_property
     def has_share(self) -> bool:
-        """True if a budget is a share of the tokens seen, with which the tail grows, too."""
+        """True if the budget is a share of the tokens seen; the tail then grows with them."""
         return self.budget is not None and self.budget.has_share
 
     @property
     def methods(self) -> list[str]:
-        """Names of the arguments that change pages."""
+        """Names of the given arguments that have an effect on paged layers only."""
         changes = {
             "scheduler": self.scheduler,
             "budget": self.budget,

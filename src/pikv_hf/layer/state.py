@@ -25,25 +25,25 @@ from .step import Step
 
 
 class Neighbours(ABC):
-    """The other layers of its cache, as a paged layer sees them."""
+    """The other layers of a cache, as one paged layer sees them."""
 
     @property
     @abstractmethod
     def read_full_mask(self) -> bool:
-        """True if a layer that is not paged reads the same mask, which then spans all tokens."""
+        """True if an unpaged layer reads the mask of the model, which then spans all tokens."""
 
     @property
     @abstractmethod
     def num_unpaged(self) -> int:
-        """Number of layers that were to be paged, but that our attention function cannot read."""
+        """Number of layers meant to be paged that our attention function cannot read."""
 
     @abstractmethod
     def nbytes(self, state: "LayerState") -> int:
-        """Return the bytes outside of paged layers, as there may be when `state` seals again."""
+        """Return the bytes held outside of paged layers by the time `state` seals again."""
 
     @abstractmethod
     def read_ahead(self, paged_index: int) -> None:
-        """Announce that paged layer `paged_index` is read next; the first follows the last."""
+        """Announce that paged layer `paged_index` is read next; behind the last comes the first."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class CacheParts:
 class LayerFacts:
     """The properties of an attention layer of the model.
 
-    `paged_index` of `num_paged` is its number among paged layers. `has_gate`: a gate runs behind
-    attention. `latent_rank`: width of the latent that it may cache, None = keys and values.
+    `paged_index` numbers the `num_paged` layers to be paged, from 0. `has_gate`: a gate runs behind
+    attention. `latent_rank`: width of the latents that the layer may cache; None = it caches keys
+    and values.
     """
 
     layer_idx: int
@@ -73,7 +74,7 @@ class LayerFacts:
 
 
 class LayerState:
-    """The data of one paged layer. The steps of the layer read it, and call its methods.
+    """The data of one paged layer; the steps of the layer read it and change it by its methods.
 
     Shapes: B rows, H KV heads, T tokens, D head dim.
 
@@ -85,15 +86,15 @@ class LayerState:
         pages: the sealed tokens.
         observed: queries and token statistics that methods need.
         num_seen: tokens ever seen, evicted ones included.
-        prompt_end: `num_seen` at the end of the newest prompt; what came later was generated.
+        prompt_end: `num_seen` at the end of the newest prompt; later tokens were generated.
         due: `num_seen` at which tail tokens may have to be sealed next.
-        starts: the first column of each row that has not left its tail. Later columns of the tail's
-            buffer are open; earlier ones are there only because other rows need them.
+        starts: the first column in the tail of each row. Earlier columns have left the tail of the
+            row; the tail's buffer may still have them, because other rows need them.
         num_departed: tokens of each row, padding not counted, that have left the tail.
         unpaged_reason: why all tokens are kept in the tail; None = the layer is paged.
         latent_rank: width of the cached latents; None = keys and values.
         scale: the factor of queries times keys.
-        is_first: True if the newest tokens are the first ones.
+        is_first: True if the newest tokens are the first ones, and after `begin_compression`.
         geometry: heads, key dim, value dim and dtype of the tokens.
         awaits: the step needed before the next tokens: "attention", "experts" or None.
         is_drafting: True if sealing waits for the next `crop`, which may remove drafted tokens.
@@ -115,7 +116,7 @@ class LayerState:
         self.observed = Observations.for_needs(settings.needs | Needs(queries=queries))
         self.num_seen = self.prompt_end = self.due = 0
         self.starts: tuple[int, ...] = ()
-        # Column of the first token in the tail's buffer.
+        # `first_in_tail` as of the last seal or crop: true even if an update failed half-way.
         self._first = 0
         self.num_departed: tuple[int, ...] = ()
         self.unpaged_reason: str | None = None
@@ -132,7 +133,7 @@ class LayerState:
 
     @property
     def is_written(self) -> bool:
-        """True if there is a tail."""
+        """True if the layer has a tail."""
         return self._tail is not None
 
     @property
@@ -144,7 +145,7 @@ class LayerState:
     @property
     def turning(self) -> Rotary:
         """Rotation of keys by their position, for a scheduler that needs it."""
-        assert self.rotary is not None, "it is bound where `needs` has it"
+        assert self.rotary is not None, "it is bound if the scheduler needs it"
         return self.rotary
 
     @property
@@ -159,7 +160,7 @@ class LayerState:
 
     @property
     def seals(self) -> bool:
-        """True if the tail is kept short."""
+        """True if tail tokens are to be sealed now."""
         is_paged = self.unpaged_reason is None
         return is_paged and not self.is_drafting and not self.reading.is_held
 
@@ -172,7 +173,7 @@ class LayerState:
         return neighbours
 
     def join(self, neighbours: Neighbours) -> None:
-        """Stand in a cache with these layers, which is not kept alive by it."""
+        """Join a cache with these layers, without keeping the cache alive."""
         self._neighbours: weakref.ref[Neighbours] | None = weakref.ref(neighbours)
 
     # ---- tokens ---------------------------------------------------------------------------------
@@ -194,14 +195,15 @@ class LayerState:
         self._first = 0
 
     def begin_update(self) -> bool:
-        """Return True if the tokens that are to be written are the first ones."""
+        """Set and return `is_first`: True if no token was written before."""
         self.is_first = self.num_seen == 0
         return self.is_first
 
     def note_update(self, length: int) -> None:
-        """Note that `length` tokens were written to the tail: of the prompt, or generated.
+        """Note that `length` tokens were written to the tail, of the prompt or generated.
 
-        While drafting, only the first tokens are of the prompt, unless its length is known.
+        While drafting, and if the length of the prompt is not known, only the first tokens count as
+        the prompt.
         """
         before, known = self.num_seen, self.reading.prompt_length
         self.num_seen = before + length
@@ -215,7 +217,7 @@ class LayerState:
         self.awaits = what
 
     def judge(self, unpaged_reason: str | None) -> None:
-        """Page the layer, or leave all its tokens in the tail for `unpaged_reason`."""
+        """Page the layer if `unpaged_reason` is None, else leave all its tokens in the tail."""
         self.unpaged_reason = unpaged_reason
 
     def set_scale(self, scale: float) -> None:
@@ -228,14 +230,14 @@ class LayerState:
         self.due = due
 
     def depart(self, starts: tuple[int, ...], num_departed: tuple[int, ...]) -> None:
-        """Note which columns have left the tail, and how many tokens of each row."""
+        """Note the new `starts`, and how many tokens of each row have left the tail."""
         self.starts, self.num_departed = starts, num_departed
         self._first = min(starts)
 
     def begin_compression(self, *, is_due: bool) -> None:
-        """Seal as after the first tokens: the tail's buffer was made for more than a tail.
+        """Let the next seal replace the tail's buffer, which was made for held-back tokens.
 
-        If not `is_due`, tokens leave only if they would leave in any case.
+        If `is_due`, the next seal also stops waiting for `due`.
         """
         self.is_first = True
         if is_due:
@@ -265,7 +267,7 @@ class LayerState:
             self.due = 0
 
     def drop_unread(self, seen: int) -> None:
-        """Drop tokens of a failed pass, behind the first `seen`, if attention has not read them."""
+        """Drop tokens of a failed pass, behind the first `seen`, that attention has not read."""
         first = self._first
         if self.awaits == "attention":
             self.tail.truncate(min(self.tail.length, seen - first))
@@ -307,7 +309,7 @@ class LayerState:
     # ---- what it holds --------------------------------------------------------------------------
 
     def held_tokens(self) -> int:
-        """Return the tokens held by the fullest row and KV head."""
+        """Return the columns of the tail plus the sealed tokens of the fullest row and KV head."""
         if self._tail is None:
             return 0
         sealed = [self.pages.held(row) for row in range(self.tail.batch)]
@@ -323,7 +325,7 @@ class LayerState:
         yield from self.scheduler_tensors()
 
     def scheduler_tensors(self) -> Iterable[Tensor]:
-        """Return the tensors that the scheduler holds for this layer, or reads of it."""
+        """Return the scheduler's tensors for this layer, and the frequencies of `rotary`."""
         scheduler = self.settings.scheduler
         held = () if scheduler is None else scheduler.tensors(self.layer_idx)
         return (*held, *(() if self.rotary is None else (self.rotary.frequencies,)))
@@ -335,9 +337,10 @@ class LayerState:
         return vars(self) | {"module": None, "_neighbours": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerState":
-        """Copy what the layer holds. A layer that is copied alone stays in its cache (dory).
+        """Copy the data of the layer. A layer that is copied alone stays in its cache.
 
-        In a copy of the whole cache, `memo` has the copies of what its layers have in common.
+        The looped model dory copies layers alone. When a whole cache is copied, `memo` has the
+        copies of the objects that its layers share.
         """
         new = object.__new__(LayerState)
         memo[id(self)] = new

@@ -1,4 +1,4 @@
-"""A step of a cache: a forward pass, or sealing by itself."""
+"""A step of a cache: a forward pass, or sealing outside of one."""
 
 import contextlib
 from collections.abc import Callable, Generator
@@ -17,9 +17,9 @@ TRIMMED = 2**26
 
 @dataclass
 class Change:
-    """A change of a cache of `seen` tokens: a forward pass of `length` tokens, or sealing (0).
+    """A change of a cache of `seen` tokens: a forward pass of `length` tokens; 0 = sealing only.
 
-    While it is half done, layers hold different tokens.
+    While a change is half done, layers may hold different tokens.
     """
 
     seen: int
@@ -33,9 +33,9 @@ class Change:
 
 
 class Step:
-    """The step of a cache that runs or has failed, and what its layers compute for each other.
+    """The step of a cache that runs or has failed, and results that its layers share.
 
-    `change` is None between steps. `buffer` is lent to one layer after the other.
+    `change` is None unless a step runs or has failed. `buffer` is lent to one layer at a time.
     """
 
     def __init__(self) -> None:
@@ -43,9 +43,9 @@ class Step:
         self.buffer = PromptBuffer()
         self._memo: dict[str, tuple[Any, Any]] = {}
         self._notes: dict[tuple[int, ...], dict[Any, Any]] = {}
-        # True if the user masks each query, and may hide a token from some queries alone.
+        # True if the user's mask is per query: it may hide a token from some queries only.
         self._has_own_mask = False
-        # Keys and values on the CPU that were sealed since the heap was trimmed.
+        # Bytes of keys and values on the CPU that were sealed since the heap was trimmed.
         self._sealed_bytes = 0
 
     def begin(self, change: Change, mask: Tensor | None = None) -> None:
@@ -75,11 +75,11 @@ class Step:
             self.change.has_sealed = True
 
     def add_sealed_bytes(self, nbytes: int) -> None:
-        """Count keys and values on the CPU that have left the tail."""
+        """Count the bytes of keys and values on the CPU that have left a tail."""
         self._sealed_bytes += nbytes
 
     def release(self) -> None:
-        """Free the memory of a single forward pass."""
+        """Free the memory that served the forward pass, and trim the heap if much was sealed."""
         self.forget()
         self.buffer = PromptBuffer()  # the old buffer would count as held
         if self._sealed_bytes >= TRIMMED:
@@ -92,12 +92,15 @@ class Step:
         self.change = None
 
     def forget(self) -> None:
-        """Forget what layers have computed or noted, as after a failed pass or a `crop`."""
+        """Forget the shared results and notes, for instance after a failed pass or a `crop`."""
         self._memo.clear()
         self._notes.clear()
 
     def remember(self, name: str, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-        """Return `compute()`, called once per `key` (parts compared by identity) for all layers."""
+        """Return `compute()`, or its last result under `name` if `key` has not changed.
+
+        Parts of a key are compared by identity, but ints, tuples and devices by value.
+        """
         held = self._memo.get(name)
         if held is not None and all(
             a is b or (isinstance(a, int | tuple | torch.device) and a == b)
@@ -109,13 +112,13 @@ class Step:
         return value
 
     def notes(self, rows: list[int]) -> dict[Any, Any]:
-        """Return the notes on these batch rows, which earlier layers write for later ones."""
+        """Return the notes that earlier layers have left on these batch rows for later layers."""
         return self._notes.setdefault(tuple(rows), {})
 
     def over_queries(self, mask: Tensor | None) -> Tensor | None:
-        """Return `mask`; of a user's own [B, H, q, columns], the columns that any query sees.
+        """Return `mask`, but a user's [B, H, q, columns] as its union [B, 1, 1, columns].
 
-        In masks that models make, the newest query sees all but padding.
+        Other masks need no change: their newest query sees all columns but padding.
         """
         if mask is None or not self._has_own_mask or mask.dim() == 2:
             return mask

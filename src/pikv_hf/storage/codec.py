@@ -1,7 +1,7 @@
 """The interface through which storage encodes and reads pages.
 
-Shapes: R rows, H KV heads, S pages of P tokens, Q queries; Dk and Dv are the key and value dims,
-either may be 0.
+Shapes: R rows, H KV heads, S pages of P tokens, s of them read at a time, Q queries; Dk and Dv are
+the key and value dims, of which either may be 0.
 """
 
 import sys
@@ -14,7 +14,7 @@ from pikv_kernels import lowest_score, partial_attention, weighted_attention
 from torch import Tensor
 
 # Maximum number of queries of a KV head for which attention weights are computed: the weights of
-# more would be larger than the pages.
+# more queries would be larger than the pages.
 MAX_WEIGHTED = 64
 # Tokens that an accelerator decodes at a time, of all rows and KV heads.
 BLOCK_ON_ACCELERATORS = 2**18
@@ -23,16 +23,16 @@ BLOCK_ON_ACCELERATORS = 2**18
 class PageCodec(ABC):
     """An encoding of pages: they are encoded once, when sealed, and decoded when read.
 
-    For pages that are sealed together storage calls `assign` once, then `encode` or
-    `encode_observed` of the members. To read pages it calls `attend`, `attend_weighted` or
-    `decode`. No method changes its arguments.
+    For pages that are sealed together, storage calls `assign` once, then `encode` or
+    `encode_observed` of the members. To read pages it calls `attend`, `attend_weighted`, `decode`
+    or `decode_keys`. No method changes its arguments.
     """
 
     #: Tokens of a row and KV head that attention decodes at a time on a CPU; None = pages are read
     #: in place.
     block_tokens: ClassVar[int | None] = 2048
 
-    #: True if attention may use `attend_weighted`; if False, `into_pages` is never called.
+    #: True if attention may use `attend_weighted`; else neither it nor `into_pages` is called.
     gives_weights: ClassVar[bool] = False
 
     #: Number of newest tokens whose queries `encode_observed` is given; 0 = none.
@@ -65,10 +65,10 @@ class PageCodec(ABC):
         return self.members != (self,)
 
     def assign(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor | None:
-        """Return the index of each page's codec in `members`, int64 [R, H, S].
+        """Return the index in `members` of each page's codec, int64 [R, H, S]; None = not mixed.
 
         `keys` is [R, H, S, P, Dk], `values` [R, H, S, P, Dv] and `queries` [R, H, Q, Dk], as in
-        `encode_observed`; None before any query was seen. Returns None if there is one codec.
+        `encode_observed`, or None before any query was seen.
         """
         return None
 
@@ -88,9 +88,9 @@ class PageCodec(ABC):
         """Encode `keys` [R, H, S, P, Dk], `values` [R, H, S, P, Dv] to tensors [R, H, S, ...]."""
 
     def encode_observed(self, keys: Tensor, values: Tensor, queries: Tensor) -> dict[str, Tensor]:
-        """Encode as `encode` does, knowing the newest `queries` [R, H, Q, Dk] of the layer.
+        """Encode as `encode` does, but use the newest `queries` [R, H, Q, Dk] of the layer.
 
-        Q contains the queries of all query heads of a KV head, scaled: their products with keys are
+        The Q queries are of all query heads of a KV head, and scaled: their products with keys are
         the logits of attention. Queries of padding are zeros. Storage calls this method instead of
         `encode` if `observed_queries` is not 0 and queries were seen.
         """
@@ -101,7 +101,7 @@ class PageCodec(ABC):
         """Decode pages to keys [R, H, S, P, Dk] and values [R, H, S, P, Dv]."""
 
     def decode_keys(self, fields: dict[str, Tensor]) -> Tensor:
-        """Decode the keys [R, H, S, P, Dk] only. Override it if decoding values costs extra."""
+        """Decode the keys [R, H, S, P, Dk] alone. Override it if decoding values costs extra."""
         return self.decode(fields)[0]
 
     def tokens_per_block(self, owners: int, device: torch.device) -> int:
@@ -167,11 +167,12 @@ def attend_masked(
 
 
 def cover(mask: Tensor, columns: Tensor, covered: Tensor) -> Tensor:
-    """Return an additive `mask` [n, 1 or H, 1, T] that also hides tokens from queries: [n, h, Q, T].
+    """Return `mask` [n, 1 or H, 1, T] as [n, h, Q, T] that also hides covered tokens.
 
-    The tokens are at `columns` [n, h, T]; `covered` [n, Q, c] is True at columns that are hidden.
+    The mask is additive. The tokens are at `columns` [n, h, T], h = 1 or H; `covered` [n, Q, c] is
+    True at columns that a query may not see.
     """
-    # Places behind a last token may have any column; they are masked in any case.
+    # Places behind the last token of a head may have any column; `mask` hides them already.
     index = columns.to(covered.device).long()[:, :, None].clamp(0, covered.shape[2] - 1)
     index = index.expand(-1, -1, covered.shape[1], -1)
     is_hidden = covered[:, None].expand(-1, index.shape[1], -1, -1).gather(3, index)
@@ -196,7 +197,7 @@ def decoded(codec: PageCodec, fields: dict[str, Tensor], with_values: bool) -> d
 
 
 def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
-    """View pages [R, H, s, P, D] as their first `tokens` tokens [R, H, tokens, D]."""
+    """Return the first `tokens` tokens [R, H, tokens, D] of pages [R, H, s, P, D]."""
     return pages.flatten(2, 3).narrow(2, 0, tokens)
 
 
@@ -215,7 +216,7 @@ def weighted_states(
 
 
 def check_states(codec: PageCodec, keys: Tensor, values: Tensor) -> None:
-    """Refuse keys or values with a NaN or an infinity, which few compressors can encode."""
+    """Raise ValueError for a NaN or an infinity in keys or values: few codecs can encode it."""
     ends = {  # `aminmax` would copy tensors that are not dense, such as a view of a tail
         name: torch.stack([states.amin(), states.amax()])
         for name, states in (("key", keys), ("value", values))
@@ -227,7 +228,7 @@ def check_states(codec: PageCodec, keys: Tensor, values: Tensor) -> None:
 
 
 def check_finite(codec: PageCodec, name: str, scale: Tensor) -> None:
-    """Refuse keys or values (`name`) with a NaN or infinity, which makes `scale` not finite."""
+    """Raise ValueError if `scale`, made of keys or values (`name`), has a NaN or an infinity."""
     if not scale.isfinite().all():
         raise ValueError(
             f"{codec.title} cannot store {name}s that are NaN or infinite: look for the module "

@@ -26,7 +26,7 @@ def first_places(lengths: list[int], tokens: int, device: torch.device) -> Tenso
 
 
 def zeroed_behind(span: TokenTable, lengths: list[int]) -> TokenTable:
-    """Return `span` with zeros behind the first `lengths[r]` tokens of row r."""
+    """Return `span` with zero keys and values behind the first `lengths[r]` tokens of row r."""
     absent = ~first_places(lengths, len(span), next(iter(span.tensors.values())).device)
     states = (name for name in ("keys", "values") if name in span)
     changed = {

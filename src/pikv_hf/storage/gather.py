@@ -11,8 +11,8 @@ from .memory import empty_like
 def taken(tensor: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
     """Gather tokens `keep` [R, H, K] of `tensor` [R or 1, H or 1, T, ...]: dense [R, H, K, ...].
 
-    `torch.gather` would read an index for every number; this function reads one for each token,
-    whatever the strides. The result is written to `out` if it is given.
+    `torch.gather` would read an index for every number; this function reads one index per token.
+    The result is written to `out` if it is given.
     """
     tensor = tensor.expand(*keep.shape[:2], *tensor.shape[2:])
     shape, width = (*keep.shape, *tensor.shape[3:]), math.prod(tensor.shape[3:])

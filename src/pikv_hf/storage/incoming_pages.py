@@ -12,15 +12,15 @@ from torch import Tensor
 from .codec import PageCodec, encoded
 from .token_table import TokenTable
 
-# Pages of one row and KV head that are read as one long page: fewer and larger products.
+# Pages of one row and KV head that are read as one long page, for fewer and larger products.
 GROUP = 8
 
 
 @dataclass(frozen=True)
 class EncodedPages:
-    """N pages for a pool, with the tensors of `RaggedPages`, in which N is the capacity.
+    """N encoded pages for a pool; the tensors are as in `RaggedPages`, of capacity N.
 
-    Each group of `group` pages has one owner and is full; 1 = pages may be of any length.
+    Each `group` adjacent pages have one owner and are full; if `group` is 1, pages may be partial.
     """
 
     fields: dict[str, Tensor]
@@ -56,11 +56,11 @@ class EncodedPages:
 
 @dataclass(frozen=True)
 class IncomingPages:
-    """Tokens of the batch rows `rows` that go into pools, in pages of one row and KV head each.
+    """Tokens of the batch rows `rows` that go into pools, cut into pages.
 
-    `states` has their `keys` [R, H, S, P, Dk] and `values`; if they are encoded already, `codes`
-    has their fields [R, H, S, P, ...] instead. `known` [R, H, S, P, ...] is other data of the
-    tokens, such as positions. The first `lengths` [R, H, S] tokens of a page are valid. `queries`
+    `states` has `keys` [R, H, S, P, Dk] and `values`; for tokens that are encoded already, `codes`
+    has fields [R, H, S, P, ...] instead. `known` [R, H, S, P, ...] is other data of the tokens,
+    such as positions. The first `lengths` [R, H, S] tokens of a page are valid. `queries`
     [R, H, Q, Dk] are the newest queries, if the compressor uses any.
     """
 
@@ -82,7 +82,7 @@ class IncomingPages:
     def places(self, mine: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Yield the pages marked in `mine` [R, H, S] as (indices [N, 3] into R, H, S; group size).
 
-        First the full pages that form groups of `GROUP` pages of one row and head, then the rest.
+        First the full pages that form groups of `GROUP` pages of one row and head, then the others.
         """
         full = mine & (self.lengths == self.page_size)
         grouped = full & (full.cumsum(-1) <= full.sum(-1, keepdim=True) // GROUP * GROUP)

@@ -18,12 +18,12 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 def is_on_disk(tensor: Tensor) -> bool:
-    """Return whether the memory is a mapped file, which the system may drop and read again."""
+    """Return True if the memory is a mapped file, which the system may drop and read again."""
     return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Return the bytes of each distinct storage behind `tensors`, by address; without files."""
+    """Return the bytes of each storage behind `tensors` by address, mapped files left out."""
     return {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in tensors
@@ -32,7 +32,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of all distinct storages behind `tensors`, without files."""
+    """Return the bytes of all storages behind `tensors`, each once, mapped files left out."""
     return sum(storages(tensors).values())
 
 
@@ -49,9 +49,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def trim_heap() -> None:
-    """Give free memory between blocks in use back to the system.
+    """Give the free holes between allocated blocks back to the system.
 
-    Encoding leaves such holes. glibc keeps them and can mostly not use them for later temporaries.
+    Encoding leaves such holes; glibc keeps them, and can rarely use them for later temporaries.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not every C library has it
@@ -60,7 +60,7 @@ def trim_heap() -> None:
 
 
 def is_own(tensor: Tensor) -> bool:
-    """Return whether `tensor` is dense and alone in its storage."""
+    """Return True if `tensor` is dense and alone in its storage."""
     return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
 
 
@@ -72,8 +72,8 @@ def own(tensor: Tensor) -> Tensor:
 def empty_like(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     """Allocate an unwritten dense tensor like `tensor`, of `shape` if that is given.
 
-    On Linux a large tensor on the CPU is placed in huge pages, if the system has any: the kernel
-    finds and clears them several times as fast at the first write.
+    On Linux a large tensor on the CPU is placed in huge pages, if the system has any: the first
+    write is then several times as fast.
     """
     new = tensor.new_empty(tensor.shape if shape is None else shape)
     size = new.untyped_storage().nbytes()

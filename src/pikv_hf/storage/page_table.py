@@ -1,4 +1,4 @@
-"""The page table of one layer: storage only, without any policy.
+"""The page table of one layer, which stores tokens and chooses none.
 
 Shapes: R rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
 """
@@ -21,14 +21,15 @@ from .tiers import Tier, near
 from .token_table import TokenTable
 from .uniform_pages import UniformPages
 
-# Pages of a KV head in a pool, if its last page is not full: at least.
+# From this many pages of a KV head on, a pool has pages of full size, even if the last is partial.
 POOLED = 8
-# Pages of a pool that are encoded at a time, or copied at a time if no tier has a limit.
+# Pages encoded at a time for a pool; pages already encoded that are copied at a time, if no tier
+# has a limit.
 PAGES_ENCODED, PAGES_MOVED = 16, 256
 
 
 class PageTable:
-    """The pages of one layer, in uniform slabs and ragged pools; pages are never changed."""
+    """The pages of one layer, in uniform slabs and ragged pools; codes are never changed."""
 
     def __init__(
         self, codec: PageCodec, page_size: int, place: Callable[[Tensor], list[Tier]] = near
@@ -52,9 +53,9 @@ class PageTable:
         """Seal `span`, tokens of the batch rows `rows` out of `batch` rows.
 
         `span` has `keys` and `values`, or codes as `take` and `encoded` return them. The first
-        `lengths[r]` tokens of row r are sealed; None = all. If heads differ, too, `valid` marks the
-        tokens, which come first in each head. `queries` [R, H, Q, D] are the newest queries of
-        these rows, if the compressor uses any. New memory includes the `room`.
+        `lengths[r]` tokens of row r are sealed; None = all. If heads have different numbers of
+        tokens, `valid` marks the tokens, which come first in each head. `queries` [R, H, Q, D] are
+        the newest queries of the rows, if the compressor uses any. New memory includes the `room`.
 
         Raises:
             ValueError: the compressor cannot store these tokens.
@@ -90,10 +91,11 @@ class PageTable:
         self._append_pooled(new, choice, batch, room)
 
     def _size(self, tokens: int, *, in_pools: bool) -> int:
-        """Return the size of pages for `tokens` tokens.
+        """Return the page size for `tokens` tokens: smaller if the last page would not be full.
 
-        Tokens that are encoded one by one are in smaller pages if the last page would not be full:
-        in pages of equal size, or in pools, where each KV head has a last page, in about `POOLED`.
+        Only tokens that are encoded one by one or without loss get smaller pages. In a slab, pages
+        are as small as their number allows; in pools, where each KV head has a partial page, they
+        have half the size, or 1/`POOLED` of the tokens if these are few.
         """
         is_per_token = self.codec.is_per_token or self.codec.is_lossless
         if not is_per_token or tokens % self.page_size == 0:
@@ -138,9 +140,9 @@ class PageTable:
         lengths: list[int],
         size: int,
     ) -> None:
-        """Store pages of `size` tokens, `lengths[r]` in row r, in all heads.
+        """Store pages of `size` tokens; each head of row r has `lengths[r]` tokens in them.
 
-        They fill the last slab, then new slabs, one in each tier that has room for any.
+        Pages fill the last slab, then new slabs, one in each tier that has room.
         """
         slab = self.slabs[-1] if self.slabs else None
         heads, pages = next(iter(fields.values())).shape[1:3]
@@ -183,7 +185,7 @@ class PageTable:
             start += count
 
     def _merged(self, newest: UniformPages) -> UniformPages:
-        """Take out older slabs that are not much larger; return one slab of their and new pages.
+        """Remove the last slabs that are not much larger, and return them joined with `newest`.
 
         Attention reads every slab by itself, so there should be few.
         """
@@ -208,7 +210,7 @@ class PageTable:
     def _append_pooled(
         self, new: IncomingPages, choice: Tensor | None, batch: int, room: Room
     ) -> None:
-        """Write each page into a pool of its codec, which gets a share of the `room`.
+        """Write each page into a pool of its codec; a new pool gets a share of the `room`.
 
         `choice` [R, H, S] is the index of the page's codec in `members`; None = not mixed.
         """
@@ -224,7 +226,7 @@ class PageTable:
             is_chosen = (choice == number) & (new.lengths > 0)
             unwritten = int(is_chosen.sum())
             for chosen, group in new.places(is_chosen):
-                # Temporary copies stay small.
+                # In small portions, so that temporary copies are small.
                 for at in chosen.split(size) if len(chosen) else ():
                     pages = new.encoded(member, at, group)
                     while len(pages):
@@ -246,7 +248,7 @@ class PageTable:
     ) -> RaggedPages:
         """Return the last pool of `member` if any of `pages` fits in it, else a new pool.
 
-        `room_of(tier)` is the number of pages for which a pool is made in a tier.
+        `room_of(tier)` is the capacity in pages of a new pool in a tier.
         """
         for pool in reversed(self.slabs):
             is_alike = is_pool(pool) and pool.page_size == pages.page_size
@@ -265,7 +267,7 @@ class PageTable:
     def _pool_room(
         self, room: Room, pages: EncodedPages, unwritten: int, owners: int, members: int, tier: Tier
     ) -> int:
-        """Return the capacity of a new pool in pages; `unwritten` pages are to be written now."""
+        """Return the capacity in pages of a new pool; `unwritten` pages are to be written now."""
         room = tier.room(room)
         known = (room.tokens or 0) // pages.page_size * owners // members
         page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages) * members
@@ -274,14 +276,14 @@ class PageTable:
         return room.pages(unwritten, known, self._grown(owners, tier) * owners // 2, page_bytes)
 
     def _grown(self, owners: int, tier: Tier) -> int:
-        """Return how many pages per owner, a KV head of a row, to make room for in `tier`."""
+        """Return how many pages per owner (a KV head of a row) new memory in `tier` is made for."""
         held = sum(slab.page_count for slab in self.slabs) // owners
         # Room is never filled where rows are reordered or pages are shared.
         can_fill = all(slab.is_in_order() and not slab.is_forked for slab in self.slabs)
         return grown_pages(held, is_roomy=tier.is_roomy and can_fill)
 
     def bytes_with(self, nbytes: int) -> int:
-        """Return the bytes of all pages once `nbytes` of pages are added, in free room first."""
+        """Return the bytes of all pages after `nbytes` of pages were added, first in free room."""
         held = room = 0
         for slab in self.slabs:
             size = sum(tensor.nbytes for tensor in slab.tensors())
@@ -304,7 +306,7 @@ class PageTable:
         ]
 
     def signature(self, row: int) -> tuple[int, ...]:
-        """Return a batch row's signature: rows of one signature hold equally many tokens."""
+        """Return the signature of a batch row; rows of one signature hold equally many tokens."""
         uniform, in_pools = [], 0
         for number, slab in enumerate(self.slabs):
             if row in slab.readers:
@@ -327,14 +329,14 @@ class PageTable:
         pools = [p for p in self.slabs if is_pool(p) and not set(rows).isdisjoint(p.readers)]
         if not pools:
             return spans
-        # A mixed codec may choose another encoding for the token next time.
+        # The codes of a mixed codec are of no use: it may choose another encoding next time.
         with_codes = self.codec.is_per_token
         return [*spans, together(pools, rows, with_codes=with_codes, with_values=with_values)]
 
     def take(self, rows: list[int], *, with_values: bool) -> TokenTable | None:
         """Remove and return the tokens of batch rows of one signature, decoded and with codes.
 
-        Values are decoded if `with_values`, or if there are no codes to be sealed again.
+        Values are decoded if `with_values`, or if there are no codes from which to seal again.
         """
         taken, with_values = None, with_values or not self.codec.is_per_token
         for span in self._spans(rows, with_values=with_values):
@@ -369,7 +371,7 @@ class PageTable:
         self.slabs = []
 
     def mark_forked(self) -> None:
-        """Mark the pages as shared with another table: new pages are then written elsewhere."""
+        """Mark the pages as shared with another table: new pages are then written to new memory."""
         for slab in self.slabs:
             slab.mark_forked()
 

@@ -1,4 +1,4 @@
-"""Copies of offloaded pages to an accelerator: block by block, each while another is read."""
+"""Copies of offloaded pages to an accelerator, block by block, while another block is read."""
 
 import itertools
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ BLOCK_BYTES = 2**25
 
 
 def staged(blocks: Iterator[Block], device: torch.device) -> Iterator[Block]:
-    """Copy the blocks to `device` one after the other.
+    """Yield the blocks as copies on `device`.
 
     If the device has streams, the next block is copied on a side stream while this block is read.
     A block is valid until the next one is requested: its buffer is reused.

@@ -1,4 +1,4 @@
-"""Buffers for the tokens of one long forward pass, used by one layer after another."""
+"""Buffers for the tokens of a long forward pass, used by one layer after another."""
 
 from collections.abc import Iterator
 
@@ -36,7 +36,7 @@ class PromptBuffer:
 
 
 def _fits(buffer: Tensor, states: Tensor, tokens: int) -> bool:
-    """Return whether `buffer` can hold `tokens` tokens of the shape and dtype of `states`."""
+    """Return True if `buffer` can hold `tokens` tokens like `states`."""
     is_alike = (*buffer.shape[:2], buffer.shape[3], buffer.dtype, buffer.device) == (
         *states.shape[:2],
         states.shape[3],

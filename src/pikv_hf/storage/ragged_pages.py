@@ -24,7 +24,7 @@ MAX_COPIED = 2**22
 
 
 class Run(NamedTuple):
-    """Adjacent pages in groups of one owner; pages may be partial only if `group` is 1."""
+    """Adjacent pages, each `group` of them of one owner; if it is 1, pages may be partial."""
 
     pages: int
     group: int
@@ -36,7 +36,7 @@ class RaggedPages(PageStore):
 
     `fields` [capacity, ...] are the encoded pages, `meta` [capacity, 1, P, ...] other data of their
     tokens, `owner` [capacity] = stored row * H + KV head, and `lengths` [capacity] the number of
-    valid tokens, which come first in a page. `runs` counts the pages in order.
+    valid tokens, which come first in a page. `runs` lists the runs of pages in order.
     """
 
     codec: PageCodec
@@ -79,7 +79,7 @@ class RaggedPages(PageStore):
         rows: int,
         heads: int,
     ) -> "RaggedPages":
-        """Make an empty pool for `rows` batch rows with room for `room` pages like `pages`."""
+        """Make an empty pool for `rows` batch rows and `room` pages like `pages`."""
 
         def empty(tensor: Tensor) -> Tensor:
             return tensor.new_empty(room, *tensor.shape[1:])
@@ -196,7 +196,7 @@ class RaggedPages(PageStore):
         self._in_place = None
 
     def _blocks(self, max_pages: int) -> Iterator[Block]:
-        """Return `_views`, which are made once, not at every step, if they are read in place."""
+        """Return `_views`; for pages read in place they are made once, not at every step."""
         if not self.tier.in_place:
             return self._views(max_pages)
         if self._in_place is None or self._in_place[0] != max_pages:
@@ -217,7 +217,7 @@ class RaggedPages(PageStore):
             start += run.pages
 
     def span(self, *, with_codes: bool, with_values: bool) -> TokenTable:
-        """Decode all tokens [N, 1, P, ...], and add their other data and `order` [N, 1, P].
+        """Return all tokens [N, 1, P, ...], decoded, with their other data and `order` [N, 1, P].
 
         `order` combines owner and position in one number; it is -1 at places without a token.
         """
@@ -252,7 +252,7 @@ class RaggedPages(PageStore):
         self.changed()
 
     def _keep_pages(self, keep: Tensor, owner: Tensor) -> None:
-        """Keep only the pages marked in `keep` [N], and set their owners from `owner` [N]."""
+        """Keep only the pages marked in `keep` [N], with their new owners from `owner` [N]."""
         index = keep.nonzero().flatten()
         self.fields = {k: self.tier.select(v, index) for k, v in self.fields.items()}
         self.meta = self.meta.select_rows(index)
@@ -268,9 +268,9 @@ class RaggedPages(PageStore):
 def together(
     pools: list[RaggedPages], rows: list[int], *, with_codes: bool, with_values: bool
 ) -> TokenTable:
-    """Collect all tokens of some batch rows from all their pools, [R, H, T, ...].
+    """Collect the tokens [R, H, T, ...] of the batch rows `rows` from `pools`, oldest first.
 
-    The fullest KV head has T tokens. If any head has fewer, its tokens come last, and `valid` marks
+    The fullest KV head has T tokens. If a head has fewer, its tokens come last, and `valid` marks
     the places that hold a token.
     """
     parts, heads = [], pools[0].heads

@@ -1,14 +1,14 @@
-"""Memory for pages to come: in few pieces, with little that is never used."""
+"""The amount of memory to make for pages to come."""
 
 from dataclasses import dataclass
 
-# Room is made for 1/18 of the pages held; on disk, where each piece is a mapped file, for 1/2.
+# New memory is for 1/18 of the pages held; on disk, where each piece is a mapped file, for 1/2.
 GROWTH, ROOMY_GROWTH = 18, 2
 MIN_GROWTH = 4
-# A new store takes in older ones that have at most this many times its pages: with 1/18 of room
-# there are at most three of pages sealed in turn, and a page is copied three to four times.
+# A new store takes in an older one of at most this many times its pages. If pages are sealed
+# one after another, there are at most three stores, and a page is copied three to four times.
 MERGED = 2
-# Copied pages per page of room, which lets eviction find old and new tokens in one piece.
+# Pages copied per spare page added; spare pages let eviction find old and new tokens in one piece.
 SPARE = 256
 
 
@@ -22,8 +22,8 @@ class Room:
     def pages(self, written: int, least: int, grown: int, page_bytes: int) -> int:
         """Return for how many pages to make memory when `written` pages are to be written.
 
-        `least` more are added. If the tokens to come are not known, the memory is for `grown` pages
-        in all, or for `least` more if that is larger, as far as `nbytes` allow.
+        If the tokens to come are known, it is for `least` more pages. Otherwise it is for `grown`
+        pages in all, or `least` more if that is larger, as far as `nbytes` allow.
         """
         if self.tokens is not None:
             return written + least
@@ -35,7 +35,7 @@ NO_ROOM = Room(0)
 
 
 def grown_pages(held: int, *, is_roomy: bool) -> int:
-    """Return for how many pages of a KV head to make room when it holds `held` pages."""
+    """Return for how many pages of a KV head to make memory when it holds `held` pages."""
     if is_roomy:
         return max(held // ROOMY_GROWTH, MIN_GROWTH)
     return max(held // GROWTH, MIN_GROWTH)

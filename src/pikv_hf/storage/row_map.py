@@ -1,4 +1,4 @@
-"""The mapping from batch rows to the stored rows that they read."""
+"""The base class of page stores, with the mapping from batch rows to stored rows."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class PageStore(ABC):
     tier: Tier
     readers: list[int]
     stored: list[int]
-    # True if another cache shares the tensors: nothing is appended to them.
+    # True if another cache shares the tensors: nothing may be written to them.
     is_forked: bool = field(default=False, kw_only=True)
     _index: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -52,7 +52,7 @@ class PageStore(ABC):
     def attend(
         self, query: Tensor, scale: float, covered: Tensor | None = None
     ) -> Iterator[Partial]:
-        """Yield partial results [rows, H, Q, Dv] and [rows, H, Q] of `query` [rows, H, Q, Dk].
+        """Yield outputs [rows, H, Q, Dv] and log-sum-exps [rows, H, Q] of `query` [rows, H, Q, Dk].
 
         `covered` [rows, Q, n] bool is True at columns that a query may not see; None = it sees all.
         """
@@ -91,7 +91,7 @@ class PageStore(ABC):
         return self.readers == list(range(batch))
 
     def is_in_order(self) -> bool:
-        """Return whether readers read the stored rows one to one, so that nothing is gathered."""
+        """Return True if reader i reads stored row i, and every stored row is read."""
         return self.stored == list(range(self.rows))
 
     def stored_of(self, rows: list[int]) -> Tensor:
@@ -99,14 +99,15 @@ class PageStore(ABC):
         return torch.tensor([self.stored[self.readers.index(row)] for row in rows])
 
     def changed(self) -> None:
-        """Forget all data derived from the rows or the length."""
+        """Forget all data derived from the rows or the tokens."""
         self._index = {}
 
     def index(self, name: str, device: torch.device) -> Tensor:
         """Return the index tensor `name`, made once: `readers`, `stored`, `asked` or `places`.
 
-        `asked` [R * m], to read each stored row once, lists the batch rows that read stored row 0,
-        then 1, ..., padded to m each. `places` [len(readers)] are the places of readers in `asked`.
+        `asked` [R * m] lists the batch rows that read stored row 0, then 1, ..., padded to m each:
+        so each stored row is read once. `places` [len(readers)] are the places of the readers in
+        `asked`.
         """
         if name not in self._index:
             members = getattr(self, name) if hasattr(self, name) else self._sharing()[name]

@@ -9,15 +9,15 @@ from .memory import is_writable
 from .prompt_buffer import PromptBuffer
 from .token_table import TokenTable
 
-# Minimum bytes of room in a buffer.
+# Bytes of room in a small buffer.
 FEW = 2**13
 
 
 def roomy(tokens: int, seen: int, token_bytes: int) -> int:
     """Return the capacity in tokens of a buffer for `tokens` tokens and more to come.
 
-    The room is a quarter of the `seen` tokens, so that no cache takes much more than its tokens.
-    Growth by a factor keeps the cost of copying constant per token.
+    The room is for a quarter of the `seen` tokens, at least `FEW` bytes. Growth by a factor keeps
+    the cost of copying per token constant.
     """
     return tokens + max(seen // 4, FEW // max(token_bytes, 1))
 
@@ -30,7 +30,7 @@ class Tail:
         self.keys, self.values = keys, values
         self.length = keys.shape[2]
         self.labels: TokenTable | None = None
-        # The tail's own buffers while its tokens are in borrowed buffers.
+        # The tail's own buffers while its tokens are in borrowed buffers, else None.
         self._own: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -45,7 +45,7 @@ class Tail:
 
     @property
     def is_borrowed(self) -> bool:
-        """True if the tokens are in a buffer that is lent to the layer."""
+        """True if the tokens are in buffers lent by a `PromptBuffer`."""
         return self._own is not None
 
     def has_room(self, count: int) -> bool:
@@ -53,9 +53,9 @@ class Tail:
         return self.length + count <= self.keys.shape[2] and is_writable(self.keys)
 
     def make_room(self, count: int, capacity: int, scratch: PromptBuffer | None) -> None:
-        """Move to a buffer for `capacity` tokens, or more if `count` more tokens need it.
+        """Move to a buffer for `capacity` tokens, or for more if `count` more tokens need it.
 
-        More than `capacity` tokens are put in `scratch`, if there is one, until `drop` is called.
+        In the second case the buffer is borrowed from `scratch`, if it is given, until `drop`.
         """
         end = self.length + count
         if self.keys.shape[2] < end and end > capacity and scratch is not None and not self._own:
@@ -66,7 +66,7 @@ class Tail:
             self._move(0, self._buffers(max(capacity, end)))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Append tokens, for which there is room."""
+        """Append tokens, for which the buffer must have room."""
         end = self.length + keys.shape[2]
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
@@ -75,8 +75,8 @@ class Tail:
     def drop(self, count: int, capacity: int, scratch: PromptBuffer, *, is_own: bool) -> None:
         """Drop the oldest `count` tokens and keep the rest in a buffer for up to `capacity` tokens.
 
-        The tail's own buffer is used again if it is not larger, and if `is_own`: it is neither the
-        model's nor was it made for tokens that were held back.
+        The tail's own buffer is used again if it is not larger and `is_own`: it is not the model's
+        and was not made for held-back tokens.
         """
         left, current = self.length - count, (self.keys, self.values)
         target = self._own or current
@@ -115,7 +115,7 @@ class Tail:
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
     def span(self, start: int, count: int) -> TokenTable:
-        """Return the oldest `count` tokens, of which the first has position `start`."""
+        """Return the oldest `count` tokens, the first of them at column `start`."""
         keys, values = self.view()
         states = TokenTable({"keys": keys, "values": values}).narrow(0, count)
         positions = torch.arange(start, start + count).view(1, 1, -1)

@@ -34,7 +34,7 @@ class Tier(ABC):
 
     @property
     def merges(self) -> bool:
-        """True if pages are copied into larger stores, so that there are few."""
+        """True if small stores are merged into larger ones, so that there are few."""
         return self.limit is None and not self.is_roomy
 
     def room(self, room: Room) -> Room:
@@ -43,7 +43,7 @@ class Tier(ABC):
 
     @abstractmethod
     def has(self, tensor: Tensor) -> bool:
-        """Return whether `tensor` is in memory of this kind."""
+        """Return True if `tensor` is in memory of this kind."""
 
     @abstractmethod
     def empty(self, like: Tensor, *shape: int) -> Tensor:
@@ -127,8 +127,9 @@ class Disk(Ram):
     """Files in `folder`, mapped into memory; a CPU reads them in place.
 
     A file is unlinked as soon as it is mapped, so that the system removes it with the last tensor
-    that reads it, however the process ends; the folder looks empty. Room for half as many pages
-    more costs no memory and keeps files few: their number grows with the logarithm of the tokens.
+    that reads it, however the process ends; the folder looks empty. A new file is for half as
+    many pages as are held: unused room costs no memory, and the number of files grows with the
+    logarithm of the tokens.
     """
 
     folder: str = ""
@@ -144,7 +145,7 @@ class Disk(Ram):
             return torch.empty(shape, dtype=like.dtype)
         try:
             return self._mapped(size, like).view(shape)
-        except (OSError, RuntimeError) as error:  # torch's RuntimeError: mmap failed
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if mmap fails
             number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
             raise OSError(
                 number or errno.ENOMEM,

@@ -14,12 +14,13 @@ CODE = "code of "
 
 @dataclass(frozen=True)
 class TokenTable:
-    """T consecutive tokens of R rows and H KV heads: tensors [R or 1, H or 1, T, ...] by name.
+    """T tokens of R rows and H KV heads, as tensors [R or 1, H or 1, T, ...] by name.
 
     A size of 1 means that all rows, or all heads, share the entries. Names in use: `keys`,
     `values`; `positions`, columns of the sequence; `valid`, True where there is a token (absent =
     everywhere); `experts` and `weights`, the k experts that the model's gate chose for the token
-    and their weights as the gate returned them. Only `write` changes tensors.
+    and their weights as the gate returned them; `record` and `constant`, numbers of a scheduler;
+    `rest`, for rerotation; codes. Of the methods, only `write` changes tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -87,9 +88,9 @@ class TokenTable:
         return TokenTable({k: v for k, v in self.tensors.items() if not k.startswith(CODE)})
 
     def followed_by(self, newer: "TokenTable") -> "TokenTable":
-        """Append `newer`, in the tensors that both tables have.
+        """Return these tokens and then `newer`, with the columns that both tables have.
 
-        If only one table has `valid`, all tokens of the table without it are valid.
+        If only one table has `valid`, all tokens of the other table are valid.
         """
         if ("valid" in self) != ("valid" in newer):
             return self.all_valid().followed_by(newer.all_valid())

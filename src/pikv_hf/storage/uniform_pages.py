@@ -1,4 +1,4 @@
-"""Pages of equally many tokens in every row and KV head.
+"""Pages of rows whose KV heads have equally many tokens; rows may differ.
 
 Shapes: R stored rows, H KV heads, S pages, P tokens a page, D head dim.
 """
@@ -18,7 +18,7 @@ from .token_table import TokenTable
 
 
 class Block(NamedTuple):
-    """Encoded pages [R, H, s, ...] and how many tokens they have; `start` tokens are before them."""
+    """Encoded pages [R, H, s, ...] of `tokens` tokens, which begin at place `start` of each row."""
 
     fields: dict[str, Tensor]
     tokens: int
@@ -29,9 +29,9 @@ class Block(NamedTuple):
 class UniformPages(PageStore):
     """Pages of R stored rows, whose KV heads have equally many tokens.
 
-    `fields` [R, H, S, ...] are the encoded pages; `meta` is other data of their tokens
-    (`positions`, and labels if recorded), [R or 1, H or 1, S * P, ...]. The first `lengths[r]`
-    tokens of row r are valid. Places up to the longest row are read, but masked in shorter rows.
+    `fields` [R, H, S, ...] are the encoded pages; `meta` [R or 1, H or 1, S * P, ...] is other data
+    of their tokens, such as `positions`. The first `lengths[r]` tokens of row r are valid. Places
+    up to the longest row are read, but masked in shorter rows.
     """
 
     codec: PageCodec
@@ -81,9 +81,9 @@ class UniformPages(PageStore):
     def free_pages(self, meta: TokenTable, rows: list[int], lengths: list[int]) -> int:
         """Return how many pages can be appended to each of the batch `rows`.
 
-        `lengths` tokens like `meta` are to be appended.
+        The tokens to append, `lengths[r]` of row r, have other data like `meta`.
         """
-        # Data shared by all rows or heads can be written to data of each one, not vice versa.
+        # Data shared by all rows or heads can be written where each has its own, not vice versa.
         alike = meta.tensors.keys() == self.meta.tensors.keys() and all(
             new in (1, held)
             for name in meta.tensors
@@ -104,7 +104,7 @@ class UniformPages(PageStore):
         return (self.capacity - self.length) // self.page_size if is_free else 0
 
     def can_precede(self, newer: "UniformPages") -> bool:
-        """Return True if `newer` pages may lie behind these in one store."""
+        """Return True if these pages and `newer` ones can be joined in one store."""
         leads = [{k: t.shape[:2] for k, t in s.meta.tensors.items()} for s in (self, newer)]
         return (
             (self.codec, self.tier, self.page_size, self.readers, leads[0])
@@ -132,7 +132,7 @@ class UniformPages(PageStore):
         return joined
 
     def write(self, fields: dict[str, Tensor], meta: TokenTable, lengths: list[int]) -> None:
-        """Append the pages `fields` [R, H, s, ...]: `lengths[r]` tokens of row r, of `meta`."""
+        """Append pages `fields` [R, H, s, ...] with `meta`: `lengths[r]` tokens of row r."""
         if self.is_even and min(lengths) == max(lengths):
             for name, tensor in fields.items():
                 self.fields[name].narrow(2, self.pages, tensor.shape[2]).copy_(tensor)
@@ -155,7 +155,7 @@ class UniformPages(PageStore):
         more = {k: t.unflatten(2, (-1, size)) for k, t in meta.tensors.items()}
         for all_held, all_new in ((self.fields, fields), (paged, more)):
             for name, tensor in all_held.items():
-                tensor[:, :, exposed] = 0  # read, though masked: it must be finite
+                tensor[:, :, exposed] = 0  # masked places are read, too: they must be finite
                 row, page, place = places.to(tensor.device)
                 wide = all_new[name].expand(self.rows, *all_new[name].shape[1:])
                 tensor[row, :, place] = wide[row.to(wide.device), :, page.to(wide.device)].to(
@@ -194,10 +194,10 @@ class UniformPages(PageStore):
     def attend_selected(
         self, query: Tensor, pages: Tensor, scale: float, covered: Tensor | None = None
     ) -> Iterator[Partial]:
-        """Yield partial results of `query` [n, H, Q, Dk] of the n readers over a selection of pages.
+        """Yield partial results of the n readers' `query` [n, H, Q, Dk] over a selection of pages.
 
-        `pages` [n, H, K] are full, or behind the end of a row, where they have no weight. `covered`
-        [n, Q, columns] as for `attend`.
+        `pages` [n, H, K] are indices of full pages, or of pages behind the end of a row, which get
+        no weight. `covered` [n, Q, columns] as for `attend`.
         """
         step, stored = self._pages_per_block(), self.index("stored", pages.device)
         rows = TokenTable(self.fields).select_rows(stored)
@@ -224,7 +224,7 @@ class UniformPages(PageStore):
         return paged.expand(self.rows, *paged.shape[1:])
 
     def _mask(self, query: Tensor) -> Tensor:
-        """Return the additive mask [R, 1, 1, length] that hides places behind a row's last token."""
+        """Return the additive mask [R, 1, 1, length] that hides places behind the end of a row."""
         mask = self._index.get("mask")
         if mask is None or mask.dtype != query.dtype:
             lengths = torch.tensor(self.lengths, device=query.device)
@@ -235,7 +235,7 @@ class UniformPages(PageStore):
         return mask
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the pages of the stored rows, as many at a time as the compressor decodes."""
+        """Yield the pages of the stored rows, as many at a time as may be decoded and copied."""
         if self._whole is None:
             for fields, (tokens, start) in self.tier.blocks(self._views()):
                 yield Block(fields, tokens, start)
@@ -260,7 +260,7 @@ class UniformPages(PageStore):
         return min(max(tokens // self.page_size, 1), max_pages, self.pages)
 
     def span(self, rows: list[int], *, with_values: bool) -> TokenTable:
-        """Decode all tokens of batch rows that have equally many, as views if possible."""
+        """Return the tokens of batch rows that have equally many, decoded; views if possible."""
         stored = self.stored_of(rows)
         length = self.lengths[int(stored[0])]
         views = ((self.tier.bring(fields), tokens) for fields, (tokens, _) in self._views())
