@@ -38,6 +38,7 @@ def check_operators() -> None:
         "a condition": (lambda: bool((row > 2).any()), (2, 1, 0)),
         "tolist": (lambda: row.tolist(), (0, 1, 0)),
         "cpu": (lambda: row.cpu(), (0, 1, 0)),
+        "copied behind": (lambda: row.to("cpu", non_blocking=True), (0, 0, 0)),
         "nonzero": (lambda: row.nonzero(), (1, 1, 0)),
         "index by bool": (lambda: row[row > 2], (2, 1, 0)),
         "upload": (lambda: host.to(HERE), (0, 0, 1)),

@@ -151,7 +151,10 @@ class Census(TorchDispatchMode):
             # Of a copy the source is the first argument, of a copy in place the second.
             source, target = (args[1], args[0]) if name == "copy_" else (inputs[0], outputs[0])
             if is_on_device(source) != is_on_device(target):
-                self._note("sync" if is_on_device(source) else "upload", name)
+                if is_on_device(target):
+                    self._note("upload", name)
+                elif not kwargs.get("non_blocking"):  # else it is copied while the host goes on
+                    self._note("sync", name)
                 return out
         if name in WAITING:
             self._note("sync", name)

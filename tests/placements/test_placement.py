@@ -97,6 +97,11 @@ def test_methods_give_the_tokens_of_the_cpu(names) -> None:
     run_on_fakegpu("methods_on_fakegpu.py", *names)
 
 
+def test_nan_that_is_sealed_is_refused_later() -> None:
+    """A seal on an accelerator does not wait; what follows refuses the cache."""
+    run_on_fakegpu("finite_on_fakegpu.py")
+
+
 def run_on_fakegpu(script: str, *arguments: str) -> None:
     done = subprocess.run(
         [sys.executable, Path(__file__).parents[1].joinpath(script), *arguments],

@@ -24,7 +24,7 @@ from pikv_hf.cache.passes import end_forward
 from pikv_hf.layer.handoff import take_layer
 from pikv_hf.layer.paged_layer import PagedLayer
 from pikv_hf.model.versions import with_cache
-from pikv_hf.storage.page_table import SPARE
+from pikv_hf.storage.room import SPARE
 from pikv_hf.storage.token_table import TokenTable
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 3, 2

@@ -20,6 +20,7 @@ from ..layer.state import LayerState
 from ..model.latent import LatentQuery
 from ..model.versions import ALL_ATTENTION_FUNCTIONS, attention_implementation
 from ..storage.codec import attend_states
+from ..storage.memory import on_device
 from ..storage.ragged_pages import RaggedPages
 from ..storage.row_map import PageStore, Partial
 from ..storage.uniform_pages import UniformPages
@@ -253,7 +254,7 @@ def _tail_mask(state: LayerState, query: Tensor, mask: Tensor | None, length: in
         if not any(departed):
             return additive
         # Columns before the start of a row are in the tail only because other rows need them.
-        ends = torch.tensor(departed, device=query.device)[:, None]
+        ends = on_device(tuple(departed), query.device)[:, None]
         is_gone = (torch.arange(tokens, device=query.device) < ends)[:, None, None]
         both = torch.broadcast_shapes(is_gone.shape, (1,) if additive is None else additive.shape)
         whole = new_mask(query, *both)

@@ -183,7 +183,8 @@ def _start(positions: Any, mask: Any, seen: int, prompt_end: int) -> tuple[Any, 
 
 
 def check_whole(cache: PagedCache) -> None:
-    """Refuse a cache whose last forward pass or sealing has failed half-way."""
+    """Refuse a cache whose last pass or sealing has failed half-way, or has sealed NaN."""
+    cache.finite.read()
     change = cache.step.change
     if change is not None and change.is_half_done:
         raise RuntimeError(half_done(change, can_be_cropped=not change.has_sealed))

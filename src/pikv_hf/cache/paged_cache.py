@@ -11,6 +11,7 @@ from ..layer.reading import Reading
 from ..layer.settings import Settings
 from ..layer.state import CacheParts, LayerFacts, LayerState
 from ..layer.step import Step
+from .finite_flags import FiniteFlags
 from .held_elsewhere import HeldElsewhere
 from .token_log import TokenLog, num_kept_ids
 
@@ -25,6 +26,7 @@ class PagedCache(Cache, AttachableCache):
         columns: which columns of the sequence are tokens, and which are padding.
         elsewhere: all layers, so that a paged layer can ask about the others.
         log: the token ids that the cache has seen.
+        finite: whether sealed keys and values are finite, as an accelerator tells later.
         config: the config of its model.
         note: why the model no longer uses the cache; None if it does.
     """
@@ -40,6 +42,7 @@ class PagedCache(Cache, AttachableCache):
         self.settings, self.step, self.reading = settings, Step(), Reading()
         self.columns, self.elsewhere = Columns(), HeldElsewhere()
         self.log = TokenLog(num_kept_ids(settings))
+        self.finite = FiniteFlags()
 
     def paged_layer(self, facts: LayerFacts) -> PagedLayer:
         """Return a new paged layer of this cache."""

@@ -32,6 +32,7 @@ def begin_forward(cache: PagedCache, length: int, mask: Any) -> None:
 def end_forward(cache: PagedCache, ids: Tensor | None) -> None:
     """End a forward pass over the token `ids`; raise unless every attention and gate was heard."""
     cache.step.release()
+    cache.finite.send(cache.states)
     for state in cache.states:
         if state.awaits is not None:
             if not is_tested():
@@ -61,6 +62,7 @@ def compress(cache: PagedCache) -> None:
             if isinstance(layer, PagedLayer):
                 layer.compress()
     cache.step.release()
+    cache.finite.send(cache.states)
 
 
 def prompt_length(

@@ -149,6 +149,7 @@ class PiKVCache(AttachedCache):
         self.log.reset()
         self.columns.reset()
         self.step.reset()
+        self.finite.reset()
         self.start(layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

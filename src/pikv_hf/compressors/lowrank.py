@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ..model.artifact import check_method, read_factors
-from ..storage.codec import check_finite, flat_tokens
+from ..storage.codec import flat_tokens
 from .base import Compressor, computed_dtype, narrowed
 from .moments import Moments
 
@@ -178,8 +178,7 @@ class LowRank(Compressor):
         flat = codes.flatten(2, 3), states.flatten(2, 3)
         step = max(1, COPIED // down[..., 0].numel(), flat[0].shape[2] // MAX_PORTIONS)
         for target, part in zip(*(t.split(step, dim=2) for t in flat), strict=True):
-            target.copy_(part.to(wide) @ down)
-        check_finite(self, name, torch.stack(codes.aminmax()))
+            target.copy_(narrowed(part.to(wide) @ down, codes.dtype))
         return codes
 
     def _decode(self, name: str, codes: Tensor) -> Tensor:

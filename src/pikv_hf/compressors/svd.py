@@ -5,7 +5,7 @@ import torch
 from pikv_kernels import lowrank_attention
 from torch import Tensor
 
-from ..storage.codec import check_finite
+from ..storage.finite import not_finite
 from ..validation import check_count
 from .base import Compressor, computed_dtype, in_portions, narrowed
 
@@ -72,7 +72,8 @@ class Svd(Compressor):
         """Return `coefficients` [n, P, r] and `basis` [n, r, D] of `pages` [n, P, D]."""
         exact = pages.to(computed_dtype(pages.dtype))
         largest = exact.abs().amax((-2, -1), keepdim=True)
-        check_finite(self, name, largest)  # NaN has no eigenvectors
+        if not largest.isfinite().all():  # NaN has no eigenvectors
+            raise ValueError(not_finite(self, name))
         size = _exponent(largest)
         exact = torch.ldexp(exact, -size)
         tokens, dim = pages.shape[1:]

@@ -6,7 +6,7 @@ import torch
 from pikv_kernels import PACKED_TOGETHER, look_up, pack_indices, partial_attention, word_table
 from torch import Tensor
 
-from ..storage.codec import check_finite, flat_tokens
+from ..storage.codec import flat_tokens
 from ..validation import check_flag, check_whole
 from .base import Compressor, computed_dtype, in_portions, narrowed
 
@@ -103,13 +103,12 @@ class TurboQuant(Compressor):
         if dim == 0:
             return {f"{name}_codes": states.to(torch.uint8), f"{name}_norms": states}
         fields = in_portions(lambda pages: self._quantize(pages, residual), states)
-        check_finite(self, name, fields["norms"])
         return {f"{name}_{part}": tensor for part, tensor in fields.items()}
 
     def _quantize(self, pages: Tensor, residual: bool) -> dict[str, Tensor]:
         dim, dtype = pages.shape[-1], pages.dtype
         basis = _basis(dim, residual, self.seed, pages.device)
-        centroids = _codebook(self.bits - residual, dim).to(pages.device, torch.float32)
+        centroids = _centroids(self.bits - residual, dim, pages.device)
         # Scaled by the largest number first: float32 may not hold its square.
         pages = pages.to(computed_dtype(dtype))
         size = pages.abs().amax(dim=-1, keepdim=True)
@@ -125,7 +124,7 @@ class TurboQuant(Compressor):
             norms = torch.cat([norm, _rms(rest) * norm], dim=-1)
         else:
             norms = norm / _rms(levels)
-        return {"codes": pack_indices(codes, self.bits), "norms": norms.to(dtype)}
+        return {"codes": pack_indices(codes, self.bits), "norms": narrowed(norms, dtype)}
 
     def _stored(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return keys and values [..., P, D], or 2 D with `residual`, in the stored basis."""
@@ -154,9 +153,13 @@ def _times(states: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _nearest(states: Tensor, centroids: Tensor) -> Tensor:
-    """Return the uint8 code of each element; on a CPU 6 times faster than `torch.bucketize`."""
+    """Return the uint8 code of each element."""
+    borders = (centroids[1:] + centroids[:-1]) / 2
+    if states.device.type != "cpu":
+        return torch.bucketize(states, borders).to(torch.uint8)
+    # On a CPU this is 6 times faster than `torch.bucketize`.
     codes = torch.zeros(states.shape, dtype=torch.uint8, device=states.device)
-    for border in ((centroids[1:] + centroids[:-1]) / 2).unbind():
+    for border in borders.unbind():
         codes += states > border
     return codes
 
@@ -192,6 +195,13 @@ def _tables(
     if residual:
         values.append(torch.tensor([-1.0, 1.0], device="cpu").repeat_interleave(2 ** (bits - 1)))
     return tuple(word_table(value.to(device, dtype), bits) for value in values)
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _centroids(bits: int, dim: int, device: torch.device) -> Tensor:
+    """Return `_codebook` on `device` in float32."""
+    return _codebook(bits, dim).to(device, torch.float32)
 
 
 @functools.lru_cache(maxsize=32)

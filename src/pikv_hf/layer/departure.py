@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..storage.memory import on_device
 from ..storage.token_table import TokenTable
 from .allowance import is_over_budget, row_window
 from .state import LayerState
@@ -105,6 +106,7 @@ def _open_places(state: LayerState) -> Tensor | None:
 def departure(state: LayerState) -> Departure:
     """Return the tokens that leave the tails now, computed once for layers with equal tails."""
     key = (state.columns.stamp, state.num_seen, state.starts, state.num_departed, state.prompt_end)
+    key += (state.tail.keys.device,)
     return state.step.remember("departure", key, lambda: _departure(state))
 
 
@@ -120,19 +122,22 @@ def _departure(state: LayerState) -> Departure:
         order = torch.arange(length).expand(len(departed), -1)
     else:
         order = (~is_open).int().argsort(dim=1, stable=True)
+    # Uploaded once for all layers.
+    here = order if is_open is None else order.to(state.tail.keys.device)
     groups = []
     for (before, opened), rows in alike.items():
         count, places = counts[before, opened], order[rows, :opened]
         oldest = int(places[0, 0]) if opened else length
         is_run = bool((places == torch.arange(oldest, oldest + opened)).all())
-        parts = before, count, opened - count, oldest, None if is_run else places
-        groups.append(Departing(rows, *parts))
+        index = on_device(tuple(rows), here.device)
+        at = None if is_run else here.index_select(0, index)[:, :opened]
+        groups.append(Departing(rows, before, count, opened - count, oldest, at))
     starts, left = list(state.starts), list(departed)
     for group in groups:
         for row in group.rows:
             left[row] += group.count
             starts[row] = first + int(order[row, group.count]) if group.opened else state.num_seen
-    return Departure(groups, tuple(starts), tuple(left), order)
+    return Departure(groups, tuple(starts), tuple(left), here)
 
 
 def _count(state: LayerState, departed: int, held: int) -> int:

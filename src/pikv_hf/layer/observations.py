@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..schedulers import Needs
+from ..storage.memory import on_device
 
 EVERY = 2**62
 # Up to 1/4 more queries than needed are held, so that they are not copied at every step.
@@ -190,7 +191,7 @@ class Observations:
         queries = queries[:, :, :, -newest:]
         if rows == list(range(queries.shape[0])):
             return queries
-        return queries.index_select(0, torch.tensor(rows, device=queries.device))
+        return queries.index_select(0, on_device(tuple(rows), queries.device))
 
     def most_bytes(self, owners: int, opened: int, sealed: int) -> int:
         """Return the maximum of the bytes held, records of sealed tokens not counted.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..schedulers.attention_mass import attention_weights
-from ..storage.memory import is_writable
+from ..storage.memory import is_writable, on_device
 from ..storage.token_table import TokenTable
 from ..storage.uniform_pages import UniformPages
 from .autocast import without_autocast
@@ -26,7 +26,7 @@ def settled(state: LayerState, rows: list[int], sealed: TokenTable | None) -> To
     queries = observed.pending
     if queries is None:
         return sealed
-    index = torch.tensor(rows, device=queries.device)
+    index = on_device(tuple(rows), queries.device)
     if observed.counted is None:
         opened = _opened(state).select_rows(index)
         tokens = opened if sealed is None else sealed.followed_by(opened)

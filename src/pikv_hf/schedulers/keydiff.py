@@ -20,13 +20,14 @@ class KeyDiff(Scheduler):
         blocks = tokens.keys.split(BLOCK, dim=2)
         valid = [None] * len(blocks) if tokens.valid is None else tokens.valid.split(BLOCK, dim=2)
         total = _directions(tokens.open_keys).sum(dim=2)
+        directions = tokens.keys  # of the newest block
         for block, is_token in zip(blocks, valid, strict=True):
             directions = _directions(block)
-            if is_token is not None:
-                directions = directions * is_token[..., None]
-            total += directions.sum(dim=2)
+            counted = directions if is_token is None else directions * is_token[..., None]
+            total += counted.sum(dim=2)
         mean = F.normalize(total, dim=-1)[..., None]
-        return -torch.cat([_directions(block) @ mean for block in blocks], dim=2)[..., 0]
+        cosines = [_directions(block) @ mean for block in blocks[:-1]]
+        return -torch.cat([*cosines, directions @ mean], dim=2)[..., 0]
 
 
 def _directions(keys: Tensor) -> Tensor:

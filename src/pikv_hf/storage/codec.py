@@ -213,24 +213,3 @@ def weighted_states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call `weighted_attention`; keys without values are latents, which are their own values."""
     return weighted_attention(query, keys, values if values.shape[-1] else keys, mask, scale)
-
-
-def check_states(codec: PageCodec, keys: Tensor, values: Tensor) -> None:
-    """Raise ValueError for a NaN or an infinity in keys or values: few codecs can encode it."""
-    ends = {  # `aminmax` would copy tensors that are not dense, such as a view of a tail
-        name: torch.stack([states.amin(), states.amax()])
-        for name, states in (("key", keys), ("value", values))
-        if states.numel()
-    }
-    if not torch.cat([*ends.values()]).isfinite().all():  # the only synchronization on a GPU
-        for name, both in ends.items():
-            check_finite(codec, name, both)
-
-
-def check_finite(codec: PageCodec, name: str, scale: Tensor) -> None:
-    """Raise ValueError if `scale`, made of keys or values (`name`), has a NaN or an infinity."""
-    if not scale.isfinite().all():
-        raise ValueError(
-            f"{codec.title} cannot store {name}s that are NaN or infinite: look for the module "
-            "that made them, or for a dtype that overflows (float16), with compressor='identity'."
-        )

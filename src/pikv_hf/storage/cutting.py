@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .memory import on_device
 from .token_table import TokenTable
 
 
@@ -22,7 +23,7 @@ def paged(tensor: Tensor, size: int) -> Tensor:
 def first_places(lengths: list[int], tokens: int, device: torch.device) -> Tensor:
     """Return [R, tokens] bool, True at the first `lengths[r]` places of row r."""
     place = torch.arange(tokens, device=device)
-    return place < torch.tensor(lengths, device=device)[:, None]
+    return place < on_device(tuple(lengths), device)[:, None]
 
 
 def zeroed_behind(span: TokenTable, lengths: list[int]) -> TokenTable:

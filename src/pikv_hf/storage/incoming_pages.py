@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .codec import PageCodec, encoded
+from .memory import on_device
 from .token_table import TokenTable
 
 # Pages of one row and KV head that are read as one long page, for fewer and larger products.
@@ -79,15 +80,15 @@ class IncomingPages:
     def page_size(self) -> int:
         return self.known["positions"].shape[3]
 
-    def places(self, mine: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Yield the pages marked in `mine` [R, H, S] as (indices [N, 3] into R, H, S; group size).
+    def places(self, chosen: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Yield the pages marked in `chosen` [R, H, S] as (indices [N, 3] into R, H, S; group size).
 
         First the full pages that form groups of `GROUP` pages of one row and head, then the others.
         """
-        full = mine & (self.lengths == self.page_size)
+        full = chosen & (self.lengths == self.page_size)
         grouped = full & (full.cumsum(-1) <= full.sum(-1, keepdim=True) // GROUP * GROUP)
         yield grouped.nonzero(), GROUP
-        yield (mine & ~grouped & (self.lengths > 0)).nonzero(), 1
+        yield (chosen & ~grouped & (self.lengths > 0)).nonzero(), 1
 
     def encoded(self, codec: PageCodec, at: Tensor, group: int) -> EncodedPages:
         """Encode the pages with indices `at` [N, 3]."""
@@ -95,7 +96,7 @@ class IncomingPages:
         return EncodedPages(
             fields=self._fields(codec, row, head, page),
             meta=TokenTable({name: t[row, head, page][:, None] for name, t in self.known.items()}),
-            owner=torch.tensor(self.rows, device=row.device)[row] * self.heads + head,
+            owner=on_device(tuple(self.rows), row.device)[row] * self.heads + head,
             lengths=self.lengths[row, head, page].to(torch.int32),
             group=group,
         )

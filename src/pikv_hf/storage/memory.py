@@ -1,6 +1,7 @@
 """Properties of the memory behind tensors, and allocation of new memory."""
 
 import ctypes
+import functools
 import mmap
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,13 @@ import torch
 from torch import Tensor
 
 LARGE = 2**22  # bytes
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return `numbers` as an int64 tensor [n] on `device`, uploaded once for all layers."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def is_writable(tensor: Tensor) -> bool:

@@ -3,29 +3,25 @@
 Shapes: R rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
 """
 
-import functools
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
-from .codec import PageCodec, check_states, encoded, flat_tokens
+from .codec import PageCodec, encoded, flat_tokens
 from .cutting import first_places, paged, zeroed_behind
-from .incoming_pages import EncodedPages, IncomingPages
-from .memory import is_own
+from .finite import are_finite, refuse_if_not
+from .incoming_pages import IncomingPages
+from .page_writer import PageWriter
 from .ragged_pages import RaggedPages, together
-from .room import MERGED, NO_ROOM, SPARE, Room, grown_pages
+from .room import NO_ROOM, Room
 from .tiers import Tier, near
 from .token_table import TokenTable
 from .uniform_pages import UniformPages
 
 # From this many pages of a KV head on, a pool has pages of full size, even if the last is partial.
 POOLED = 8
-# Pages encoded at a time for a pool; pages already encoded that are copied at a time, if no tier
-# has a limit.
-PAGES_ENCODED, PAGES_MOVED = 16, 256
 
 
 class PageTable:
@@ -38,8 +34,8 @@ class PageTable:
         self.codec = codec
         self.page_size = page_size
         self.place = place
-        self.tiers: list[Tier] = []
         self.slabs: list[UniformPages | RaggedPages] = []
+        self._unread: list[Tensor] = []
 
     def append(
         self,
@@ -69,14 +65,14 @@ class PageTable:
         codes = {name: paged(tensor, size) for name, tensor in span.codes().items()}
         states = {} if codes else self._states(span, size)
         sample = next(iter((codes or states).values()))
-        self.tiers = self.place(sample)
+        writer = PageWriter(self.codec, self.place(sample), self.slabs, batch, room)
         known = span.without_codes().without("keys", "values", "valid")
         positions = TokenTable({"positions": known["positions"].to(torch.int32)})
         known = positions.with_columns(known.without("positions"))
         choice = None if codes else self.codec.assign(**states, queries=queries)
         if choice is None and not in_pools:
             fields = codes or encoded(self.codec, **states, queries=queries)
-            return self._append_uniform(fields, known, rows, batch, room, lengths, size)
+            return writer.write_uniform(fields, known, rows, lengths, size)
         lead = sample.shape[:2]
         known = {
             name: paged(t.to(sample.device).expand(*lead, *t.shape[2:]), size)
@@ -88,7 +84,7 @@ class PageTable:
             valid = first_places(lengths, len(span), sample.device)[:, None]
         filled = paged(valid.expand(*lead, -1), size).sum(-1)
         new = IncomingPages(states, codes, known, filled, rows, queries)
-        self._append_pooled(new, choice, batch, room)
+        writer.write_pooled(new, choice)
 
     def _size(self, tokens: int, *, in_pools: bool) -> int:
         """Return the page size for `tokens` tokens: smaller if the last page would not be full.
@@ -121,166 +117,26 @@ class PageTable:
     def _states(self, span: TokenTable, size: int) -> dict[str, Tensor]:
         """Check the `keys` and `values` of `span` and return them as pages of `size` tokens."""
         if not self.codec.is_lossless:
-            check_states(self.codec, span["keys"], span["values"])
+            finite = are_finite(span["keys"], span["values"])
+            if finite.device.type == "cpu":
+                refuse_if_not(finite.tolist(), self.codec)
+            else:
+                self._unread.append(finite)
         return {name: paged(span[name], size) for name in ("keys", "values")}
+
+    def take_unread(self) -> list[Tensor]:
+        """Remove and return flags [2], on accelerators: whether sealed keys and values were finite.
+
+        On a CPU they are read, and states refused, before pages are written.
+        """
+        unread, self._unread = self._unread, []
+        return unread
 
     def apart(self, span: TokenTable, queries: Tensor | None = None) -> "PageTable":
         """Return a new table of `span` alone, with pages encoded as `append` would encode them."""
         table, rows = PageTable(self.codec, self.page_size), span["keys"].shape[0]
         table.append(span, list(range(rows)), rows, queries)
         return table
-
-    def _append_uniform(
-        self,
-        fields: dict[str, Tensor],
-        known: TokenTable,
-        rows: list[int],
-        batch: int,
-        room: Room,
-        lengths: list[int],
-        size: int,
-    ) -> None:
-        """Store pages of `size` tokens; each head of row r has `lengths[r]` tokens in them.
-
-        Pages fill the last slab, then new slabs, one in each tier that has room.
-        """
-        slab = self.slabs[-1] if self.slabs else None
-        heads, pages = next(iter(fields.values())).shape[1:3]
-        grows = len(rows) == batch and not any(n % size for n in lengths)
-        start = 0
-        is_alike = isinstance(slab, UniformPages) and slab.page_size == size
-        if is_alike and (free := slab.free_pages(known, rows, lengths)):
-            start = min(free, pages)
-            slab.write(
-                {k: t.narrow(2, 0, start) for k, t in fields.items()},
-                known.narrow(0, min(start * size, len(known))),
-                [min(n, start * size) for n in lengths],
-            )
-            if start == pages:
-                return
-        page_bytes = sum(t.nbytes // pages for t in (*fields.values(), *known.tensors.values()))
-        for tier in self.tiers:
-            free = self._free(tier, fields, 2)
-            count = min(free, pages - start)
-            if count <= 0:
-                continue
-            wide = count
-            if grows and start + count == pages:
-                spare = 0 if all(map(is_own, fields.values())) else count // SPARE
-                follow = max((room.tokens or 0) // size, spare)
-                grown, spare_room = self._grown(batch * heads, tier), tier.room(room)
-                wide = min(spare_room.pages(count, follow, grown, page_bytes), free)
-            tokens = min(count * size, len(known) - start * size)
-            slab = UniformPages(
-                codec=self.codec,
-                tier=tier,
-                fields={k: tier.hold(t.narrow(2, start, count), wide) for k, t in fields.items()},
-                meta=known.narrow(start * size, tokens).with_room(wide * size),
-                lengths=[max(min(n - start * size, tokens), 0) for n in lengths],
-                page_size=size,
-                readers=list(rows),
-                stored=list(range(len(rows))),
-            )
-            self.slabs.append(self._merged(slab) if grows and tier.merges else slab)
-            start += count
-
-    def _merged(self, newest: UniformPages) -> UniformPages:
-        """Remove the last slabs that are not much larger, and return them joined with `newest`.
-
-        Attention reads every slab by itself, so there should be few.
-        """
-        parts, pages = [newest], newest.capacity // newest.page_size
-        while self.slabs:
-            older = self.slabs[-1]
-            if is_pool(older) or not older.can_precede(newest) or older.pages > MERGED * pages:
-                break
-            parts.insert(0, older)
-            pages += older.pages
-            self.slabs.pop()
-        return newest if len(parts) == 1 else newest.joined(parts, pages)
-
-    def _free(self, tier: Tier, fields: dict[str, Tensor], dim: int) -> int:
-        """Return how many pages like `fields` fit in `tier`; dimension `dim` counts pages."""
-        if tier.limit is None:
-            return sys.maxsize
-        used = sum(slab.nbytes for slab in self.slabs if slab.tier.name == tier.name)
-        page_bytes = sum(t.nbytes // t.shape[dim] for t in fields.values())
-        return (tier.limit - used) // page_bytes
-
-    def _append_pooled(
-        self, new: IncomingPages, choice: Tensor | None, batch: int, room: Room
-    ) -> None:
-        """Write each page into a pool of its codec; a new pool gets a share of the `room`.
-
-        `choice` [R, H, S] is the index of the page's codec in `members`; None = not mixed.
-        """
-        members = self.codec.members
-        if choice is None:
-            members = tuple({self.codec.of_head(head): None for head in range(new.heads)})
-            choice = torch.zeros_like(new.lengths)
-            if len(members) > 1:
-                choice = choice + torch.arange(new.heads, device=choice.device)[:, None]
-        is_limited = any(tier.limit is not None for tier in self.tiers)
-        size = PAGES_MOVED if new.codes and not is_limited else PAGES_ENCODED
-        for number, member in enumerate(members):
-            is_chosen = (choice == number) & (new.lengths > 0)
-            unwritten = int(is_chosen.sum())
-            for chosen, group in new.places(is_chosen):
-                # In small portions, so that temporary copies are small.
-                for at in chosen.split(size) if len(chosen) else ():
-                    pages = new.encoded(member, at, group)
-                    while len(pages):
-                        room_of = functools.partial(
-                            self._pool_room, room, pages, unwritten, batch * new.heads, len(members)
-                        )
-                        pool = self._open_pool(member, pages, batch, new.heads, room_of)
-                        first, pages = pages.split(pool.free_pages(pages, batch))
-                        pool.write(first)
-                        unwritten -= len(first)
-
-    def _open_pool(
-        self,
-        member: PageCodec,
-        pages: EncodedPages,
-        batch: int,
-        heads: int,
-        room_of: Callable[[Tier], int],
-    ) -> RaggedPages:
-        """Return the last pool of `member` if any of `pages` fits in it, else a new pool.
-
-        `room_of(tier)` is the capacity in pages of a new pool in a tier.
-        """
-        for pool in reversed(self.slabs):
-            is_alike = is_pool(pool) and pool.page_size == pages.page_size
-            if is_alike and pool.codec == member:
-                if pool.free_pages(pages, batch):
-                    return pool
-                break
-        for tier in self.tiers:
-            free = self._free(tier, pages.fields, 0)
-            if free >= pages.group:
-                break
-        pool = RaggedPages.like(pages, member, tier, min(room_of(tier), free), batch, heads)
-        self.slabs.append(pool)
-        return pool
-
-    def _pool_room(
-        self, room: Room, pages: EncodedPages, unwritten: int, owners: int, members: int, tier: Tier
-    ) -> int:
-        """Return the capacity in pages of a new pool; `unwritten` pages are to be written now."""
-        room = tier.room(room)
-        known = (room.tokens or 0) // pages.page_size * owners // members
-        page_bytes = sum(t.nbytes for t in pages.tensors()) // len(pages) * members
-        if self.codec.is_mixed:  # the encodings of later pages are not known
-            known = min(known, max(room.nbytes, 0) // page_bytes)
-        return room.pages(unwritten, known, self._grown(owners, tier) * owners // 2, page_bytes)
-
-    def _grown(self, owners: int, tier: Tier) -> int:
-        """Return how many pages per owner (a KV head of a row) new memory in `tier` is made for."""
-        held = sum(slab.page_count for slab in self.slabs) // owners
-        # Room is never filled where rows are reordered or pages are shared.
-        can_fill = all(slab.is_in_order() and not slab.is_forked for slab in self.slabs)
-        return grown_pages(held, is_roomy=tier.is_roomy and can_fill)
 
     def bytes_with(self, nbytes: int) -> int:
         """Return the bytes of all pages after `nbytes` of pages were added, first in free room."""
@@ -368,7 +224,7 @@ class PageTable:
 
     def clear(self) -> None:
         """Drop all pages."""
-        self.slabs = []
+        self.slabs, self._unread = [], []
 
     def mark_forked(self) -> None:
         """Mark the pages as shared with another table: new pages are then written to new memory."""

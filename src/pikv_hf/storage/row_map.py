@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import on_device
 from .tiers import Tier
 
 Partial = tuple[Tensor, Tensor]
@@ -111,7 +112,7 @@ class PageStore(ABC):
         """
         if name not in self._index:
             members = getattr(self, name) if hasattr(self, name) else self._sharing()[name]
-            self._index[name] = torch.tensor(members, dtype=torch.int64, device=device)
+            self._index[name] = on_device(tuple(members), device)
         return self._index[name]
 
     def _sharing(self) -> dict[str, list[int]]:

@@ -118,7 +118,8 @@ class Tail:
         """Return the oldest `count` tokens, the first of them at column `start`."""
         keys, values = self.view()
         states = TokenTable({"keys": keys, "values": values}).narrow(0, count)
-        positions = torch.arange(start, start + count).view(1, 1, -1)
+        positions = torch.arange(start, start + count, dtype=torch.int32, device=keys.device)
+        positions = positions.view(1, 1, -1)
         span = states.with_columns(TokenTable({"positions": positions}))
         return span if self.labels is None else span.with_columns(self.labels.narrow(0, count))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .gather import taken
-from .memory import empty_like, own
+from .memory import empty_like, on_device, own
 
 CODE = "code of "
 
@@ -47,7 +47,10 @@ class TokenTable:
     def of_rows(self, rows: list[int]) -> "TokenTable":
         """Return the tokens of `rows`: views, if the rows follow one another."""
         if rows != list(range(rows[0], rows[0] + len(rows))):
-            return self.select_rows(torch.tensor(rows))
+            index = tuple(rows)
+            return self._map(
+                lambda t: t if t.shape[0] == 1 else t.index_select(0, on_device(index, t.device))
+            )
         return self._map(lambda t: t if t.shape[0] == 1 else t.narrow(0, rows[0], len(rows)))
 
     def select_tokens(self, index: Tensor) -> "TokenTable":

@@ -12,7 +12,7 @@ from pikv_kernels import lowest_score, new_mask
 from torch import Tensor
 
 from .codec import PageCodec, attend_masked, cover, decoded, flat_tokens
-from .memory import is_writable
+from .memory import is_writable, on_device
 from .row_map import PageStore, Partial
 from .token_table import TokenTable
 
@@ -147,20 +147,23 @@ class UniformPages(PageStore):
     ) -> None:
         """Write the new pages of each row behind its last page."""
         size = self.page_size
-        held, new = torch.tensor([self.lengths, lengths]) // size
-        row, page = (torch.arange(int(new.max())) < new[:, None]).nonzero().unbind(1)
-        places = torch.stack([row, page, held[row] + page]).to(self._sample.device)
-        exposed = slice(self.pages, int((held + new).max()))
+        held, new = ([n // size for n in each] for each in (self.lengths, lengths))
+        places = [(r, page, n + page) for r, n in enumerate(held) for page in range(new[r])]
+        rows, pages, targets = (tuple(each) for each in zip(*places, strict=True))
+        exposed = slice(self.pages, max(map(sum, zip(held, new, strict=True))))
         paged = {k: t.unflatten(2, (-1, size)) for k, t in self.meta.tensors.items()}
         more = {k: t.unflatten(2, (-1, size)) for k, t in meta.tensors.items()}
         for all_held, all_new in ((self.fields, fields), (paged, more)):
             for name, tensor in all_held.items():
                 tensor[:, :, exposed] = 0  # masked places are read, too: they must be finite
-                row, page, place = places.to(tensor.device)
                 wide = all_new[name].expand(self.rows, *all_new[name].shape[1:])
-                tensor[row, :, place] = wide[row.to(wide.device), :, page.to(wide.device)].to(
-                    tensor
+                source = wide[on_device(rows, wide.device), :, on_device(pages, wide.device)]
+                place = (
+                    on_device(rows, tensor.device),
+                    slice(None),
+                    on_device(targets, tensor.device),
                 )
+                tensor[place] = source.to(tensor)
 
     def changed(self) -> None:
         super().changed()
@@ -201,7 +204,7 @@ class UniformPages(PageStore):
         """
         step, stored = self._pages_per_block(), self.index("stored", pages.device)
         rows = TokenTable(self.fields).select_rows(stored)
-        ends = torch.tensor(self.lengths, device=pages.device)[stored] // self.page_size
+        ends = on_device(tuple(self.lengths), pages.device)[stored] // self.page_size
         for start in range(0, pages.shape[2], step):
             chosen = pages[:, :, start : start + step]
             fields = self.tier.bring(rows.gather(chosen).tensors)
@@ -227,7 +230,7 @@ class UniformPages(PageStore):
         """Return the additive mask [R, 1, 1, length] that hides places behind the end of a row."""
         mask = self._index.get("mask")
         if mask is None or mask.dtype != query.dtype:
-            lengths = torch.tensor(self.lengths, device=query.device)
+            lengths = on_device(tuple(self.lengths), query.device)
             place = torch.arange(self.length, device=query.device)
             mask = new_mask(query, self.rows, self.length)
             mask.masked_fill_(place >= lengths[:, None], lowest_score(query.dtype))
