@@ -2,14 +2,15 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from ..model.output_projection import output_weight
 from ..schedulers import Candidates, Scheduler
 from ..storage.room import Room
-from ..storage.token_table import TokenTable
+from ..storage.token_table import TokenTable, rows_together
 from .allowance import page_bytes, row_window, sealed_tokens, spare_bytes, token_bytes
 from .checks import naming
 from .departure import Departing
@@ -19,43 +20,135 @@ from .state import LayerState
 
 # By default an eviction frees 1/16 of the budget.
 INTERVALS = 16
+# Rows are stored together if their tokens fill this share of the store: places of the longest row are
+# read in all.
+MIN_FILLED = 0.75
+
+
+class Plan(NamedTuple):
+    """What is to be sealed of a group: its `new` tokens, with `budget` tokens in all (None = any).
+
+    If not `is_within` the budget, tokens must be evicted.
+    """
+
+    group: Departing
+    new: TokenTable
+    budget: int | None
+    room: Room
+    is_within: bool
+
+
+class Selection(NamedTuple):
+    """Tokens of `rows` to seal, the first `lengths[r]` of row r (None = all), and `room` for more.
+
+    Each row has seen at least `seen` tokens.
+    """
+
+    rows: list[int]
+    span: TokenTable
+    room: Room
+    seen: int
+    lengths: list[int] | None = None
 
 
 def select_tokens(
-    state: LayerState, tail: TokenTable, group: Departing, scheduler: Scheduler
-) -> tuple[TokenTable, Room]:
-    """Return the tokens of `group` to seal, and the room to make for later tokens.
+    state: LayerState, tail: TokenTable, groups: list[Departing], scheduler: Scheduler
+) -> Iterator[Selection]:
+    """Yield the tokens to seal of `groups`; each selection must be sealed before the next.
 
     These are the tokens that leave the `tail`. If the scheduler must evict or update statistics,
     sealed tokens leave their pages, and the kept ones are returned, too. The room lasts until the
     next eviction.
     """
-    rows, new = group.rows, group.leaving(tail)
+    plans = (_plan(state, tail, group, scheduler) for group in groups)
+    if len(groups) > 1 and _seals_together(state):
+        yield from _selected_together(state, tail, list(plans), scheduler)
+        return
+    for plan in plans:
+        rows, seen = plan.group.rows, plan.group.seen
+        if plan.is_within and state.settings.needs.statistics is None:
+            yield Selection(rows, plan.new, plan.room, seen)
+        elif plan.is_within and len(rows) == state.tail.batch and write_counted(state):
+            yield Selection(rows, with_record(state, plan.group, plan.new), plan.room, seen)
+        else:
+            span = _candidates(state, plan)
+            yield Selection(rows, *_kept(state, tail, plan, span, scheduler), seen)
+
+
+def _seals_together(state: LayerState) -> bool:
+    """Return True if all rows may be sealed into one store, from which codes come back unchanged."""
+    codec = state.pages.codec
+    is_exact = (codec.is_lossless or codec.is_per_token) and not codec.is_mixed
+    is_plain = page_bytes(state) is None and not moves(state.settings)
+    return is_exact and is_plain and not codec.observed_queries
+
+
+def _selected_together(
+    state: LayerState, tail: TokenTable, plans: list[Plan], scheduler: Scheduler
+) -> Iterator[Selection]:
+    """Select the tokens of all rows, so that they lie in one store if they are about equally many.
+
+    If any row must evict, the tokens of all rows leave their pages.
+    """
+    needs, groups = state.settings.needs, [plan.group.rows for plan in plans]
+    if all(plan.is_within for plan in plans) and needs.statistics is None:
+        kept = [(plan.new, plan.room) for plan in plans]
+    else:
+        taken = state.pages.take(groups, with_values="values" in needs.inputs)
+        encodes = any(sealed is not None for sealed in taken)
+        pairs = zip(plans, taken, strict=True)
+        spans = [_behind(state, plan, sealed, encodes=encodes) for plan, sealed in pairs]
+        kept = [
+            _kept(state, tail, plan, span, scheduler)
+            for plan, span in zip(plans, spans, strict=True)
+        ]
+    seen = [plan.group.seen for plan in plans]
+    lengths = [len(span) for span, _ in kept]
+    held = sum(n * len(rows) for n, rows in zip(lengths, groups, strict=True))
+    if held < MIN_FILLED * max(lengths) * state.tail.batch:
+        for rows, (span, room), count in zip(groups, kept, seen, strict=True):
+            if len(span):
+                yield Selection(rows, span, room, count)
+        return
+    room = max((room for _, room in kept), key=lambda room: room.tokens or 0)
+    span = rows_together([span for span, _ in kept], groups)
+    length_of = {row: n for n, rows in zip(lengths, groups, strict=True) for row in rows}
+    rows = sorted(length_of)
+    per_row = None if "valid" in span else [length_of[row] for row in rows]
+    yield Selection(rows, span, room, min(seen), per_row)
+
+
+def _plan(state: LayerState, tail: TokenTable, group: Departing, scheduler: Scheduler) -> Plan:
+    """Return what is to be sealed of a `group` that leaves the `tail`."""
+    new = group.leaving(tail)
     if moves(state.settings):
         new = with_rest(state, new)
     if state.observed.is_marked:
         new = with_record(state, group, new)
-    needs = state.settings.needs
-    if needs.constants is not None:
-        once = _candidates_of(state, tail, group, new, needs.constants.constant_inputs)
+    constants = state.settings.needs.constants
+    if constants is not None:
+        once = _candidates_of(state, tail, group, new, constants.constant_inputs)
         with torch.no_grad():
-            new = new.with_columns(TokenTable({"constant": needs.constants.constants(once)}))
+            new = new.with_columns(TokenTable({"constant": constants.constants(once)}))
     budget = sealed_tokens(state, group.seen, group.left)
-    room = _room(state, rows, len(new))
+    room = _room(state, group.rows, len(new))
     is_within = budget is None or _is_within_budget(state, group, budget, scheduler)
-    is_within &= room.nbytes >= 0
-    if is_within and needs.statistics is None:
-        return new, room
-    if is_within and len(rows) == state.tail.batch and write_counted(state):
-        return with_record(state, group, new), room
-    span = _candidates(state, group, new)
-    if is_within or budget is None:
-        return span.valid_first(), room
+    return Plan(group, new, budget, room, is_within and room.nbytes >= 0)
+
+
+def _kept(
+    state: LayerState, tail: TokenTable, plan: Plan, span: TokenTable, scheduler: Scheduler
+) -> tuple[TokenTable, Room]:
+    """Return the tokens of `span`, all of a group, that are kept within the budget, and the room."""
+    needs, group = state.settings.needs, plan.group
+    if plan.is_within or plan.budget is None:
+        span = span.valid_first()
+        return span.without("keys", "values") if span.codes() else span, plan.room
     tokens = _candidates_of(state, tail, group, span, needs.inputs)
-    headroom = _headroom(state, group.seen, budget)
-    keep = scheduler.keep(tokens, budget - headroom)
+    headroom = _headroom(state, group.seen, plan.budget)
+    keep = scheduler.keep(tokens, plan.budget - headroom)
     if needs.row_state is not None:
-        state.observed.set_control(rows, needs.row_state.next_row_state(tokens, keep))
+        state.observed.set_control(group.rows, needs.row_state.next_row_state(tokens, keep))
     if span.codes():
         span = span.without("keys", "values")  # codes are copied without decoding
     is_ragged = state.settings.traits.is_ragged and bool((keep < 0).any())
@@ -66,7 +159,7 @@ def select_tokens(
         retained = retained.with_columns(TokenTable({"valid": keep >= 0}))
     if moves(state.settings):
         retained = side_by_side(state, retained, keep, len(span))
-    return retained, Room(room.nbytes, headroom)
+    return retained, Room(plan.room.nbytes, headroom)
 
 
 def _room(state: LayerState, rows: list[int], new: int) -> Room:
@@ -79,27 +172,38 @@ def _room(state: LayerState, rows: list[int], new: int) -> Room:
     return Room(nbytes=min(limit - state.pages.bytes_with(added), spare))
 
 
-def _candidates(state: LayerState, group: Departing, new: TokenTable) -> TokenTable:
-    """Take the sealed tokens of a `group` out of their pages, and put `new` behind them."""
-    pages, needs, rows = state.pages, state.settings.needs, group.rows
-    take = functools.partial(pages.take, rows, with_values="values" in needs.inputs)
-    is_small = len(new) <= pages.page_size and pages.held(rows[0]) is not None
+def _candidates(state: LayerState, plan: Plan) -> TokenTable:
+    """Take the sealed tokens of a group out of their pages, and put its new tokens behind them."""
+    pages, needs, rows = state.pages, state.settings.needs, plan.group.rows
+    take = functools.partial(pages.take, [rows], with_values="values" in needs.inputs)
+    is_small = len(plan.new) <= pages.page_size and pages.held(rows[0]) is not None
     if is_small and pages.codec.is_lossless and needs.statistics is None:
-        # Pages mostly have room for `new`: old and new tokens are then in one piece without a copy.
+        # Pages mostly have room: old and new tokens are then in one piece without a copy.
         with naming(state):
-            pages.append(new, rows, state.tail.batch)
-        span = take()
+            pages.append(plan.new, rows, state.tail.batch)
+        (span,) = take()
         assert span is not None
         return span
-    sealed = take()
-    if needs.statistics is not None:
+    (sealed,) = take()
+    return _behind(state, plan, sealed, encodes=sealed is not None)
+
+
+def _behind(
+    state: LayerState, plan: Plan, sealed: TokenTable | None, *, encodes: bool
+) -> TokenTable:
+    """Return the tokens of a group: `sealed`, out of their pages, and behind them its new tokens.
+
+    If it `encodes`, new tokens have codes, too, unless the compressor encodes whole pages only.
+    """
+    rows, new = plan.group.rows, plan.new
+    if state.settings.needs.statistics is not None:
         sealed = settled(state, rows, sealed)
-        new = with_record(state, group, new)
-    if sealed is not None and not group.count:
+        new = with_record(state, plan.group, new)
+    if sealed is not None and not plan.group.count:
         return sealed.for_rows(len(rows))  # several rows may have read one stored row
-    if sealed is not None and not moves(state.settings):
+    if encodes and not moves(state.settings):
         with naming(state):
-            new = pages.encoded(new)
+            new = state.pages.encoded(new)
     return new if sealed is None else sealed.followed_by(new)
 
 

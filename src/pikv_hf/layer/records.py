@@ -66,7 +66,8 @@ def settle_held(state: LayerState) -> None:
     for row in range(state.tail.batch):
         groups.setdefault(state.pages.signature(row), []).append(row)
     for rows in groups.values():
-        sealed = settled(state, rows, state.pages.take(rows, with_values=False))
+        (taken,) = state.pages.take([rows], with_values=False)
+        sealed = settled(state, rows, taken)
         if sealed is not None:
             tokens = sealed.for_rows(len(rows)).valid_first()
             state.pages.append(tokens, rows, state.tail.batch)

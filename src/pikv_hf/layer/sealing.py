@@ -1,5 +1,7 @@
 """Sealing: the oldest tail tokens of each row move into pages, or are evicted."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from ..storage.room import Room
@@ -8,7 +10,7 @@ from .allowance import spare_bytes
 from .autocast import without_autocast
 from .checks import naming
 from .departure import Departing, Departure, departure
-from .eviction import select_tokens
+from .eviction import Selection, select_tokens
 from .records import settle_held
 from .state import LayerState
 
@@ -50,11 +52,12 @@ def seal_oldest(state: LayerState, leaving: Departure) -> int:
     )
     if state.settings.scheduler is None and are_alike:
         rows, room = list(range(state.tail.batch)), Room(spare_bytes(state))
-        _append(state, leaving.leaving(tail), rows, room, newest, leaving.lengths)
+        _append(state, Selection(rows, leaving.leaving(tail), room, newest, leaving.lengths))
     else:
-        for group in _groups(state, leaving):
-            if group.count or state.observed.pending is not None:
-                _seal_group(state, tail, group)
+        groups = [group for group in _groups(state, leaving) if _changes(state, group)]
+        for selection in _selections(state, tail, groups):
+            if len(selection.span):
+                _append(state, selection)
     _examine(state, tail, leaving)
     count = min(leaving.starts) - state.first_in_tail
     state.depart(leaving.starts, leaving.num_departed)
@@ -67,28 +70,29 @@ def seal_oldest(state: LayerState, leaving: Departure) -> int:
     return count
 
 
-def _seal_group(state: LayerState, tail: TokenTable, group: Departing) -> None:
-    """Seal the tokens that leave the `tail` in one group of rows; a scheduler may evict some."""
-    span, room = group.leaving(tail), Room(spare_bytes(state))
+def _changes(state: LayerState, group: Departing) -> bool:
+    """Return True if tokens of a group leave the tail, or if its token statistics change."""
+    return bool(group.count) or state.observed.pending is not None
+
+
+def _selections(
+    state: LayerState, tail: TokenTable, groups: list[Departing]
+) -> Iterator[Selection]:
+    """Yield what is sealed of `groups`: all that leaves the `tail`, or what the scheduler keeps."""
     if state.settings.scheduler is not None:
-        span, room = select_tokens(state, tail, group, state.settings.scheduler)
-    if len(span):
-        newest = min(state.compressor.observed_queries, group.seen)
-        _append(state, span, group.rows, room, newest)
+        yield from select_tokens(state, tail, groups, state.settings.scheduler)
+        return
+    for group in groups:
+        yield Selection(group.rows, group.leaving(tail), Room(spare_bytes(state)), group.seen)
 
 
-def _append(
-    state: LayerState,
-    span: TokenTable,
-    rows: list[int],
-    room: Room,
-    newest: int,
-    lengths: list[int] | None = None,
-) -> None:
-    """Append `span`, tokens of `rows`, to the pages, with the queries of the `newest` tokens."""
-    queries = _scaled_queries(state, rows, newest)
+def _append(state: LayerState, chosen: Selection) -> None:
+    """Append a selection to the pages, with the newest queries if the compressor uses any."""
+    newest = min(state.compressor.observed_queries, chosen.seen)
+    queries = _scaled_queries(state, chosen.rows, newest)
+    parts = chosen.span, chosen.rows, state.tail.batch, queries, chosen.room, chosen.lengths
     with naming(state):
-        state.pages.append(span, rows, state.tail.batch, queries, room, lengths)
+        state.pages.append(*parts)
 
 
 def _scaled_queries(state: LayerState, rows: list[int], newest: int) -> Tensor | None:

@@ -3,6 +3,7 @@
 Shapes: R rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -189,16 +190,18 @@ class PageTable:
         with_codes = self.codec.is_per_token
         return [*spans, together(pools, rows, with_codes=with_codes, with_values=with_values)]
 
-    def take(self, rows: list[int], *, with_values: bool) -> TokenTable | None:
-        """Remove and return the tokens of batch rows of one signature, decoded and with codes.
+    def take(self, groups: list[list[int]], *, with_values: bool) -> list[TokenTable | None]:
+        """Remove and return the tokens of each group of batch rows, decoded and with codes.
 
-        Values are decoded if `with_values`, or if there are no codes from which to seal again.
+        The rows of a group have one signature; None = they have no tokens. Values are decoded if
+        `with_values`, or if there are no codes from which to seal again.
         """
-        taken, with_values = None, with_values or not self.codec.is_per_token
-        for span in self._spans(rows, with_values=with_values):
-            taken = span if taken is None else taken.followed_by(span)
+        taken, with_values = [], with_values or not self.codec.is_per_token
+        for rows in groups:
+            spans = self._spans(rows, with_values=with_values)
+            taken.append(functools.reduce(TokenTable.followed_by, spans) if spans else None)
         for slab in self.slabs:
-            slab.drop_readers(set(rows))
+            slab.drop_readers({row for rows in groups for row in rows})
         self.slabs = [slab for slab in self.slabs if slab.readers]
         for slab in self.slabs:
             slab.forget_unread_rows()

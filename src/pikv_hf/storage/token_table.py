@@ -134,3 +134,28 @@ class TokenTable:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TokenTable":
         return TokenTable({name: change(tensor) for name, tensor in self.tensors.items()})
+
+
+def rows_together(parts: list[TokenTable], groups: list[list[int]]) -> TokenTable:
+    """Return the tokens of all rows, [R, H, T, ...] with zeros behind the tokens of shorter rows.
+
+    `parts[i]` has the tokens of the batch rows `groups[i]`; the R rows are in ascending order. If
+    any part has `valid`, so has the result.
+    """
+    if any("valid" in part for part in parts):
+        parts = [part.all_valid() for part in parts]
+    rows, width = sorted(row for group in groups for row in group), max(map(len, parts))
+    places = [tuple(map(rows.index, group)) for group in groups]
+
+    def filled(name: str) -> Tensor:
+        tensors = [part[name] for part in parts]
+        sample, heads = tensors[0], max(tensor.shape[1] for tensor in tensors)
+        whole = sample.new_zeros(len(rows), heads, width, *sample.shape[3:])
+        for tensor, place in zip(tensors, places, strict=True):
+            tensor = tensor.expand(len(place), heads, *tensor.shape[2:])
+            target = whole.narrow(2, 0, tensor.shape[2])
+            target.index_copy_(0, on_device(place, whole.device), tensor)
+        return whole
+
+    names = (name for name in parts[0].tensors if all(name in part for part in parts))
+    return TokenTable({name: filled(name) for name in names})
