@@ -114,11 +114,12 @@ def bytes_per_element(compressor: Compressor) -> float:
 
 def step_of(model: Any, compressor: Compressor, tokens: int) -> Callable[[], Tensor]:
     """Append one token and attend to all, in a layer that holds `tokens` tokens."""
-    layer = fill(PiKVCache(model, compressor=compressor), tokens, SHAPE, DTYPE).layers[0]
+    cache = fill(PiKVCache(model, compressor=compressor), tokens, SHAPE, DTYPE)
     new = random_states(99, 1, SHAPE, DTYPE)
     query = random_states(98, 1, (HEADS * GROUPS, DIM, DIM), DTYPE)[0]
 
     def step() -> Tensor:
+        layer = cache.layers[0]  # which needs its cache
         layer.update(*new)
         assert take_layer() is layer
         out = attend(layer.state, model, query, None, SCALE)

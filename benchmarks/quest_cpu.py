@@ -42,8 +42,8 @@ OTHERS = ("keydiff", "knorm", "snapkv", "random")
 class AsCached(PiKVQuest):
     """Reads keys as they are cached."""
 
-    def scores(self, tokens: Candidates) -> Tensor:
-        return super().scores(replace(tokens, rotary=STAYS))
+    def constants(self, tokens: Candidates) -> Tensor:
+        return super().constants(replace(tokens, rotary=STAYS))
 
 
 def asked(stack: Haystack) -> str:
@@ -89,7 +89,7 @@ def attention_kept(observer: Observer, scheduler: Scheduler | None) -> float:
         rotary = binding_of(observer.model).rotaries[idx]
         for query, keys, values in (*layer.fitted, *layer.held_out):
             old = keys.shape[1] - keys.shape[1] // 8
-            attention = (query @ keys.mT * layer.state.scale).softmax(-1).mean(1)[:, :old]
+            attention = (query @ keys.mT * layer.scale).softmax(-1).mean(1)[:, :old]
             tokens = Candidates(
                 positions=torch.arange(old).expand(1, len(keys), -1),
                 keys=keys[None, :, :old],
@@ -98,12 +98,15 @@ def attention_kept(observer: Observer, scheduler: Scheduler | None) -> float:
                 open_values=values[None, :, old:],
                 seen=keys.shape[1],
                 layer_idx=idx,
-                scale=layer.state.scale,
+                scale=layer.scale,
                 rotary=rotary,
             )
             if scheduler is None:
                 keep = attention.topk(old // 4).indices
             else:
+                once = scheduler.needs.constants
+                if once is not None:
+                    tokens = replace(tokens, constants=once.constants(tokens))
                 keep = scheduler.keep(tokens, old // 4)[0]
             shares.append((attention.gather(1, keep).sum(1) / attention.sum(1)).mean())
     return torch.stack(shares).mean().item()
