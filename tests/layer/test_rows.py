@@ -38,7 +38,8 @@ class Row:
         return cls(*states, torch.rand(1, tokens, 4, generator=draw))
 
 
-# The tokens of each row in one pass: in a batch, shorter rows are padded in front.
+# The tokens of each row in one pass: in a batch, shorter rows are padded in front. Negative: the pass
+# takes back the tokens of a pass.
 Turn = tuple[int, ...]
 
 
@@ -51,6 +52,16 @@ def turns(draw: st.DrawFn) -> list[Turn]:
     return [first, *[(1, 1, 1)] * steps[0], second, *[(1, 1, 1)] * steps[1]]
 
 
+@st.composite
+def turns_taken_back(draw: st.DrawFn) -> list[Turn]:
+    """A prompt, single tokens, a short turn that is taken back, another one, single tokens."""
+    prompt, short = (st.tuples(*[st.integers(2, most)] * 3) for most in (30, 4))
+    steps = draw(st.integers(0, 12)), draw(st.integers(0, 12))
+    first, gone, second = draw(prompt), draw(short), draw(short)
+    back = tuple(-n for n in gone)
+    return [first, *[(1, 1, 1)] * steps[0], gone, back, second, *[(1, 1, 1)] * steps[1]]
+
+
 def run(rows: list[Row], passes: list[Turn], methods: dict) -> tuple[PagedLayer, list[Tensor]]:
     """A layer that has read `rows`, and the outputs [1, tokens, 4, 16] of each row."""
     model = tiny("mixtral", num_hidden_layers=1, head_dim=16)
@@ -60,6 +71,11 @@ def run(rows: list[Row], passes: list[Turn], methods: dict) -> tuple[PagedLayer,
     done = [0] * len(rows)
     visible = torch.zeros(len(rows), 0, dtype=torch.bool)
     for lengths in passes:
+        if lengths[0] < 0:
+            cache.crop(min(lengths))
+            visible = visible[:, : min(lengths)]
+            done = [at + n for at, n in zip(done, lengths, strict=True)]
+            continue
         width = max(lengths)
         parts = [slice(at, at + n) for at, n in zip(done, lengths, strict=True)]
         query, key, value = (
@@ -136,7 +152,21 @@ def contents(layer: PagedLayer, row: int) -> dict[str, list[Tensor]]:
 @settings(max_examples=8, deadline=None)
 @given(passes=turns(), seed=st.integers(0, 2**16))
 def test_a_row_gives_what_it_gives_alone(methods, passes, seed) -> None:
-    rows = [Row.draw(sum(turn[row] for turn in passes), seed + row) for row in range(3)]
+    assert_alone(methods, passes, seed)
+
+
+QUERYING = ("snapkv", "tova", "pyramidkv", "expected_attention", "criticalkv", "h2o")
+
+
+@pytest.mark.parametrize("scheduler", QUERYING)
+@settings(max_examples=8, deadline=None)
+@given(passes=turns_taken_back(), seed=st.integers(0, 2**16))
+def test_a_row_takes_back_its_own_queries(scheduler, passes, seed) -> None:
+    assert_alone({"scheduler": scheduler, "budget": 12}, passes, seed)
+
+
+def assert_alone(methods: dict, passes: list[Turn], seed: int) -> None:
+    rows = [Row.draw(sum(abs(turn[row]) for turn in passes), seed + row) for row in range(3)]
     layer, outputs = run(rows, passes, methods)
     for row in range(3):
         alone, expected = run([rows[row]], [(turn[row],) for turn in passes], methods)

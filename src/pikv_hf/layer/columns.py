@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.versions import full_attention_mask
+from ..storage.memory import on_device
 
 
 class Columns:
@@ -25,6 +26,7 @@ class Columns:
         self.covered: Tensor | None = None
         # Changes whenever `hidden` does, so that results derived from it can be kept.
         self.stamp = 0
+        self._uploaded: tuple[int, torch.device, Tensor] | None = None
 
     def reset(self) -> None:
         """Forget all columns."""
@@ -53,7 +55,8 @@ class Columns:
         self.hidden = hidden
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (tensor for tensor in (self.hidden, self.covered) if tensor is not None)
+        uploaded = None if self._uploaded is None else self._uploaded[2]
+        yield from (t for t in (self.hidden, self.covered, uploaded) if t is not None)
 
     def crop(self, length: int) -> None:
         if self.hidden is not None:
@@ -88,22 +91,32 @@ class Columns:
         before = self._before()
         last = before.shape[1] - 1
         at = torch.tensor(ends)
-        padding = before.gather(1, (at - 1).clamp(0, last)[:, None])[:, 0]
+        padding = before.gather(1, (at - 1).clamp(0, last)[:, None])[:, 0].long()
         return (at - padding.masked_fill(at == 0, 0)).tolist()
 
     def numbered(self, rows: list[int], columns: Tensor) -> Tensor:
         """Return the positions of tokens of `rows` at `columns` [R or 1, ...]."""
         if self.hidden is None:
             return columns
-        before = self._before()[rows].to(columns.device)
+        before = self._before_on(columns.device).index_select(
+            0, on_device(tuple(rows), columns.device)
+        )
         at = columns.clamp(0, before.shape[1] - 1).long()
         at = at.expand(len(rows), *at.shape[1:])
         return columns - before.gather(1, at.flatten(1)).view(at.shape)
 
+    def _before_on(self, device: torch.device) -> Tensor:
+        """Return `_before` on `device`, uploaded once until `hidden` changes."""
+        if device.type == "cpu":
+            return self._before()
+        if self._uploaded is None or self._uploaded[:2] != (self.stamp, device):
+            self._uploaded = self.stamp, device, self._before().to(device)
+        return self._uploaded[2]
+
     def _before(self) -> Tensor:
         """Return the number [B, c] of padding columns up to each column, itself included."""
         assert self.hidden is not None, "there is padding"
-        return self.hidden.cumsum(1)
+        return self.hidden.cumsum(1, dtype=torch.int32)
 
     def differences(
         self, mask: Any, total: int, starts: Sequence[int]

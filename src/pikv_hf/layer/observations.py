@@ -163,11 +163,18 @@ class Observations:
         if self.record is not None:
             self.record = self.record[:, :, tokens:].clone()
 
-    def truncate(self, removed: int, opened: int) -> None:
-        """Forget the newest `removed` tokens; `opened` tokens are left in the tail."""
+    def truncate(self, removed: int, opened: int, visible: Tensor | None) -> None:
+        """Forget the newest `removed` columns; `opened` columns are left in the tail.
+
+        `visible` [B, removed] is False where a removed column is padding; None = nowhere.
+        """
         if removed:
-            for trail in (self._queries, self._pending):
-                trail.set(_without_newest(trail.read(), removed))
+            self._pending.set(_without_newest(self._pending.read(), removed))
+            newest = self._queries.read()
+            if visible is None or newest is None:
+                self._queries.set(_without_newest(newest, removed))
+            else:
+                self._queries.set(_shifted(newest, visible.sum(1).to(newest.device)))
             self.counted = None
         if self.record is not None:
             self.record = self.record[:, :, :opened]
@@ -226,3 +233,10 @@ class Observations:
 def _without_newest(queries: Tensor | None, removed: int) -> Tensor | None:
     left = 0 if queries is None else queries.shape[3] - removed
     return queries[:, :, :, :left].clone() if queries is not None and left > 0 else None
+
+
+def _shifted(queries: Tensor, tokens: Tensor) -> Tensor:
+    """Return `queries` [B, H, G, n, D] without the newest `tokens[r]` of row r, zeros in front."""
+    place = torch.arange(queries.shape[3], device=tokens.device) - tokens[:, None]
+    index = place.clamp_min(0)[:, None, None, :, None].expand(queries.shape)
+    return queries.gather(3, index) * (place >= 0)[:, None, None, :, None]

@@ -261,7 +261,8 @@ class LayerState:
             self._first = min(self._first, target)
             self.pages.crop(target)
         self.tail.truncate(max(target - first, 0))
-        self.observed.truncate(removed, self.tail.length)
+        visible = self.columns.visible(target, self.num_seen)
+        self.observed.truncate(removed, self.tail.length, visible)
         self.num_seen, self.prompt_end = target, min(self.prompt_end, target)
         if not self.is_drafting:
             self.due = 0

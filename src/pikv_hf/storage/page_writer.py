@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .codec import PageCodec
 from .incoming_pages import EncodedPages, IncomingPages
-from .memory import is_own
+from .memory import is_own, trim_heap
 from .ragged_pages import RaggedPages
 from .room import MERGED, SPARE, Room, grown_pages
 from .tiers import Tier
@@ -23,6 +23,8 @@ from .uniform_pages import UniformPages
 # Pages encoded at a time for a pool; pages already encoded that are copied at a time, if no tier
 # has a limit.
 PAGES_ENCODED, PAGES_MOVED = 16, 256
+# Bytes of stores that were copied into one before the heap is trimmed, in which they leave holes.
+TRIMMED = 2**22
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class PageWriter:
 
         Attention reads every slab by itself, so there should be few.
         """
-        parts, pages = [newest], newest.capacity // newest.page_size
+        parts, pages, nbytes = [newest], newest.capacity // newest.page_size, 0
         while self.slabs:
             older = self.slabs[-1]
             if (
@@ -106,8 +108,14 @@ class PageWriter:
                 break
             parts.insert(0, older)
             pages += older.pages
+            nbytes += older.nbytes
             self.slabs.pop()
-        return newest if len(parts) == 1 else newest.joined(parts, pages)
+        if len(parts) == 1:
+            return newest
+        joined = newest.joined(parts, pages)
+        if nbytes >= TRIMMED and next(joined.tensors()).device.type == "cpu":
+            trim_heap()
+        return joined
 
     def _free(self, tier: Tier, fields: dict[str, Tensor], dim: int) -> int:
         """Return how many pages like `fields` fit in `tier`; dimension `dim` counts pages."""

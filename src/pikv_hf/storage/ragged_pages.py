@@ -278,7 +278,7 @@ def together(
         tokens = pool.span(with_codes=with_codes, with_values=with_values)
         flat = TokenTable({name: t.flatten(0, 2)[None, None] for name, t in tokens.tensors.items()})
         numbers = [number for number, row in enumerate(rows) if row in pool.readers]
-        stored = pool.stored_of([rows[number] for number in numbers]).tolist()
+        stored = pool.stored_of([rows[number] for number in numbers])
         for number, row in zip(numbers, stored, strict=True):
             order = flat["order"][0, 0]
             of_row = flat.select_tokens(((order >> 32) // heads == row).nonzero().flatten())

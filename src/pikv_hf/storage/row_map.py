@@ -95,9 +95,9 @@ class PageStore(ABC):
         """Return True if reader i reads stored row i, and every stored row is read."""
         return self.stored == list(range(self.rows))
 
-    def stored_of(self, rows: list[int]) -> Tensor:
+    def stored_of(self, rows: list[int]) -> list[int]:
         """Return the stored rows that the given batch rows read."""
-        return torch.tensor([self.stored[self.readers.index(row)] for row in rows])
+        return [self.stored[self.readers.index(row)] for row in rows]
 
     def changed(self) -> None:
         """Forget all data derived from the rows or the tokens."""

@@ -114,7 +114,7 @@ class UniformPages(PageStore):
         )
 
     def joined(self, parts: "list[UniformPages]", pages: int) -> "UniformPages":
-        """Return a copy of the pages of `parts`, in a store for `pages` pages of each row."""
+        """Move the pages of `parts`, which are empty then, to a store for `pages` pages of each row."""
         joined = replace(
             self,
             fields={
@@ -129,6 +129,8 @@ class UniformPages(PageStore):
             fields = {name: tensor[:, :, : part.pages] for name, tensor in part.fields.items()}
             meta = part.meta.narrow(0, part.pages * self.page_size)
             joined.write(fields, meta, part.lengths)
+            part.changed()
+            part.fields.clear()  # frees its memory, which the next part is copied into
         return joined
 
     def write(self, fields: dict[str, Tensor], meta: TokenTable, lengths: list[int]) -> None:
@@ -265,7 +267,7 @@ class UniformPages(PageStore):
     def span(self, rows: list[int], *, with_values: bool) -> TokenTable:
         """Return the tokens of batch rows that have equally many, decoded; views if possible."""
         stored = self.stored_of(rows)
-        length = self.lengths[int(stored[0])]
+        length = self.lengths[stored[0]]
         views = ((self.tier.bring(fields), tokens) for fields, (tokens, _) in self._views())
         parts = [
             {k: flat_tokens(t, tokens) for k, t in decoded(self.codec, fields, with_values).items()}
@@ -282,7 +284,7 @@ class UniformPages(PageStore):
             codes = {name: flat_tokens(t, self.length) for name, t in codes.items()}
             states = states.with_codes(codes)
         tokens = states.with_columns(self.meta.narrow(0, self.length)).narrow(0, length)
-        return tokens if stored.tolist() == list(range(self.rows)) else tokens.select_rows(stored)
+        return tokens if stored == list(range(self.rows)) else tokens.of_rows(stored)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.fields.values()

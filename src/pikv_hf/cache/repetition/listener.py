@@ -47,7 +47,7 @@ class Listener(Observations):
                 marks = marks[:, len(sinks) : len(sinks) + len(columns)].clamp_min(MIN_MARK)
                 self.marks[row][:, columns.to(tail_keys.device)] = marks
 
-    def truncate(self, removed: int, opened: int) -> None:
+    def truncate(self, removed: int, opened: int, visible: Tensor | None) -> None:
         """Do nothing: no queries of the removed tokens are kept."""
 
 
