@@ -45,8 +45,8 @@ def test_memory_is_bounded() -> None:
 
 def test_only_caches_that_drop_tokens_forget() -> None:
     model = tiny("mixtral")
-    assert PiKVCache(model).log.most is None
+    assert PiKVCache(model).log.max_ids is None
     cache = PiKVCache(model, scheduler="streaming_llm")
-    assert cache.log.most == MAX_IDS
+    assert cache.log.max_ids == MAX_IDS
     cache.reset()
-    assert cache.log.most == MAX_IDS
+    assert cache.log.max_ids == MAX_IDS

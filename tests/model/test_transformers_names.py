@@ -56,8 +56,16 @@ PRIVATE = {
     ),
     "_is_mkldnn_bf16_supported": ("weighted_attention.py", "optional: is bf16 fast on this CPU"),
     "_scaled_dot_product_flash_attention_for_cpu": (
-        "partial_attention.py",
+        "fused_attention.py",
         "optional: the fused CPU attention that returns its log-sum-exp",
+    ),
+    "_scaled_dot_product_flash_attention": (
+        "fused_attention.py",
+        "optional: CUDA's flash attention that returns its log-sum-exp",
+    ),
+    "_scaled_dot_product_efficient_attention": (
+        "fused_attention.py",
+        "optional: CUDA's attention with a mask that returns its log-sum-exp",
     ),
     # Private to namedtuples, which document it as public.
     "_asdict": ("fitting/profile.py fitting/calibration_state.py", "named tuples as dicts"),

@@ -13,8 +13,10 @@ ALIGNED = 16
 # The largest head dim of CUDA's flash attention.
 MAX_FLASH_DIM = 256
 
-# Torch's kernel for a CPU; None in a torch without it.
+# None in a torch without them.
 _flash_cpu = getattr(torch, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_cuda = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
+_efficient_cuda = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
 
 Fused = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor] | None]
 
@@ -45,13 +47,14 @@ def fused_cuda(
     if dim % per_read or value.shape[-1] % per_read:
         return None
     is_half = query.dtype != torch.float32
-    if mask is None and is_half and dim == value.shape[-1] <= MAX_FLASH_DIM:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse, *_ = flash(query, key, value, 0.0, False, False, scale=scale)
+    is_flash = mask is None and is_half and dim == value.shape[-1] <= MAX_FLASH_DIM
+    if is_flash and _flash_cuda is not None:
+        out, lse, *_ = _flash_cuda(query, key, value, 0.0, False, False, scale=scale)
         return out, lse
+    if _efficient_cuda is None:
+        return None
     bias = None if mask is None else _aligned(mask, query, key.shape[2])
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    out, lse, *_ = efficient(query, key, value, bias, True, 0.0, False, scale=scale)
+    out, lse, *_ = _efficient_cuda(query, key, value, bias, True, 0.0, False, scale=scale)
     return out, lse[..., : query.shape[2]]  # its rows are padded
 
 

@@ -69,7 +69,7 @@ def make_settings(given: dict[str, Any]) -> Settings:
         check_count("interval", interval)
     _check_together(scheduler, compressor, router)
     own = None if scheduler is None else scheduler.budget(0)
-    count = own if budget is None else budget.least_count
+    count = own if budget is None else budget.min_count
     settings = Settings(
         compressor=compressor,
         scheduler=scheduler,

@@ -26,14 +26,14 @@ def _room(tokens: int) -> int:
 
 
 class TokenLog:
-    """The ids of all cached tokens, or of about the newest `most`; None once any id is unknown.
+    """The ids of all cached tokens, or of about the newest `max_ids`; None once any id is unknown.
 
     Ids are unknown if the model is given `inputs_embeds`. `ids[:, i]` belongs to token `first + i`;
     columns from token `length` on are free.
     """
 
-    def __init__(self, most: int | None = None) -> None:
-        self.most = most
+    def __init__(self, max_ids: int | None = None) -> None:
+        self.max_ids = max_ids
         self.ids: Tensor | None = None
         self.first = self.length = 0
         self.is_complete = True
@@ -47,9 +47,9 @@ class TokenLog:
         if ids is None or ids.dim() != 2 or not self.is_complete:
             self.is_complete, self.ids = False, None
             return
-        if self.most is not None and ids.shape[1] > self.most:  # no older id is kept
-            self.length += ids.shape[1] - self.most
-            self.ids, self.first, ids = None, self.length, ids[:, -self.most :]
+        if self.max_ids is not None and ids.shape[1] > self.max_ids:  # no older id is kept
+            self.length += ids.shape[1] - self.max_ids
+            self.ids, self.first, ids = None, self.length, ids[:, -self.max_ids :]
         end = self.length + ids.shape[1]
         if self.ids is None or end - self.first > self.ids.shape[1] or not is_writable(self.ids):
             self._move(ids)
@@ -58,8 +58,8 @@ class TokenLog:
         self.length = end
 
     def _move(self, new: Tensor) -> None:
-        """Move to a buffer with room for the ids `new` and more, with at most `most` old ids."""
-        first = self.first if self.most is None else max(self.first, self.length - self.most)
+        """Move to a buffer with room for the ids `new` and more, with at most `max_ids` old ids."""
+        first = self.first if self.max_ids is None else max(self.first, self.length - self.max_ids)
         held, needed = self.length - first, self.length - first + new.shape[1]
         room = new.new_empty(new.shape[0], _room(needed), dtype=torch.int32)
         if self.ids is not None:

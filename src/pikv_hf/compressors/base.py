@@ -15,8 +15,9 @@ from ..storage.codec import PageCodec
 class Compressor(PageCodec):
     """A codec that a user can choose: it knows the models it serves and the bytes it takes.
 
-    A compressor is a frozen dataclass: configuration without run state. A subclass defines
-    `encode`, `decode` and `bytes_per_token`, and may override other methods of `PageCodec`.
+    A compressor is a frozen dataclass: configuration without run state. Calibrated weights belong to
+    the compressor of a layer that `bind` returns. A subclass defines `encode`, `decode` and
+    `bytes_per_token`, and may override other methods of `PageCodec`.
     """
 
     #: True if it needs a file that `pikv calibrate` made for the model.

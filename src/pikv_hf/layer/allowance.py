@@ -109,7 +109,7 @@ def _bytes_for_pages(state: LayerState, nbytes: int) -> int:
     owners, states = tail.batch * tail.keys.shape[1], (tail.keys, tail.values)
     fixed = opened * owners * sum(t.shape[3] * t.element_size() for t in states)
     fixed += opened * tail.batch * _label_bytes(state)
-    fixed += state.observed.most_bytes(owners, opened, settings.page_size)
+    fixed += state.observed.max_bytes(owners, opened, settings.page_size)
     others = (state.pages.codec.tensors(), state.scheduler_tensors(), state.probe.tensors())
     fixed += storage_bytes(itertools.chain(*others))
     sinks = math.ceil(settings.num_sinks / settings.page_size)

@@ -60,7 +60,7 @@ class Budget:
         return isinstance(self.prefill, float) or isinstance(self.decode, float)
 
     @property
-    def least_count(self) -> int | None:
+    def min_count(self) -> int | None:
         """Smallest amount that is a number of tokens; None if there is none."""
         counts = [x for x in (self.prefill, self.decode) if isinstance(x, int)]
         return min(counts, default=None)

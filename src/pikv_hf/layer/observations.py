@@ -20,30 +20,30 @@ class Trail:
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
-        self._most = EVERY
+        self._max_count = EVERY
         self._count = 0
 
-    def append(self, newer: Tensor, most: int) -> None:
-        """Append a copy of `newer`, and keep the newest `most` of all queries."""
-        self._parts.append(newer[:, :, :, -most:].clone())
-        self._most = most
+    def append(self, newer: Tensor, max_count: int) -> None:
+        """Append a copy of `newer`, and keep the newest `max_count` of all queries."""
+        self._parts.append(newer[:, :, :, -max_count:].clone())
+        self._max_count = max_count
         self._count += self._parts[-1].shape[3]
-        if self._count > most + most // SLACK:
+        if self._count > max_count + max_count // SLACK:
             self.read()
 
-    def append_padded(self, newer: Tensor, most: int) -> None:
-        """Append `newer`, zeros at padding, and keep the newest `most` queries of each row."""
+    def append_padded(self, newer: Tensor, max_count: int) -> None:
+        """Append `newer`, zeros at padding, and keep the newest `max_count` queries of each row."""
         parts = torch.cat([*self._parts, newer], dim=3)
         is_query = parts.ne(0).any(-1).any(2).any(1)
-        newest = is_query.int().argsort(dim=1, stable=True)[:, -most:]
+        newest = is_query.int().argsort(dim=1, stable=True)[:, -max_count:]
         index = newest[:, None, None, :, None].expand(*parts.shape[:3], -1, parts.shape[4])
-        self._most = most
+        self._max_count = max_count
         self.set(parts.gather(3, index))
 
     def read(self) -> Tensor | None:
         if len(self._parts) > 1:
             newest = torch.cat(self._parts, dim=3)
-            over = newest.shape[3] - self._most
+            over = newest.shape[3] - self._max_count
             self.set(newest[:, :, :, over:].clone() if over > 0 else newest)
         return self._parts[0] if self._parts else None
 
@@ -63,7 +63,7 @@ class Observations:
     """Copies of the newest queries of one layer, and the token statistics of its scheduler.
 
     Attributes:
-        queries: [B, H, G, n, D] of the newest n <= `most` tokens, or more while drafting, and of
+        queries: [B, H, G, n, D] of the newest n <= `max_queries` tokens, or more while drafting, and of
             the G query heads of each KV head; zeros at padding.
         control: [B, controls], the row state of the scheduler; None until it is first read.
         width: numbers of a record (the statistics of a token) that queries change; 0 = none.
@@ -75,9 +75,14 @@ class Observations:
     """
 
     def __init__(
-        self, most: int, width: int = 0, controls: int = 0, *, is_marked: bool = False
+        self, max_queries: int, width: int = 0, controls: int = 0, *, is_marked: bool = False
     ) -> None:
-        self.most, self.width, self.controls, self.is_marked = most, width, controls, is_marked
+        self.max_queries, self.width, self.controls, self.is_marked = (
+            max_queries,
+            width,
+            controls,
+            is_marked,
+        )
         self.is_drafting = False
         self._queries, self._pending = Trail(), Trail()
         self.record: Tensor | None = None
@@ -133,7 +138,7 @@ class Observations:
 
     def anew(self) -> "Observations":
         """Return observations for the same needs, without any query."""
-        return Observations(self.most, self.width, self.controls, is_marked=self.is_marked)
+        return Observations(self.max_queries, self.width, self.controls, is_marked=self.is_marked)
 
     @property
     def numbers(self) -> int:
@@ -143,18 +148,22 @@ class Observations:
     @property
     def limit(self) -> int:
         """Number of newest queries that are needed."""
-        return EVERY if self.width else self.most and self.most + DRAFTED * self.is_drafting
+        return (
+            EVERY
+            if self.width
+            else self.max_queries and self.max_queries + DRAFTED * self.is_drafting
+        )
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:
         """Append `queries` [B, H, G, q, D]; `visible` [B, q] is False at padding; None = none."""
-        queries, most = queries.detach(), self.most + DRAFTED * self.is_drafting
+        queries, max_count = queries.detach(), self.max_queries + DRAFTED * self.is_drafting
         if visible is not None:
             seen = visible[:, None, None, :, None]
             queries = queries * seen.to(queries.device, queries.dtype)
-        if self.most and visible is None:
-            self._queries.append(queries, most)
-        elif self.most:
-            self._queries.append_padded(queries, most)
+        if self.max_queries and visible is None:
+            self._queries.append(queries, max_count)
+        elif self.max_queries:
+            self._queries.append_padded(queries, max_count)
         if self.width:
             self._pending.append(queries, EVERY)
 
@@ -200,7 +209,7 @@ class Observations:
             return queries
         return queries.index_select(0, on_device(tuple(rows), queries.device))
 
-    def most_bytes(self, owners: int, opened: int, sealed: int) -> int:
+    def max_bytes(self, owners: int, opened: int, sealed: int) -> int:
         """Return the maximum of the bytes held, records of sealed tokens not counted.
 
         `owners`: rows times KV heads. The tail has at most `opened` tokens; pending queries are
@@ -208,7 +217,7 @@ class Observations:
         """
         size = 4 * owners * opened * (self.numbers + self.width)
         size += 0 if self.control is None else self.control.nbytes
-        needed = self.most + DRAFTED * self.is_drafting
+        needed = self.max_queries + DRAFTED * self.is_drafting
         for held, count in ((self.queries, needed + needed // SLACK), (self.pending, sealed)):
             size += 0 if held is None else held[:, :, :, 0].nbytes * count
         return size

@@ -63,8 +63,16 @@ def encode(
 
 
 def generate(
-    model: GenerativeModel, inputs: dict[str, Tensor], cache: Cache | None, streamer: Any, most: int
+    model: GenerativeModel,
+    inputs: dict[str, Tensor],
+    cache: Cache | None,
+    streamer: Any,
+    max_new_tokens: int,
 ) -> Any:
     """Generate at most `most` tokens with `cache`; return an output that has the cache in it."""
-    options = {"streamer": streamer, "max_new_tokens": most, "return_dict_in_generate": True}
+    options = {
+        "streamer": streamer,
+        "max_new_tokens": max_new_tokens,
+        "return_dict_in_generate": True,
+    }
     return model.generate(**inputs, **with_cache(cache), **options)

@@ -183,9 +183,11 @@ class Traits:
 class Scheduler(ABC):
     """Chooses which tokens to keep among all that have left the tail, whenever more leave it.
 
-    A scheduler is a frozen dataclass: its configuration, without run state. It defines `scores`,
-    and `needs` if scores read more than keys and positions; everything else has a default. Its
-    methods change nothing, except that `scores` may write to `notes`.
+    A scheduler is a frozen dataclass: its configuration, and weights that it reads from a file when
+    it is made. Run state lives in the layer: `statistics`, `constants` and `row_state` of the
+    candidates. (`fitting.HeadEffect` measures heads for `pikv profile`, and holds its own sums.) A
+    subclass defines `scores`, and `needs` if scores read more than keys and positions; everything
+    else has a default. Its methods change nothing, except that `scores` may write to `notes`.
     """
 
     #: True if it must be given a file that was made for the model.

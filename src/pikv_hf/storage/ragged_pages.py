@@ -206,7 +206,7 @@ class RaggedPages(PageStore):
     def _views(self, max_pages: int) -> Iterator[Block]:
         """Yield up to `max_pages` pages of a run [n, 1, group, ...], with their slice and run."""
         page_bytes = self.nbytes // max(len(self.owner), 1)  # the pool may have no memory
-        start, step = 0, min(max_pages, self.tier.most_pages(page_bytes))
+        start, step = 0, min(max_pages, self.tier.max_pages(page_bytes))
         for run in self.runs:
             each = max(step // run.group, 1) * run.group
             for first in range(start, start + run.pages, each):

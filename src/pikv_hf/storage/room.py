@@ -19,15 +19,15 @@ class Room:
     nbytes: int
     tokens: int | None = None
 
-    def pages(self, written: int, least: int, grown: int, page_bytes: int) -> int:
+    def pages(self, written: int, extra: int, total: int, page_bytes: int) -> int:
         """Return for how many pages to make memory when `written` pages are to be written.
 
-        If the tokens to come are known, it is for `least` more pages. Otherwise it is for `grown`
-        pages in all, or `least` more if that is larger, as far as `nbytes` allow.
+        If the tokens to come are known, it is for `extra` more pages. Otherwise it is for `total`
+        pages in all, or `extra` more if that is larger, as far as `nbytes` allow.
         """
         if self.tokens is not None:
-            return written + least
-        more = max(grown - written, least)
+            return written + extra
+        more = max(total - written, extra)
         return written + min(more, self.nbytes // page_bytes)
 
 

@@ -69,7 +69,7 @@ class Tier(ABC):
         """True if the device reads this memory in place."""
         return True
 
-    def most_pages(self, page_bytes: int) -> int:
+    def max_pages(self, page_bytes: int) -> int:
         """Return how many pages of `page_bytes` bytes may be copied to the device at a time."""
         return sys.maxsize if self.in_place else max(1, BLOCK_BYTES // max(page_bytes, 1))
 

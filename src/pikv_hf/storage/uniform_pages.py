@@ -259,7 +259,7 @@ class UniformPages(PageStore):
             yield fields, (tokens, start)
 
     def _pages_per_block(self) -> int:
-        max_pages = self.tier.most_pages(self.nbytes * self.page_size // self.capacity)
+        max_pages = self.tier.max_pages(self.nbytes * self.page_size // self.capacity)
         owners = self.rows * self._sample.shape[1]
         tokens = self.codec.tokens_per_block(owners, self.tier.device)
         return min(max(tokens // self.page_size, 1), max_pages, self.pages)
