@@ -9,7 +9,7 @@ import math
 import fakegpu  # first: before any model is built
 import torch
 from fakegpu import FakeGpuTensor, unwrap
-from pikv_kernels import FUSED
+from pikv_kernels import FUSED, partial_attention
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -17,7 +17,7 @@ HALVES = (torch.bfloat16, torch.float16)
 def flash(query, key, value, dropout=0.0, is_causal=False, debug=False, *, scale=None):
     assert query.dtype in HALVES and query.shape[-1] == value.shape[-1] <= 256
     assert query.shape[-1] % 8 == 0 and not (dropout or is_causal or debug)
-    out, lse = softmax2(query, key, value, None, scale)
+    out, lse = computed(query, key, value, None, scale)
     empty = torch.empty(0)
     return out, lse, empty, empty, query.shape[2], key.shape[2], empty, empty, empty
 
@@ -29,24 +29,20 @@ def efficient(query, key, value, bias, with_lse, dropout=0.0, is_causal=False, *
         assert bias.stride(3) == 1 and bias.storage_offset() % 8 == 0
         steps = [bias.stride(dim) for dim in range(3) if bias.shape[dim] > 1]
         assert not any(step % 8 for step in steps), f"strides {bias.stride()} are not aligned"
-    out, lse = softmax2(query, key, value, bias, scale)
+    out, lse = computed(query, key, value, bias, scale)
     padded = lse.new_full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), torch.inf)
     padded[..., : lse.shape[2]] = lse
     return out, padded, torch.empty(0), torch.empty(0)
 
 
-def softmax2(query, key, value, bias, scale):
-    """Attention in float32 with powers of 2; [B, H, R, Dv], in memory as [B, R, H, Dv]."""
+def computed(query, key, value, bias, scale):
+    """Attention on the CPU, in memory as [B, R, H, Dv], as CUDA's kernels give it."""
     for states in (query, key, value):
         assert states.stride(-1) == 1 and states.dtype == query.dtype
-    scores = query.float() @ key.float().mT * scale
-    scores = (scores if bias is None else scores + bias) * math.log2(math.e)
-    top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp2()
-    total = weights.sum(-1, keepdim=True)
-    out = (weights / total).to(value.dtype).float() @ value.float()
-    out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    return out, (top + total.log2()).squeeze(-1) / math.log2(math.e)
+    if bias is not None:  # kernels compute powers of 2
+        assert math.log2(math.e) * bias.amin().float() > -math.inf, "such a mask becomes -inf"
+    out, lse = partial_attention(query, key, value, bias, scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 EMULATED = {
