@@ -63,7 +63,9 @@ FUSED: dict[str, Fused] = {"cpu": fused_cpu, "cuda": fused_cuda}
 
 
 def new_mask(like: Tensor, *shape: int) -> Tensor:
-    """Return an additive mask of zeros in the dtype of `like`, whose rows are aligned."""
+    """Return an additive mask of zeros in the dtype of `like`; off the CPU its rows are aligned."""
+    if like.device.type == "cpu":
+        return like.new_zeros(shape)
     *lead, keys = shape
     return like.new_zeros(*lead, -(-keys // ALIGNED) * ALIGNED)[..., :keys]
 
