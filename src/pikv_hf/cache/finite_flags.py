@@ -42,7 +42,7 @@ class FiniteFlags:
         for device, pairs in found.items():
             flags = torch.stack([flags for flags, _ in pairs]).to("cpu", non_blocking=True)
             arrived = torch.Event(device)
-            arrived.record()
+            arrived.record(torch.accelerator.current_stream(device))
             self._sent.append(Sent(arrived, flags, [state for _, state in pairs]))
 
     def read(self, *, wait: bool = False) -> None:
