@@ -13,7 +13,7 @@ from zoo import build, prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.compressors import Fp8, Identity, Int2, Int4, Int8, LowRank, Pyramid
-from pikv_hf.compressors.observed_attention import asked, page_masses
+from pikv_hf.compressors.observed_attention import page_masses, queries_or_stand_ins
 from pikv_hf.model.versions import with_cache
 from pikv_hf.schedulers import StreamingLLM
 from pikv_hf.storage.ragged_pages import RaggedPages
@@ -85,7 +85,7 @@ def test_the_page_that_is_looked_at_is_finest() -> None:
 def test_without_queries_the_newest_keys_stand_in() -> None:
     keys, values, _ = random_pages(0)
     newest = keys.flatten(2, 3)[:, :, -32:] / 16**0.5
-    assert torch.equal(asked(keys, None), newest)
+    assert torch.equal(queries_or_stand_ins(keys, None), newest)
     method = Pyramid()
     assert torch.equal(method.assign(keys, values, None), method.assign(keys, values, newest))
 

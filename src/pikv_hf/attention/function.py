@@ -181,10 +181,10 @@ def _attend_slab(
         yield from slab.attend(query, scale)
     else:
         # Batch rows that share a stored row (beams, forks) attend together: it is read once.
-        grouped = query.index_select(0, slab.index("asked", query.device))
+        grouped = query.index_select(0, slab.index("queried", query.device))
         grouped = grouped.unflatten(0, (slab.rows, -1)).transpose(1, 2)
         if covered is not None:
-            covered = covered.index_select(0, slab.index("asked", query.device))
+            covered = covered.index_select(0, slab.index("queried", query.device))
             covered = covered.unflatten(0, (slab.rows, -1)).flatten(1, 2)
         for both in slab.attend(grouped.flatten(2, 3), scale, covered):
             each = (t.unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)

@@ -20,7 +20,7 @@ STAND_INS = 32
 Partial = tuple[Tensor, Tensor]
 
 
-def asked(keys: Tensor, queries: Tensor | None) -> Tensor:
+def queries_or_stand_ins(keys: Tensor, queries: Tensor | None) -> Tensor:
     """Return `queries` [R, H, Q, Dk], scaled as in `encode_observed`, in float32 or float64.
 
     Without queries the newest keys replace them, the best guess of later queries at hand.

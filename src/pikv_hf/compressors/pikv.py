@@ -10,7 +10,7 @@ from .base import Compressor
 from .identity import Identity
 from .integer import Int2, Int4, Int8
 from .mixed import MixedCompressor, check_members
-from .observed_attention import asked, output_errors
+from .observed_attention import output_errors, queries_or_stand_ins
 from .svd import Svd
 from .turboquant import TurboQuant
 
@@ -65,7 +65,7 @@ class PiKV(MixedCompressor):
         return (replace(self, share=min(2 * self.share, 1.0)),)
 
     def assign(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
-        queries = asked(keys, queries)
+        queries = queries_or_stand_ins(keys, queries)
         page = keys[:1, :1, :1], values[:1, :1, :1]
         fields = (encoded(member, *page, queries[:1, :1]) for member in self.candidates)
         sizes = [sum(t.numel() * t.element_size() for t in each.values()) for each in fields]

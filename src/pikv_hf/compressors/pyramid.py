@@ -7,7 +7,7 @@ from torch import Tensor
 from .base import Compressor
 from .integer import Int2, Int4, Int8
 from .mixed import MixedCompressor, check_members
-from .observed_attention import asked, page_masses
+from .observed_attention import page_masses, queries_or_stand_ins
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Pyramid(MixedCompressor):
         return self.tiers
 
     def assign(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
-        masses = page_masses(keys, asked(keys, queries))
+        masses = page_masses(keys, queries_or_stand_ins(keys, queries))
         flat = masses.flatten(1)
         order = flat.argsort(dim=-1, descending=True, stable=True)
         tier = torch.tensor(self._tiers_of(flat.shape[1]), device=flat.device)

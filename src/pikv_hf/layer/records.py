@@ -99,8 +99,8 @@ def recorded(state: LayerState, rows: list[int], tokens: TokenTable, queries: Te
     newest = tokens["positions"].to(keys.device).expand(record.shape[:3])
     if "valid" in tokens:
         newest = newest.masked_fill(~tokens["valid"].to(keys.device), seen)
-    for weights, asked_at in attention_weights(queries, keys, newest, seen, state.scale):
-        at = state.columns.numbered(rows, asked_at[None])
+    for weights, query_positions in attention_weights(queries, keys, newest, seen, state.scale):
+        at = state.columns.numbered(rows, query_positions[None])
         record = statistics.updated(record, weights, at)
     return record
 

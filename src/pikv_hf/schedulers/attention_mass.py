@@ -60,7 +60,7 @@ def attention_weights(
     )
     products = scores = keys.new_empty(0)
     for first in range(0, queries.shape[3], size):
-        block, asked_at = queries[:, :, :, first : first + size], at[first : first + size]
+        block, query_positions = queries[:, :, :, first : first + size], at[first : first + size]
         # The query heads of a KV head are side by side, so that its keys are not copied for each.
         packed = block.flatten(2, 3).to(dtype)
         if products.shape[:-1] != packed.shape[:-1]:  # large, so made once
@@ -68,10 +68,10 @@ def attention_weights(
             scores = products.float()
         scores.copy_(torch.matmul(packed, keys, out=products)).mul_(scale)
         weights = scores.unflatten(2, block.shape[2:4])
-        hidden = newest[:, :, None, None] > asked_at[:, None]
+        hidden = newest[:, :, None, None] > query_positions[:, None]
         weights[..., -hidden.shape[-1] :] += torch.where(hidden, lowest, torch.zeros_like(lowest))
         torch.softmax(scores, -1, out=scores)
         attends = block.ne(0).any(-1, keepdim=True)
         if hidden.shape[-1] == keys.shape[-1]:
             attends = attends & ~hidden.all(-1, keepdim=True)
-        yield weights.mul_(attends), asked_at
+        yield weights.mul_(attends), query_positions

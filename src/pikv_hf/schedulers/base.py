@@ -74,7 +74,7 @@ class Candidates:
             return torch.arange(self.keys.shape[2], device=self.keys.device)[None, None]
         return self.valid.cumsum(-1).masked_fill(~self.valid, 0) - 1
 
-    def asked_by_newest(self, count: int) -> Candidates:
+    def with_newest_queries(self, count: int) -> Candidates:
         """Return these candidates with the queries of the newest `count` tokens; 0 = of all."""
         if self.queries is None or not count:
             return self
@@ -90,10 +90,10 @@ class TokenStatistics(ABC):
         """Numbers of each token."""
 
     @abstractmethod
-    def updated(self, statistics: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+    def updated(self, statistics: Tensor, weights: Tensor, query_positions: Tensor) -> Tensor:
         """Return `statistics` [R, H, T, n], which begin as zeros, after m more queries.
 
-        `weights` [R, H, G, m, T] float32: attention of queries at positions `asked_at` [R or 1, m]
+        `weights` [R, H, G, m, T] float32: attention of queries at positions `query_positions` [R or 1, m]
         to the tokens, zeros at padding. Changes nothing.
         """
 

@@ -37,7 +37,7 @@ class H2O(Scheduler, TokenStatistics):
     def num_statistics(self) -> int:
         return 1
 
-    def updated(self, statistics: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+    def updated(self, statistics: Tensor, weights: Tensor, query_positions: Tensor) -> Tensor:
         return statistics + weights.sum((2, 3))[..., None]
 
     def scores(self, tokens: Candidates) -> Tensor:

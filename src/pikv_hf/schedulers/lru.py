@@ -32,8 +32,8 @@ class LRU(Scheduler, TokenStatistics):
     def num_statistics(self) -> int:
         return 1
 
-    def updated(self, statistics: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
-        return last_use(statistics[..., 0], self._is_used(weights), asked_at)[..., None]
+    def updated(self, statistics: Tensor, weights: Tensor, query_positions: Tensor) -> Tensor:
+        return last_use(statistics[..., 0], self._is_used(weights), query_positions)[..., None]
 
     def scores(self, tokens: Candidates) -> Tensor:
         assert tokens.statistics is not None, "they are among the needs"
@@ -44,6 +44,6 @@ class LRU(Scheduler, TokenStatistics):
         return weights.amax(dim=2) >= self.threshold
 
 
-def last_use(before: Tensor, is_used: Tensor, asked_at: Tensor) -> Tensor:
-    """Return the last use [R, H, T] of tokens: `before`, or by queries at `asked_at` [R or 1, m]."""
-    return torch.maximum(before, (is_used * asked_at[:, None, :, None].float()).amax(dim=2))
+def last_use(before: Tensor, is_used: Tensor, query_positions: Tensor) -> Tensor:
+    """Return the last use [R, H, T] of tokens: `before`, or by queries at `query_positions` [R or 1, m]."""
+    return torch.maximum(before, (is_used * query_positions[:, None, :, None].float()).amax(dim=2))

@@ -29,10 +29,12 @@ class LRUPlus(LRU):
     def num_statistics(self) -> int:
         return 2
 
-    def updated(self, statistics: Tensor, weights: Tensor, asked_at: Tensor) -> Tensor:
+    def updated(self, statistics: Tensor, weights: Tensor, query_positions: Tensor) -> Tensor:
         last, uses = statistics.unbind(-1)
         is_used = self._is_used(weights)
-        return torch.stack([last_use(last, is_used, asked_at), uses + is_used.sum(dim=2)], dim=-1)
+        return torch.stack(
+            [last_use(last, is_used, query_positions), uses + is_used.sum(dim=2)], dim=-1
+        )
 
     def scores(self, tokens: Candidates) -> Tensor:
         assert tokens.statistics is not None, "they are among the needs"

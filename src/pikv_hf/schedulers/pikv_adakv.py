@@ -50,7 +50,7 @@ class PiKVAdaKV(Wrapper, RowState):
 
     def keep(self, tokens: Candidates, budget: int) -> Tensor:
         assert tokens.row_state is not None, "it is among the needs"
-        scored = tokens.asked_by_newest(self.scorer.needs.queries)
+        scored = tokens.with_newest_queries(self.scorer.needs.queries)
         ranked = self.ranked(scored, budget)
         theta = 1 - tokens.row_state  # the row state is zero at first
         counts = (theta * budget).ceil().long().clamp(1, budget).expand(ranked.shape[:2])
@@ -60,7 +60,7 @@ class PiKVAdaKV(Wrapper, RowState):
 
     def next_row_state(self, tokens: Candidates, keep: Tensor) -> Tensor:
         assert tokens.row_state is not None, "it is among the needs"
-        mass = attention_mass(tokens.asked_by_newest(self.window_size)).mean(2)
+        mass = attention_mass(tokens.with_newest_queries(self.window_size)).mean(2)
         kept = mass.gather(2, keep.clamp_min(0)).masked_fill(keep < 0, 0.0).sum(-1)
         recall = 1 - (mass.sum(-1) - kept).mean(1, keepdim=True)
         return (tokens.row_state - self.rate * (self.target - recall)).clamp(0, 1)

@@ -104,11 +104,11 @@ class PageStore(ABC):
         self._index = {}
 
     def index(self, name: str, device: torch.device) -> Tensor:
-        """Return the index tensor `name`, made once: `readers`, `stored`, `asked` or `places`.
+        """Return the index tensor `name`, made once: `readers`, `stored`, `queried` or `places`.
 
-        `asked` [R * m] lists the batch rows that read stored row 0, then 1, ..., padded to m each:
+        `queried` [R * m] lists the batch rows that read stored row 0, then 1, ..., padded to m each:
         so each stored row is read once. `places` [len(readers)] are the places of the readers in
-        `asked`.
+        `queried`.
         """
         if name not in self._index:
             members = getattr(self, name) if hasattr(self, name) else self._sharing()[name]
@@ -124,7 +124,7 @@ class PageStore(ABC):
         width = max(map(len, readers_of))
         filled = [readers + self.readers[:1] * (width - len(readers)) for readers in readers_of]
         return {
-            "asked": [reader for readers in filled for reader in readers],
+            "queried": [reader for readers in filled for reader in readers],
             "places": [row * width + slot for row, slot in zip(self.stored, slots, strict=True)],
         }
 
