@@ -16,23 +16,24 @@ def best_places(scores: Tensor, count: int) -> Tensor:
 def best_of_each_head(scores: Tensor, counts: Tensor) -> Tensor:
     """Return indices of the `counts` [...] highest `scores`: [..., max count], padded with -1."""
     width = int(counts.max())
-    mask = mask_of_best(scores, counts)
+    mask = mask_of_best(scores, counts, width)
     absent = torch.arange(width, device=counts.device) >= counts[..., None]
     # Rows with smaller counts also choose columns after the last token, which then become -1.
     chosen = torch.cat([mask, torch.arange(width, device=counts.device) < absent.sum(-1, True)], -1)
     return _ascending(chosen, width).unflatten(0, counts.shape).masked_fill(absent, -1)
 
 
-def mask_of_best(scores: Tensor, counts: int | Tensor) -> Tensor:
+def mask_of_best(scores: Tensor, counts: int | Tensor, width: int | None = None) -> Tensor:
     """Mark the `counts` (int or [...]) highest `scores` [..., T] of each row: a mask [..., T].
 
+    `width` is the maximum of a tensor of counts, if the caller knows it: it is read otherwise.
     Scores are compared after `rounded`, as rounding errors depend on the batch. Of equal scores the
     later ones are chosen. NaN counts as infinity.
     """
     scores = rounded(scores.nan_to_num(torch.inf, torch.inf, -torch.inf))
     if isinstance(counts, Tensor):
-        counts = counts[..., None]
-        best = scores.topk(max(int(counts.max()), 1), dim=-1).values
+        width, counts = int(counts.max()) if width is None else width, counts[..., None]
+        best = scores.topk(max(width, 1), dim=-1).values
         lowest = best.gather(-1, (counts - 1).clamp_min(0))
     elif counts == 0:
         return torch.zeros_like(scores, dtype=torch.bool)

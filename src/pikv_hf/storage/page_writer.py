@@ -140,8 +140,9 @@ class PageWriter:
         size = PAGES_MOVED if new.codes and not is_limited else PAGES_ENCODED
         for number, member in enumerate(members):
             is_chosen = (choice == number) & (new.lengths > 0)
-            unwritten = int(is_chosen.sum())
-            for chosen, group in new.places(is_chosen):
+            places = list(new.places(is_chosen))
+            unwritten = sum(len(chosen) for chosen, _ in places)
+            for chosen, group in places:
                 # In small portions, so that temporary copies are small.
                 for at in chosen.split(size) if len(chosen) else ():
                     pages = new.encoded(member, at, group)

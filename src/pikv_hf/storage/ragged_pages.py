@@ -47,6 +47,7 @@ class RaggedPages(PageStore):
     stored_rows: int
     heads: int
     _in_place: tuple[int, list[Block]] | None = field(default=None, repr=False)
+    _held: Tensor | None = field(default=None, repr=False)
 
     @property
     def rows(self) -> int:
@@ -65,6 +66,11 @@ class RaggedPages(PageStore):
         return 1 - self.page_count / max(len(self.owner), 1)
 
     def held(self) -> Tensor:
+        if self._held is None:  # read once, as reading waits for a device
+            self._held = self._count()
+        return self._held
+
+    def _count(self) -> Tensor:
         held = torch.zeros(self.rows * self.heads, dtype=torch.int64)
         owner, lengths = (t[: self.page_count].cpu() for t in (self.owner, self.lengths))
         return held.index_add_(0, owner, lengths.long()).view(self.rows, self.heads)
@@ -193,7 +199,7 @@ class RaggedPages(PageStore):
 
     def changed(self) -> None:
         super().changed()
-        self._in_place = None
+        self._in_place = self._held = None
 
     def _blocks(self, max_pages: int) -> Iterator[Block]:
         """Return `_views`; for pages read in place they are made once, not at every step."""
