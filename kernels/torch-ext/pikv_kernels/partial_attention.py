@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .fused_attention import FUSED
 
-# Scores that are computed at a time without a fused kernel: on a CPU they stay in its cache, and all
-# scores of a long chunk of a prompt would be larger than the keys.
+# Scores computed at a time without a fused kernel. They stay in a CPU's cache; all scores of a long
+# chunk would take more memory than the keys.
 MAX_SCORES = 2**21
 # Numbers of partial results that are held to be merged at once.
 MAX_MERGED = 2**22

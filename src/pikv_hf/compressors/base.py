@@ -15,8 +15,8 @@ from ..storage.codec import PageCodec
 class Compressor(PageCodec):
     """A codec that a user can choose: it knows the models it serves and the bytes it takes.
 
-    A compressor is a frozen dataclass: configuration without run state. Calibrated weights belong to
-    the compressor of a layer that `bind` returns. A subclass defines `encode`, `decode` and
+    A compressor is a frozen dataclass: configuration without run state. `bind` returns a layer's
+    compressor, which holds calibrated weights. A subclass defines `encode`, `decode` and
     `bytes_per_token`, and may override other methods of `PageCodec`.
     """
 

@@ -20,15 +20,16 @@ from .state import LayerState
 
 # By default an eviction frees 1/16 of the budget.
 INTERVALS = 16
-# Rows are stored together if their tokens fill this share of the store: places of the longest row are
-# read in all.
+# Rows are stored together if their tokens fill at least this share of the store. Attention reads as
+# many places in every row as the longest row has.
 MIN_FILLED = 0.75
 
 
 class Plan(NamedTuple):
-    """What is to be sealed of a group: its `new` tokens, with `budget` tokens in all (None = any).
+    """The `new` tokens of a group that leave the tail, and whether some must be evicted.
 
-    If not `is_within` the budget, tokens must be evicted.
+    The group may hold `budget` tokens in pages; None = any number. If not `is_within`, some tokens
+    must be evicted.
     """
 
     group: Departing
@@ -143,7 +144,10 @@ def _plan(state: LayerState, tail: TokenTable, group: Departing, scheduler: Sche
 def _kept(
     state: LayerState, tail: TokenTable, plan: Plan, span: TokenTable, scheduler: Scheduler
 ) -> tuple[TokenTable, Room]:
-    """Return the tokens of `span`, all of a group, that are kept within the budget, and the room."""
+    """Return the tokens of `span` that the budget retains, and the room to make for later tokens.
+
+    `span` has all tokens of a group that have left the tail.
+    """
     needs, group = state.settings.needs, plan.group
     if plan.is_within or plan.budget is None:
         span = span.valid_first()

@@ -63,8 +63,8 @@ class Observations:
     """Copies of the newest queries of one layer, and the token statistics of its scheduler.
 
     Attributes:
-        queries: [B, H, G, n, D] of the newest n <= `max_queries` tokens, or more while drafting, and of
-            the G query heads of each KV head; zeros at padding.
+        queries: [B, H, G, n, D] of the newest n tokens and the G query heads of each KV head; zeros
+            at padding. n <= `max_queries`, or more while drafting.
         control: [B, controls], the row state of the scheduler; None until it is first read.
         width: numbers of a record (the statistics of a token) that queries change; 0 = none.
         pending: queries that the records do not include yet.
@@ -77,12 +77,8 @@ class Observations:
     def __init__(
         self, max_queries: int, width: int = 0, controls: int = 0, *, is_marked: bool = False
     ) -> None:
-        self.max_queries, self.width, self.controls, self.is_marked = (
-            max_queries,
-            width,
-            controls,
-            is_marked,
-        )
+        self.max_queries, self.width = max_queries, width
+        self.controls, self.is_marked = controls, is_marked
         self.is_drafting = False
         self._queries, self._pending = Trail(), Trail()
         self.record: Tensor | None = None
@@ -146,24 +142,25 @@ class Observations:
         return self.width or int(self.is_marked)
 
     @property
+    def _max_held(self) -> int:
+        """Maximum number of queries held for the method, and of drafted tokens."""
+        return self.max_queries + DRAFTED * self.is_drafting
+
+    @property
     def limit(self) -> int:
         """Number of newest queries that are needed."""
-        return (
-            EVERY
-            if self.width
-            else self.max_queries and self.max_queries + DRAFTED * self.is_drafting
-        )
+        return EVERY if self.width else self.max_queries and self._max_held
 
     def append(self, queries: Tensor, visible: Tensor | None) -> None:
         """Append `queries` [B, H, G, q, D]; `visible` [B, q] is False at padding; None = none."""
-        queries, max_count = queries.detach(), self.max_queries + DRAFTED * self.is_drafting
+        queries = queries.detach()
         if visible is not None:
             seen = visible[:, None, None, :, None]
             queries = queries * seen.to(queries.device, queries.dtype)
         if self.max_queries and visible is None:
-            self._queries.append(queries, max_count)
+            self._queries.append(queries, self._max_held)
         elif self.max_queries:
-            self._queries.append_padded(queries, max_count)
+            self._queries.append_padded(queries, self._max_held)
         if self.width:
             self._pending.append(queries, EVERY)
 
@@ -217,7 +214,7 @@ class Observations:
         """
         size = 4 * owners * opened * (self.numbers + self.width)
         size += 0 if self.control is None else self.control.nbytes
-        needed = self.max_queries + DRAFTED * self.is_drafting
+        needed = self._max_held
         for held, count in ((self.queries, needed + needed // SLACK), (self.pending, sealed)):
             size += 0 if held is None else held[:, :, :, 0].nbytes * count
         return size

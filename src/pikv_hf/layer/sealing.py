@@ -52,7 +52,8 @@ def seal_oldest(state: LayerState, leaving: Departure) -> int:
     )
     if state.settings.scheduler is None and are_alike:
         rows, room = list(range(state.tail.batch)), Room(spare_bytes(state))
-        _append(state, Selection(rows, leaving.leaving(tail), room, newest, leaving.lengths))
+        seen = min(group.seen for group in leaving.groups)
+        _append(state, Selection(rows, leaving.leaving(tail), room, seen, leaving.lengths))
     else:
         groups = [group for group in _groups(state, leaving) if _changes(state, group)]
         for selection in _selections(state, tail, groups):

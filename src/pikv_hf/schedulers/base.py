@@ -93,8 +93,8 @@ class TokenStatistics(ABC):
     def updated(self, statistics: Tensor, weights: Tensor, query_positions: Tensor) -> Tensor:
         """Return `statistics` [R, H, T, n], which begin as zeros, after m more queries.
 
-        `weights` [R, H, G, m, T] float32: attention of queries at positions `query_positions` [R or 1, m]
-        to the tokens, zeros at padding. Changes nothing.
+        `weights` [R, H, G, m, T] float32: attention of m queries to the tokens, zeros at padding.
+        `query_positions` [R or 1, m] are the positions of the queries. Changes nothing.
         """
 
 

@@ -45,5 +45,8 @@ class LRU(Scheduler, TokenStatistics):
 
 
 def last_use(before: Tensor, is_used: Tensor, query_positions: Tensor) -> Tensor:
-    """Return the last use [R, H, T] of tokens: `before`, or by queries at `query_positions` [R or 1, m]."""
+    """Return the position of the newest query that used each token, [R, H, T].
+
+    `before` are the positions until now; `query_positions` [R or 1, m] are of new queries.
+    """
     return torch.maximum(before, (is_used * query_positions[:, None, :, None].float()).amax(dim=2))

@@ -3,6 +3,7 @@
 Shapes: R stored rows, H KV heads, S pages, P tokens a page, D head dim.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -150,22 +151,18 @@ class UniformPages(PageStore):
         """Write the new pages of each row behind its last page."""
         size = self.page_size
         held, new = ([n // size for n in each] for each in (self.lengths, lengths))
-        places = [(r, page, n + page) for r, n in enumerate(held) for page in range(new[r])]
-        rows, pages, targets = (tuple(each) for each in zip(*places, strict=True))
         exposed = slice(self.pages, max(map(sum, zip(held, new, strict=True))))
+        places = _places(tuple(held), tuple(new), self._sample.device)
         paged = {k: t.unflatten(2, (-1, size)) for k, t in self.meta.tensors.items()}
         more = {k: t.unflatten(2, (-1, size)) for k, t in meta.tensors.items()}
         for all_held, all_new in ((self.fields, fields), (paged, more)):
             for name, tensor in all_held.items():
                 tensor[:, :, exposed] = 0  # masked places are read, too: they must be finite
                 wide = all_new[name].expand(self.rows, *all_new[name].shape[1:])
-                source = wide[on_device(rows, wide.device), :, on_device(pages, wide.device)]
-                place = (
-                    on_device(rows, tensor.device),
-                    slice(None),
-                    on_device(targets, tensor.device),
-                )
-                tensor[place] = source.to(tensor)
+                row, page, _ = (index.to(wide.device) for index in places)
+                source = wide[row, :, page].to(tensor)
+                row, _, target = (index.to(tensor.device) for index in places)
+                tensor[row, :, target] = source
 
     def changed(self) -> None:
         super().changed()
@@ -290,3 +287,14 @@ class UniformPages(PageStore):
         yield from self.fields.values()
         yield from self.meta.tensors.values()
         yield from self._index.values()
+
+
+def _places(
+    held: tuple[int, ...], new: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row, page and target [n] of `new[r]` pages behind the `held[r]` pages of each row r."""
+    ends = on_device(tuple(itertools.accumulate(new)), device)
+    place = torch.arange(sum(new), device=device)
+    row = torch.bucketize(place, ends, right=True)
+    page = place - (ends - on_device(new, device))[row]
+    return row, page, on_device(held, device)[row] + page
