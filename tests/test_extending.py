@@ -21,8 +21,7 @@ def made(number: int, model) -> PiKVCache:
     definition, use = EXAMPLES[number]
     names = {"PiKVCache": PiKVCache, "model": model}
     exec(definition, names)  # noqa: S102
-    use = use.replace("())", f"(), **{SMALL})").replace("0.25)", f"0.25, **{SMALL})")
-    exec(use, names)  # noqa: S102
+    exec(f"{use.rstrip().removesuffix(')')}, **{SMALL})", names)  # noqa: S102
     return names["cache"]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pikv_hf import PiKVCache
 from pikv_hf.model.versions import with_cache
-from pikv_hf.routers import Router
+from pikv_hf.routers import PageRouter
 from pikv_hf.schedulers import AdaKV, Random
 
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -32,11 +32,13 @@ MIDDLE = slice(9, 14)
 
 
 @dataclass(frozen=True)
-class EveryPage(Router):
+class EveryPage(PageRouter):
     """Selects all pages, the newest first."""
 
-    def select(self, query, meta, pages):
-        return torch.arange(pages).flip(0).expand(query.shape[0], query.shape[1], -1)
+    top_p: float | None = 1.0
+
+    def scores(self, query, pages):
+        return pages.numbers[:, :, None, None].float()
 
 
 @pytest.fixture

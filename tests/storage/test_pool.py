@@ -17,7 +17,6 @@ from helpers import (
     tiny,
 )
 from pikv_kernels import merge_segments, merge_segments_reference, partial_attention
-from test_router_select import EveryNth
 from tolerances import ATTENTION, FLOAT32, LSE, SUMS
 from zoo import prompt
 
@@ -73,13 +72,6 @@ def test_a_scheduler_drops_the_same_tokens(lengths) -> None:
     assert [layer.state.held_tokens() for layer in paged(cache)] == [
         layer.state.held_tokens() for layer in paged(plain)
     ]
-
-
-def test_a_router_that_selects_pages_is_refused() -> None:
-    model = tiny("mixtral")
-    with pytest.raises(ValueError, match=r"`router` is EveryNth.*router='all'"):
-        mixed(model, router=EveryNth(2))
-    mixed(model, router="all").detach()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -22,10 +22,11 @@ from ..model.versions import ALL_ATTENTION_FUNCTIONS, attention_implementation
 from ..storage.codec import attend_states
 from ..storage.memory import on_device
 from ..storage.ragged_pages import RaggedPages
-from ..storage.row_map import PageStore, Partial
+from ..storage.row_map import Partial
 from ..storage.uniform_pages import UniformPages
 from .readable import SINKS, unpaged_reason
 from .recording import attend_counting, counted_slabs
+from .routed import attend_selected, selected, selecting_router
 
 NAME = "pikv"
 
@@ -158,38 +159,35 @@ def _attend(
 def _attend_all(
     state: LayerState, query: Tensor, length: int, mask: Tensor | None, scale: float
 ) -> Iterator[Partial]:
-    """Yield partial results of `query` [B, H, G * q, D]: the tail's, then of selected pages."""
+    """Yield partial results of `query` [B, H, G * q, D]: the tail's, then of pages."""
     yield _attend_tail(state, query, length, mask, scale)
-    for slab in state.pages.slabs:
-        yield from _attend_slab(state, slab, query, length, scale)
+    covered, router = _covered(state, length, query), selecting_router(state, length)
+    if router is None or (selections := selected(state, router, query, length, scale)) is None:
+        state.routing.note(None)
+        for slab in state.pages.slabs:
+            yield from _attend_slab(slab, query, scale, covered)
+    else:
+        yield from attend_selected(selections, query, length, scale, covered)
 
 
 def _attend_slab(
-    state: LayerState, slab: UniformPages | RaggedPages, query: Tensor, length: int, scale: float
+    slab: UniformPages | RaggedPages, query: Tensor, scale: float, covered: Tensor | None
 ) -> Iterator[Partial]:
     """Yield outputs [B, H, R, Dv] and log-sum-exps over pages, which are older than all queries."""
-    batch, covered = query.shape[0], _covered(state, length, query)
-    # Ragged pages are read whole: a router that selects pages is refused with them.
-    selected = _selected_pages(state, slab, query) if isinstance(slab, UniformPages) else None
-    if selected is not None and isinstance(slab, UniformPages):
-        reader_queries = query.index_select(0, slab.index("readers", query.device))
-        readers = slab.index("readers", query.device)
-        covered = None if covered is None else covered.index_select(0, readers)
-        for part in slab.attend_selected(reader_queries, selected, scale, covered):
-            yield _spread(*part, slab, batch)
-    elif covered is None and slab.is_read_by_all(batch) and slab.is_in_order():
+    batch = query.shape[0]
+    if covered is None and slab.is_read_by_all(batch) and slab.is_in_order():
         yield from slab.attend(query, scale)
-    else:
-        # Batch rows that share a stored row (beams, forks) attend together: it is read once.
-        grouped = query.index_select(0, slab.index("queried", query.device))
-        grouped = grouped.unflatten(0, (slab.rows, -1)).transpose(1, 2)
-        if covered is not None:
-            covered = covered.index_select(0, slab.index("queried", query.device))
-            covered = covered.unflatten(0, (slab.rows, -1)).flatten(1, 2)
-        for both in slab.attend(grouped.flatten(2, 3), scale, covered):
-            each = (t.unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)
-            results = (t.index_select(0, slab.index("places", t.device)) for t in each)
-            yield _spread(*results, slab, batch)
+        return
+    # Batch rows that share a stored row (beams, forks) attend together: it is read once.
+    grouped = query.index_select(0, slab.index("queried", query.device))
+    grouped = grouped.unflatten(0, (slab.rows, -1)).transpose(1, 2)
+    if covered is not None:
+        covered = covered.index_select(0, slab.index("queried", query.device))
+        covered = covered.unflatten(0, (slab.rows, -1)).flatten(1, 2)
+    for both in slab.attend(grouped.flatten(2, 3), scale, covered):
+        each = (t.unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(0, 1) for t in both)
+        out, lse = (t.index_select(0, slab.index("places", t.device)) for t in each)
+        yield slab.spread(out, lse, batch)
 
 
 def _covered(state: LayerState, length: int, query: Tensor) -> Tensor | None:
@@ -208,19 +206,6 @@ def _covered(state: LayerState, length: int, query: Tensor) -> Tensor | None:
         return each.repeat(1, query.shape[2] // length, 1)
 
     return state.step.remember("covered", key, make)
-
-
-def _selected_pages(state: LayerState, slab: UniformPages, query: Tensor) -> Tensor | None:
-    """Return the pages of a slab that the router lets `query` [B, H, R, D] read; None = all."""
-    router = state.settings.router
-    if router is None or any(length % slab.page_size for length in slab.lengths):
-        return None
-    meta = slab.meta.narrow(0, slab.length)
-    if not slab.is_in_order():
-        meta = meta.select_rows(slab.index("stored", query.device))
-    if not slab.is_read_by_all(query.shape[0]):
-        query = query.index_select(0, slab.index("readers", query.device))
-    return router.select(query, meta, slab.pages)
 
 
 def _attend_tail(
@@ -268,16 +253,6 @@ def _tail_mask(state: LayerState, query: Tensor, mask: Tensor | None, length: in
 def _one_per_query_head(states: Tensor, groups: int) -> Tensor:
     """Expand [B, H, n, D] to [B * H, G, n, D] without a copy."""
     return states.flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
-
-
-def _spread(out: Tensor, lse: Tensor, slab: PageStore, batch: int) -> tuple[Tensor, Tensor]:
-    """Extend results of the slab's readers to all batch rows; other rows attend to no key."""
-    if slab.is_read_by_all(batch):
-        return out, lse
-    readers = slab.index("readers", out.device)
-    all_out = out.new_zeros(batch, *out.shape[1:])
-    all_lse = lse.new_full((batch, *lse.shape[1:]), -torch.inf)
-    return all_out.index_copy_(0, readers, out), all_lse.index_copy_(0, readers, lse)
 
 
 def _additive(mask: Tensor | None, length: int, tokens: int, query: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..layer.records import tail_record
 from ..layer.state import LayerState
+from ..routers import PageRouter
 from ..storage.codec import weighted_states
 from ..storage.row_map import Partial
 from ..storage.uniform_pages import UniformPages
@@ -25,7 +26,7 @@ def counted_slabs(state: LayerState, length: int) -> Slabs | None:
     If it cannot, return None: the queries are then kept until they are settled.
     """
     observed, slabs = state.observed, state.pages.slabs
-    if not observed.width or length > 1 or state.settings.router is not None:
+    if not observed.width or length > 1 or isinstance(state.settings.router, PageRouter):
         return None
     if not state.pages.codec.gives_weights:
         return None

@@ -7,7 +7,7 @@ from ..compressors import COMPRESSORS, Compressor, Identity
 from ..layer.budget import ACCEPTED, Budget, make_budget
 from ..layer.settings import Settings
 from ..placements import PLACEMENTS, Local, Placement
-from ..routers import ROUTERS, All, Router
+from ..routers import ROUTERS, Router
 from ..schedulers import SCHEDULERS, Scheduler
 from ..validation import check_count, check_flag, check_whole, resolve
 
@@ -67,7 +67,7 @@ def make_settings(given: dict[str, Any]) -> Settings:
     check_flag("hold_prompt", given["hold_prompt"])
     if interval is not None:
         check_count("interval", interval)
-    _check_together(scheduler, compressor, router)
+    _check_together(scheduler, compressor)
     own = None if scheduler is None else scheduler.budget(0)
     count = own if budget is None else budget.min_count
     settings = Settings(
@@ -97,18 +97,10 @@ def make_settings(given: dict[str, Any]) -> Settings:
     return settings
 
 
-def _check_together(scheduler: Scheduler | None, compressor: Compressor, router: Any) -> None:
+def _check_together(scheduler: Scheduler | None, compressor: Compressor) -> None:
     """Refuse methods that cannot be combined in one cache."""
     if scheduler is not None and not (compressor.is_per_token or compressor.is_idempotent):
         raise ValueError(
             f"`compressor` is {compressor}, whose pages cannot be encoded again when {scheduler} "
             "moves tokens: use another compressor, or no scheduler."
-        )
-    is_ragged = scheduler is not None and scheduler.traits.is_ragged
-    selects = router is not None and not isinstance(router, All)
-    if selects and (is_ragged or compressor.is_mixed):
-        raise ValueError(
-            f"`router` is {router}, which selects pages, but all pages of "
-            f"{scheduler if is_ragged else compressor} are read: use router='all', or another "
-            f"{'scheduler' if is_ragged else 'compressor'}."
         )

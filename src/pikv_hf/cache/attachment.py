@@ -15,12 +15,14 @@ from ..attach.binding import LOCK, Binding, binding_of, unwrap
 from ..attach.forward import RUNNING
 from ..layer.paged_layer import PagedLayer
 from ..layer.state import LayerFacts
+from ..model.gates import num_experts
 from ..model.head_dims import head_dims
 from ..model.masks import check_masks
 from ..model.modules import unpaged_reasons
 from ..model.own_cache import model_cache_class, with_native
 from ..model.rotary import check_axes
 from ..model.versions import is_tested, unsupported
+from ..routers import PageRouter
 from .checks import check_forward, check_generate, num_new_tokens
 from .other_layers import release_prompt
 from .paged_cache import PagedCache
@@ -103,12 +105,15 @@ class AttachedCache(PagedCache):
         self.unpaged_from_start = {} if binding is None else unpaged_reasons(config, attention)
         for number, (idx, modules) in enumerate(sorted(attention.items())):
             assert binding is not None, "it knows the attention modules"
+            has_gate = idx in binding.gate_of
+            counts_experts = has_gate and isinstance(self.settings.router, PageRouter)
             is_latent = hasattr(modules[0], "kv_b_proj")
             facts = LayerFacts(
                 layer_idx=idx,
                 paged_index=number,
                 num_paged=len(attention),
-                has_gate=idx in binding.gate_of,
+                has_gate=has_gate,
+                num_experts=num_experts(config) if counts_experts else None,
                 latent_rank=getattr(modules[0], "kv_lora_rank", None) if is_latent else None,
             )
             layers[idx] = layer = self.paged_layer(facts)

@@ -63,7 +63,9 @@ class Settings:
     @functools.cached_property
     def needs_labels(self) -> bool:
         """True if tokens carry the experts that the model's gates chose for them."""
-        return "experts" in self.needs.inputs or self.router is not None
+        return "experts" in self.needs.inputs or (
+            self.router is not None and self.router.needs_labels
+        )
 
     @functools.cached_property
     def num_sinks(self) -> int:

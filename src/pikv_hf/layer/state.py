@@ -12,14 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..model.rotary import Rotary
+from ..routers import PageRouter
 from ..schedulers import Needs
 from ..storage.page_table import PageTable
 from ..storage.tail import Tail
+from ..storage.token_table import TokenTable
 from .columns import Columns
 from .loss_guard import Guard
 from .loss_probe import Probe
 from .observations import Observations
 from .reading import Reading
+from .routing import Routing
 from .settings import Settings
 from .step import Step
 
@@ -42,6 +45,13 @@ class Neighbours(ABC):
         """Return the bytes held outside of paged layers by the time `state` seals again."""
 
     @abstractmethod
+    def labels_before(self, paged_index: int, length: int) -> TokenTable | None:
+        """Return labels [B, 1, length, k] of the newest tokens by the nearest earlier layer's gate.
+
+        None = no layer before `paged_index` has a gate.
+        """
+
+    @abstractmethod
     def read_ahead(self, paged_index: int) -> None:
         """Announce that paged layer `paged_index` is read next; behind the last comes the first."""
 
@@ -62,14 +72,15 @@ class LayerFacts:
     """The properties of an attention layer of the model.
 
     `paged_index` numbers the `num_paged` layers to be paged, from 0. `has_gate`: a gate runs behind
-    attention. `latent_rank`: width of the latents that the layer may cache; None = it caches keys
-    and values.
+    attention, which chooses from `num_experts` (None = no gate, or no method needs the number).
+    `latent_rank`: width of the latents that the layer may cache; None = it caches keys and values.
     """
 
     layer_idx: int
     paged_index: int
     num_paged: int
     has_gate: bool = False
+    num_experts: int | None = None
     latent_rank: int | None = None
 
 
@@ -84,6 +95,7 @@ class LayerState:
         module, rotary: the attention module, and the rotation of its keys; None while the cache is
             not attached, or if no method needs them.
         pages: the sealed tokens.
+        routing: what the router selects from, and has selected.
         observed: queries and token statistics that methods need.
         num_seen: tokens ever seen, evicted ones included.
         prompt_end: `num_seen` at the end of the newest prompt; later tokens were generated.
@@ -110,7 +122,11 @@ class LayerState:
         self.rotary: Rotary | None = None
         self.compressor = settings.compressor.bind(config, facts.layer_idx)
         place = functools.partial(settings.placement.place, layers=facts.num_paged)
-        self.pages = PageTable(self.compressor, settings.page_size, place)
+        router, digest = settings.router, None
+        if isinstance(router, PageRouter):
+            digest = functools.partial(router.digest, num_experts=facts.num_experts)
+        self.pages = PageTable(self.compressor, settings.page_size, place, digest)
+        self.routing = Routing()
         self.guard, self.probe = Guard(), Probe(settings.probe)
         queries = max(self.compressor.observed_queries, self.probe.observed_queries)
         self.observed = Observations.for_needs(settings.needs | Needs(queries=queries))
@@ -220,6 +236,21 @@ class LayerState:
         """Page the layer if `unpaged_reason` is None, else leave all its tokens in the tail."""
         self.unpaged_reason = unpaged_reason
 
+    def foretold(self, source: str, length: int) -> TokenTable | None:
+        """Return labels [B, 1, length, k] that foretell the experts of the newest `length` tokens.
+
+        `source` is "previous_layer", the choice of the nearest earlier gate for the tokens, or
+        "previous_token", the choice of this layer's gate for the token before them, which also
+        serves where there is no earlier gate. None = neither is there.
+        """
+        labels = None
+        if source == "previous_layer":
+            labels = self.neighbours.labels_before(self.facts.paged_index, length)
+        if labels is not None or self.tail.labels is None or not len(self.tail.labels):
+            return labels
+        newest = self.tail.labels.narrow(len(self.tail.labels) - 1, 1)
+        return TokenTable({k: t.expand(-1, -1, length, -1) for k, t in newest.tensors.items()})
+
     def set_scale(self, scale: float) -> None:
         self.scale = scale
 
@@ -279,6 +310,7 @@ class LayerState:
         self._tail, self.is_first = None, False
         self.num_seen = self.prompt_end = self.due = 0
         self.pages.clear()
+        self.routing.reset()
         self.observed = self.observed.anew()
         self.guard.reset()
         self.probe.reset()
@@ -291,6 +323,7 @@ class LayerState:
             self.starts = tuple(self.starts[row] for row in source)
             self.num_departed = tuple(self.num_departed[row] for row in source)
             self.pages.map_rows(source, free=free)
+            self.routing.map_rows(index)
             self.observed.map_rows(index)
 
     # ---- a repetition, which is taken back ------------------------------------------------------
@@ -321,6 +354,7 @@ class LayerState:
         if self._tail is not None:
             yield from self.tail.tensors()
         yield from self.pages.tensors()
+        yield from self.routing.tensors()
         yield from self.observed.tensors()
         yield from self.probe.tensors()
         yield from self.scheduler_tensors()

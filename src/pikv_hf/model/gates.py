@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -191,3 +192,25 @@ def experts_per_token(config: Any) -> int:
             if isinstance(getattr(owner, name, None), int):
                 return getattr(owner, name)
     return 1
+
+
+def num_experts(config: Any) -> int:
+    """Return the number of experts that a gate of a model with `config` chooses from."""
+    text = config.get_text_config(decoder=True)
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    for owner in (text, getattr(text, "ffn_config", None)):
+        for name in names:
+            number = getattr(owner, name, None)
+            number = max(number, default=None) if isinstance(number, list | tuple) else number
+            if isinstance(number, int) and number > 0:
+                return number
+    raise ValueError(
+        f"{type(text).__name__} does not say how many experts there are, under none of {names}."
+    )
+
+
+def shares(weights: Tensor) -> Tensor:
+    """Return `weights` [..., k] of a gate over their sum; equal shares where the sum is 0."""
+    positive = weights.float().clamp_min(0)
+    total = positive.sum(-1, keepdim=True)
+    return torch.where(total > 0, positive / total, 1 / weights.shape[-1])

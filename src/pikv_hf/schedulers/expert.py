@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..model.gates import shares
 from .base import Candidates, Needs, Scheduler
 from .keydiff import KeyDiff
 from .wrapper import Wrapper
@@ -107,13 +108,6 @@ def expert_term(name: str, tokens: Candidates) -> Tensor:
     heads = max(load.shape[1], experts.shape[1])
     load, index = (t.expand(-1, heads, -1) for t in (load, experts.flatten(2)))
     return (load.gather(2, index).unflatten(2, own.shape[2:]) * own).sum(-1)
-
-
-def shares(weights: Tensor) -> Tensor:
-    """Return `weights` [..., k] of a gate over their sum; equal shares where the sum is 0."""
-    positive = weights.float().clamp_min(0)
-    total = positive.sum(-1, keepdim=True)
-    return torch.where(total > 0, positive / total, 1 / weights.shape[-1])
 
 
 def ranks(scores: Tensor, valid: Tensor | None) -> Tensor:

@@ -3,11 +3,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..storage.hashing import hashed
 from ..validation import check_whole
 from .base import Candidates, Scheduler
-
-# The finaliser of MurmurHash3 for 64 bits, as signed numbers.
-MULTIPLIERS = (-49064778989728563, -4265267296055464877)
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,4 @@ class Random(Scheduler):
     def scores(self, tokens: Candidates) -> Tensor:
         heads = torch.arange(tokens.positions.shape[1], device=tokens.positions.device)
         stream = (self.seed * 1009 + tokens.layer_idx) * 4099 + heads[:, None]
-        mixed = (stream << 32) + tokens.positions.long()
-        for multiplier in MULTIPLIERS:
-            mixed = (mixed ^ (mixed >> 33)) * multiplier
-        return (mixed >> 11).double()
+        return hashed((stream << 32) + tokens.positions.long())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .codec import PageCodec, encoded
 from .memory import on_device
+from .page_list import Digest, digested
 from .token_table import TokenTable
 
 # Pages of one row and KV head that are read as one long page, for fewer and larger products.
@@ -26,6 +27,7 @@ class EncodedPages:
 
     fields: dict[str, Tensor]
     meta: TokenTable
+    digests: TokenTable
     owner: Tensor
     lengths: Tensor
     group: int
@@ -42,7 +44,10 @@ class EncodedPages:
         first, other = (
             EncodedPages(
                 {name: field[part] for name, field in self.fields.items()},
-                TokenTable({name: tensor[part] for name, tensor in self.meta.tensors.items()}),
+                *(
+                    TokenTable({name: tensor[part] for name, tensor in table.tensors.items()})
+                    for table in (self.meta, self.digests)
+                ),
                 self.owner[part],
                 self.lengths[part],
                 self.group,
@@ -52,7 +57,8 @@ class EncodedPages:
         return first, other
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (*self.fields.values(), *self.meta.tensors.values(), self.owner, self.lengths)
+        yield from (*self.fields.values(), *self.meta.tensors.values())
+        yield from (*self.digests.tensors.values(), self.owner, self.lengths)
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,19 @@ class IncomingPages:
         yield grouped.nonzero(), GROUP
         yield (chosen & ~grouped & (self.lengths > 0)).nonzero(), 1
 
-    def encoded(self, codec: PageCodec, at: Tensor, group: int) -> EncodedPages:
-        """Encode the pages with indices `at` [N, 3]."""
+    def encoded(
+        self, codec: PageCodec, at: Tensor, group: int, digest: Digest | None
+    ) -> EncodedPages:
+        """Encode the pages with indices `at` [N, 3], and make their digests."""
         row, head, page = at.unbind(1)
+        fields = self._fields(codec, row, head, page)
+        meta = TokenTable({name: t[row, head, page][:, None] for name, t in self.known.items()})
+        alone = {name: tensor[:, None, None] for name, tensor in fields.items()}
+        digests = digested(digest, codec, alone, meta, self.page_size)
         return EncodedPages(
-            fields=self._fields(codec, row, head, page),
-            meta=TokenTable({name: t[row, head, page][:, None] for name, t in self.known.items()}),
+            fields=fields,
+            meta=meta,
+            digests=TokenTable({name: tensor[:, 0, 0] for name, tensor in digests.tensors.items()}),
             owner=on_device(tuple(self.rows), row.device)[row] * self.heads + head,
             lengths=self.lengths[row, head, page].to(torch.int32),
             group=group,

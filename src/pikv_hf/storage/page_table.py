@@ -14,6 +14,7 @@ from .codec import PageCodec, encoded, flat_tokens
 from .cutting import first_places, paged, zeroed_behind
 from .finite import are_finite, refuse_if_not
 from .incoming_pages import IncomingPages
+from .page_list import Digest
 from .page_writer import PageWriter
 from .ragged_pages import RaggedPages, together
 from .room import NO_ROOM, Room
@@ -29,12 +30,20 @@ class PageTable:
     """The pages of one layer, in uniform slabs and ragged pools; codes are never changed."""
 
     def __init__(
-        self, codec: PageCodec, page_size: int, place: Callable[[Tensor], list[Tier]] = near
+        self,
+        codec: PageCodec,
+        page_size: int,
+        place: Callable[[Tensor], list[Tier]] = near,
+        digest: Digest | None = None,
     ) -> None:
-        """Make an empty table; `place(tensor)` lists the tiers that its pages fill in order."""
+        """Make an empty table; `place(tensor)` lists the tiers that its pages fill in order.
+
+        `digest` makes what a router reads of pages; None = nothing.
+        """
         self.codec = codec
         self.page_size = page_size
         self.place = place
+        self.digest = digest
         self.slabs: list[UniformPages | RaggedPages] = []
         self._unread: list[Tensor] = []
 
@@ -66,7 +75,8 @@ class PageTable:
         codes = {name: paged(tensor, size) for name, tensor in span.codes().items()}
         states = {} if codes else self._states(span, size)
         sample = next(iter((codes or states).values()))
-        writer = PageWriter(self.codec, self.place(sample), self.slabs, batch, room)
+        tiers = self.place(sample)
+        writer = PageWriter(self.codec, tiers, self.slabs, batch, room, self.digest)
         known = span.without_codes().without("keys", "values", "valid")
         positions = TokenTable({"positions": known["positions"].to(torch.int32)})
         known = positions.with_columns(known.without("positions"))

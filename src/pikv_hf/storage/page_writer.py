@@ -14,6 +14,7 @@ from torch import Tensor
 from .codec import PageCodec
 from .incoming_pages import EncodedPages, IncomingPages
 from .memory import is_own, trim_heap
+from .page_list import Digest, digested
 from .ragged_pages import RaggedPages
 from .room import MERGED, SPARE, Room, grown_pages
 from .tiers import Tier
@@ -31,7 +32,8 @@ TRIMMED = 2**22
 class PageWriter:
     """Writes pages of `batch` rows, encoded by members of `codec`, to the end of `slabs`.
 
-    New stores are made in the first of `tiers` that has room, with `room` for later pages.
+    New stores are made in the first of `tiers` that has room, with `room` for later pages. `digest`
+    makes what a router reads of pages.
     """
 
     codec: PageCodec
@@ -39,6 +41,7 @@ class PageWriter:
     slabs: list[UniformPages | RaggedPages]
     batch: int
     room: Room
+    digest: Digest | None = None
 
     def write_uniform(
         self,
@@ -54,6 +57,7 @@ class PageWriter:
         """
         slab = self.slabs[-1] if self.slabs else None
         heads, pages = next(iter(fields.values())).shape[1:3]
+        digests = digested(self.digest, self.codec, fields, known, size)
         grows = len(rows) == self.batch and not any(n % size for n in lengths)
         start = 0
         is_alike = isinstance(slab, UniformPages) and slab.page_size == size
@@ -63,6 +67,7 @@ class PageWriter:
                 {k: t.narrow(2, 0, start) for k, t in fields.items()},
                 known.narrow(0, min(start * size, len(known))),
                 [min(n, start * size) for n in lengths],
+                digests.narrow(0, start),
             )
             if start == pages:
                 return
@@ -84,6 +89,7 @@ class PageWriter:
                 tier=tier,
                 fields={k: tier.hold(t.narrow(2, start, count), wide) for k, t in fields.items()},
                 meta=known.narrow(start * size, tokens).with_room(wide * size),
+                digests=digests.narrow(start, count).with_room(wide),
                 lengths=[max(min(n - start * size, tokens), 0) for n in lengths],
                 page_size=size,
                 readers=list(rows),
@@ -145,7 +151,7 @@ class PageWriter:
             for chosen, group in places:
                 # In small portions, so that temporary copies are small.
                 for at in chosen.split(size) if len(chosen) else ():
-                    pages = new.encoded(member, at, group)
+                    pages = new.encoded(member, at, group, self.digest)
                     while len(pages):
                         room_of = functools.partial(
                             self._pool_room, pages, unwritten, self.batch * new.heads, len(members)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .codec import MAX_WEIGHTED, PageCodec, attend_states, cover, decoded, flat_tokens
 from .incoming_pages import EncodedPages
 from .memory import is_writable
+from .page_list import PageList
 from .prefetch import Block
 from .row_map import PageStore, Partial
 from .tiers import Tier
@@ -35,12 +36,13 @@ class RaggedPages(PageStore):
     """Pages of one encoding in any order, each with its owner.
 
     `fields` [capacity, ...] are the encoded pages, `meta` [capacity, 1, P, ...] other data of their
-    tokens, `owner` [capacity] = stored row * H + KV head, and `lengths` [capacity] the number of
+    tokens, `digests` [capacity, ...] what a router reads of them, `owner` [capacity] = stored row * H + KV head, and `lengths` [capacity] the number of
     valid tokens, which come first in a page. `runs` lists the runs of pages in order.
     """
 
     codec: PageCodec
     meta: TokenTable
+    digests: TokenTable
     owner: Tensor
     lengths: Tensor
     runs: list[Run]
@@ -48,6 +50,7 @@ class RaggedPages(PageStore):
     heads: int
     _in_place: tuple[int, list[Block]] | None = field(default=None, repr=False)
     _held: Tensor | None = field(default=None, repr=False)
+    _list: PageList | None = field(default=None, repr=False)
 
     @property
     def rows(self) -> int:
@@ -94,7 +97,8 @@ class RaggedPages(PageStore):
             codec=codec,
             tier=tier,
             fields={k: tier.empty(v, room, *v.shape[1:]) for k, v in pages.fields.items()},
-            meta=TokenTable({name: empty(tensor) for name, tensor in pages.meta.tensors.items()}),
+            meta=TokenTable({k: empty(tensor) for k, tensor in pages.meta.tensors.items()}),
+            digests=TokenTable({k: empty(tensor) for k, tensor in pages.digests.tensors.items()}),
             owner=empty(pages.owner),
             lengths=empty(pages.lengths),
             runs=[],
@@ -125,7 +129,8 @@ class RaggedPages(PageStore):
         self.changed()
 
     def _stored(self) -> Iterator[Tensor]:
-        yield from (*self.fields.values(), *self.meta.tensors.values(), self.owner, self.lengths)
+        yield from (*self.fields.values(), *self.meta.tensors.values())
+        yield from (*self.digests.tensors.values(), self.owner, self.lengths)
 
     def _add_run(self, new: Run) -> None:
         if self.runs and self.runs[-1].group == new.group:
@@ -199,7 +204,7 @@ class RaggedPages(PageStore):
 
     def changed(self) -> None:
         super().changed()
-        self._in_place = self._held = None
+        self._in_place = self._held = self._list = None
 
     def _blocks(self, max_pages: int) -> Iterator[Block]:
         """Return `_views`; for pages read in place they are made once, not at every step."""
@@ -262,13 +267,45 @@ class RaggedPages(PageStore):
         index = keep.nonzero().flatten()
         self.fields = {k: self.tier.select(v, index) for k, v in self.fields.items()}
         self.meta = self.meta.select_rows(index)
+        self.digests = self.digests.select_rows(index)
         self.owner = owner.index_select(0, index)
         self.lengths = self.lengths[: len(keep)].index_select(0, index)
         self.runs = [Run(len(index), 1)] if len(index) else []
 
+    def page_list(self) -> PageList:
+        if self._list is None:
+            owners, used = self.rows * self.heads, self.page_count
+            owner, lengths = self.owner[:used], self.lengths[:used].long()
+            counts = torch.bincount(owner, minlength=owners)
+            order, width = owner.argsort(stable=True), int(counts.max())
+            # `order` is sorted by owner, so an owner's pages begin at the sum of earlier counts.
+            rank = torch.arange(width, device=owner.device)
+            is_held = rank < counts[:, None]
+            at = ((counts.cumsum(0) - counts)[:, None] + rank).clamp_max(used - 1)
+            places = order[at].unflatten(0, (self.rows, self.heads))
+            tokens = lengths[places] * is_held.view(places.shape)
+            is_full = tokens == self.page_size
+            full = is_full.sum(-1)
+            self._list = PageList(
+                digests=TokenTable({k: t[places] for k, t in self.digests.tensors.items()}),
+                first=self.meta["positions"][:used, 0, 0][places],
+                tokens=tokens,
+                full=full.cpu(),
+                partial=((tokens > 0).sum(-1) - full).cpu(),
+                places=places,
+            )
+        return self._list
+
+    def flat_fields(self) -> dict[str, Tensor]:
+        return self.fields
+
+    def columns(self, places: Tensor) -> Tensor:
+        return self.meta["positions"][:, 0][places]
+
     def tensors(self) -> Iterator[Tensor]:
         yield from self._stored()
         yield from self._index.values()
+        yield from () if self._list is None else self._list.tensors()
 
 
 def together(

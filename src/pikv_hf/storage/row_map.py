@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .memory import on_device
+from .page_list import PageList
 from .tiers import Tier
 
 Partial = tuple[Tensor, Tensor]
@@ -59,6 +60,18 @@ class PageStore(ABC):
         """
 
     @abstractmethod
+    def page_list(self) -> PageList:
+        """Return the pages of each KV head. On a device, it may wait after pages have changed."""
+
+    @abstractmethod
+    def flat_fields(self) -> dict[str, Tensor]:
+        """Return the encoded pages as views [N, ...], whose first index `PageList.places` has."""
+
+    @abstractmethod
+    def columns(self, places: Tensor) -> Tensor:
+        """Return the columns [..., P] of the tokens of the pages at `places` [...]."""
+
+    @abstractmethod
     def crop(self, position: int) -> None:
         """Drop every token from column `position` on. Only for pages in order of position."""
 
@@ -75,6 +88,11 @@ class PageStore(ABC):
         """Bytes of the encoded pages, including the room for more."""
         return sum(tensor.nbytes for tensor in self.fields.values())
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one encoded page of a KV head."""
+        return sum(tensor[:1].nbytes for tensor in self.flat_fields().values())
+
     def __getstate__(self) -> dict[str, Any]:
         self.changed()  # derived tensors are made again
         return vars(self)
@@ -90,6 +108,15 @@ class PageStore(ABC):
 
     def is_read_by_all(self, batch: int) -> bool:
         return self.readers == list(range(batch))
+
+    def spread(self, out: Tensor, lse: Tensor, batch: int) -> Partial:
+        """Extend results [readers, ...] to all batch rows; other rows attend to no key."""
+        if self.is_read_by_all(batch):
+            return out, lse
+        readers = self.index("readers", out.device)
+        all_out = out.new_zeros(batch, *out.shape[1:])
+        all_lse = lse.new_full((batch, *lse.shape[1:]), -torch.inf)
+        return all_out.index_copy_(0, readers, out), all_lse.index_copy_(0, readers, lse)
 
     def is_in_order(self) -> bool:
         """Return True if reader i reads stored row i, and every stored row is read."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .codec import PageCodec, attend_masked, cover, decoded, flat_tokens
 from .memory import is_writable, on_device
+from .page_list import PageList
 from .row_map import PageStore, Partial
 from .token_table import TokenTable
 
@@ -31,15 +32,18 @@ class UniformPages(PageStore):
     """Pages of R stored rows, whose KV heads have equally many tokens.
 
     `fields` [R, H, S, ...] are the encoded pages; `meta` [R or 1, H or 1, S * P, ...] is other data
-    of their tokens, such as `positions`. The first `lengths[r]` tokens of row r are valid. Places
-    up to the longest row are read, but masked in shorter rows.
+    of their tokens, such as `positions`, and `digests` [R or 1, H or 1, S, ...] what a router reads
+    of them. The first `lengths[r]` tokens of row r are valid. Places up to the longest row are read,
+    but masked in shorter rows.
     """
 
     codec: PageCodec
     meta: TokenTable
+    digests: TokenTable
     lengths: list[int]
     page_size: int
     _whole: Block | None = field(default=None, repr=False)
+    _list: PageList | None = field(default=None, repr=False)
 
     @property
     def length(self) -> int:
@@ -91,7 +95,8 @@ class UniformPages(PageStore):
             for new, held in zip(meta[name].shape[:2], self.meta[name].shape[:2], strict=True)
         )
         is_even = self.is_even and min(lengths) == max(lengths)
-        is_per_row = all(tensor.shape[0] == self.rows for tensor in self.meta.tensors.values())
+        own = (*self.meta.tensors.values(), *self.digests.tensors.values())
+        is_per_row = all(tensor.shape[0] == self.rows for tensor in own)
         is_cut = any(n % self.page_size for n in (*self.lengths, *(() if is_even else lengths)))
         is_free = (
             alike
@@ -123,30 +128,43 @@ class UniformPages(PageStore):
                 for k, t in self.fields.items()
             },
             meta=self.meta.narrow(0, 0).with_room(pages * self.page_size),
+            digests=self.digests.narrow(0, 0).with_room(pages),
             lengths=[0] * self.rows,
             _index={},
         )
         for part in parts:
             fields = {name: tensor[:, :, : part.pages] for name, tensor in part.fields.items()}
             meta = part.meta.narrow(0, part.pages * self.page_size)
-            joined.write(fields, meta, part.lengths)
+            joined.write(fields, meta, part.lengths, part.digests.narrow(0, part.pages))
             part.changed()
             part.fields.clear()  # frees its memory, which the next part is copied into
         return joined
 
-    def write(self, fields: dict[str, Tensor], meta: TokenTable, lengths: list[int]) -> None:
-        """Append pages `fields` [R, H, s, ...] with `meta`: `lengths[r]` tokens of row r."""
+    def write(
+        self,
+        fields: dict[str, Tensor],
+        meta: TokenTable,
+        lengths: list[int],
+        digests: TokenTable,
+    ) -> None:
+        """Append pages `fields` [R, H, s, ...] with `meta` and `digests`: `lengths[r]` tokens of row r."""
         if self.is_even and min(lengths) == max(lengths):
             for name, tensor in fields.items():
                 self.fields[name].narrow(2, self.pages, tensor.shape[2]).copy_(tensor)
             self.meta.write(self.length, meta)
+            if digests.tensors:
+                self.digests.write(self.pages, digests)
         else:
-            self._write_behind_each_row(fields, meta, lengths)
+            self._write_behind_each_row(fields, meta, lengths, digests)
         self.lengths = [n + more for n, more in zip(self.lengths, lengths, strict=True)]
         self.changed()
 
     def _write_behind_each_row(
-        self, fields: dict[str, Tensor], meta: TokenTable, lengths: list[int]
+        self,
+        fields: dict[str, Tensor],
+        meta: TokenTable,
+        lengths: list[int],
+        digests: TokenTable,
     ) -> None:
         """Write the new pages of each row behind its last page."""
         size = self.page_size
@@ -155,7 +173,8 @@ class UniformPages(PageStore):
         places = _places(tuple(held), tuple(new), self._sample.device)
         paged = {k: t.unflatten(2, (-1, size)) for k, t in self.meta.tensors.items()}
         more = {k: t.unflatten(2, (-1, size)) for k, t in meta.tensors.items()}
-        for all_held, all_new in ((self.fields, fields), (paged, more)):
+        pairs = (self.fields, fields), (paged, more), (self.digests.tensors, digests.tensors)
+        for all_held, all_new in pairs:
             for name, tensor in all_held.items():
                 tensor[:, :, exposed] = 0  # masked places are read, too: they must be finite
                 wide = all_new[name].expand(self.rows, *all_new[name].shape[1:])
@@ -166,11 +185,12 @@ class UniformPages(PageStore):
 
     def changed(self) -> None:
         super().changed()
-        self._whole = None
+        self._whole = self._list = None
 
     def keep_rows(self, used: Tensor) -> None:
         self.fields = {k: self.tier.select(v, used) for k, v in self.fields.items()}
         self.meta = self.meta.select_rows(used)
+        self.digests = self.digests.select_rows(used)
         self.lengths = [self.lengths[row] for row in used.tolist()]
 
     def crop(self, position: int) -> None:
@@ -193,37 +213,34 @@ class UniformPages(PageStore):
                 mask = cover(mask, columns.expand(self.rows, -1, -1), covered)
             yield attend_masked(self.codec, query, fields, tokens, scale, mask)
 
-    def attend_selected(
-        self, query: Tensor, pages: Tensor, scale: float, covered: Tensor | None = None
-    ) -> Iterator[Partial]:
-        """Yield partial results of the n readers' `query` [n, H, Q, Dk] over a selection of pages.
+    def page_list(self) -> PageList:
+        if self._list is None:
+            size, pages, heads = self.page_size, self.pages, self._sample.shape[1]
+            device = self.meta["positions"].device
+            lengths = torch.tensor(self.lengths)[:, None].expand(-1, heads)
+            starts = torch.arange(0, pages * size, size, device=device)
+            held = on_device(tuple(self.lengths), device)[:, None, None]
+            owners = torch.arange(self.rows * heads, device=device).view(self.rows, heads, 1)
+            room = self.capacity // size
+            self._list = PageList(
+                digests=self.digests.narrow(0, pages),
+                first=self.meta["positions"][:, :, : pages * size : size],
+                tokens=(held - starts).clamp(0, size),
+                full=lengths // size,
+                partial=(lengths % size > 0).long(),
+                places=owners * room + torch.arange(pages, device=device),
+            )
+        return self._list
 
-        `pages` [n, H, K] are indices of full pages, or of pages behind the end of a row, which get
-        no weight. `covered` [n, Q, columns] as for `attend`.
-        """
-        step, stored = self._pages_per_block(), self.index("stored", pages.device)
-        rows = TokenTable(self.fields).select_rows(stored)
-        ends = on_device(tuple(self.lengths), pages.device)[stored] // self.page_size
-        for start in range(0, pages.shape[2], step):
-            chosen = pages[:, :, start : start + step]
-            fields = self.tier.bring(rows.gather(chosen).tensors)
-            tokens = chosen.shape[2] * self.page_size
-            if self.is_even and covered is None:
-                yield self.codec.attend(query, fields, tokens, scale)
-                continue
-            is_behind = (chosen >= ends[:, None, None]).repeat_interleave(self.page_size, dim=2)
-            mask = new_mask(query, *is_behind.shape)
-            mask = mask.masked_fill_(is_behind, lowest_score(query.dtype))[:, :, None]
-            if covered is not None:
-                columns = TokenTable({"at": self._paged_positions()}).select_rows(stored)
-                mask = cover(mask, columns.gather(chosen)["at"].flatten(2), covered)
-            yield attend_masked(self.codec, query, fields, tokens, scale, mask)
+    def flat_fields(self) -> dict[str, Tensor]:
+        return {name: tensor.flatten(0, 2) for name, tensor in self.fields.items()}
 
-    def _paged_positions(self) -> Tensor:
-        """Return the positions [R, H or 1, S, P] of the tokens of all full pages."""
-        full = self.length // self.page_size * self.page_size
-        paged = self.meta["positions"].narrow(2, 0, full).unflatten(2, (-1, self.page_size))
-        return paged.expand(self.rows, *paged.shape[1:])
+    def columns(self, places: Tensor) -> Tensor:
+        room, size = self.capacity // self.page_size, self.page_size
+        positions = self.meta["positions"].unflatten(2, (room, size))
+        owners = self._sample.shape[:2]
+        row, head, page = torch.unravel_index(places, (*owners, room))
+        return positions.expand(*owners, room, size)[row, head, page]
 
     def _mask(self, query: Tensor) -> Tensor:
         """Return the additive mask [R, 1, 1, length] that hides places behind the end of a row."""
@@ -286,7 +303,9 @@ class UniformPages(PageStore):
     def tensors(self) -> Iterator[Tensor]:
         yield from self.fields.values()
         yield from self.meta.tensors.values()
+        yield from self.digests.tensors.values()
         yield from self._index.values()
+        yield from () if self._list is None else self._list.tensors()
 
 
 def _places(

@@ -1,0 +1,165 @@
+"""Attention over the pages that a router selects.
+
+Shapes: B batch rows, H KV heads, G query heads of each, q new tokens, R = G * q, M pages of all
+stores, K of them selected, n readers of a store, D key dim, Dv value dim.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..layer.planning import planned
+from ..layer.routing import Candidates, Plan
+from ..layer.state import LayerState
+from ..routers import PageRouter, Query
+from ..storage.row_map import PageStore, Partial
+from ..storage.selected import Selection
+
+
+def selecting_router(state: LayerState, length: int) -> PageRouter | None:
+    """Return the router if it selects pages for `length` new tokens; a prompt reads all pages."""
+    router = state.settings.router
+    if not isinstance(router, PageRouter) or not state.pages.slabs:
+        return None
+    is_draft = state.is_drafting and state.reading.prompt_length is None
+    if state.reading.is_prompt(state.num_seen - length, length) and not is_draft:
+        return None
+    return router
+
+
+def selected(
+    state: LayerState, router: PageRouter, query: Tensor, length: int, scale: float
+) -> list[Selection] | None:
+    """Return the pages that `query` [B, H, R, D] reads of each store; None = all of all stores."""
+    plan = planned(state, router)
+    if plan.reads_all:
+        return None
+    asked = _query(state, router, plan, query.unflatten(2, (-1, length)), scale)
+    index, is_read = _selected(router, plan, asked)
+    if router.has_state:
+        state.routing.set_state(_updated(router, plan, asked, index, is_read))
+    each = (_selection(plan, candidates, index, is_read) for candidates in plan.candidates)
+    selections = [selection for selection in each if selection is not None]
+    state.routing.note(selections)
+    return selections
+
+
+def attend_selected(
+    selections: list[Selection],
+    query: Tensor,
+    length: int,
+    scale: float,
+    covered: Tensor | None,
+) -> Iterator[Partial]:
+    """Yield partial results [B, H, R, ...] of `query` [B, H, R, D] over the selected pages.
+
+    `covered` [B, R, columns] bool is True at columns that a query may not see; None = it sees all.
+    """
+    batch, apart = query.shape[0], query.unflatten(2, (-1, length)).transpose(2, 3)
+    for selection in selections:
+        store, hidden = selection.store, None
+        if covered is not None:  # [B, R, c] to [n * q, G, c]
+            hidden = _apart(store, covered.unflatten(1, (-1, length)))
+        for both in selection.attend(_apart(store, apart), scale, hidden):
+            out, lse = (t.unflatten(0, (-1, length)).movedim(1, 3).flatten(2, 3) for t in both)
+            yield store.spread(out, lse, batch)
+
+
+def _query(
+    state: LayerState, router: PageRouter, plan: Plan, states: Tensor, scale: float
+) -> Query:
+    """Return the `states` [B, H, G, q, D] with what else a router may ask with."""
+    length, rows = states.shape[3], list(range(len(states)))
+    columns = torch.arange(state.num_seen - length, state.num_seen, device=states.device)[None]
+    labels = state.foretold(router.source, length) if router.needs_labels else None
+    return Query(
+        states=states,
+        scale=scale,
+        positions=state.columns.numbered(rows, columns),
+        layer_idx=state.layer_idx,
+        max_pages=plan.slots,
+        experts=None if labels is None else labels["experts"][:, 0],
+        weights=None if labels is None else labels["weights"][:, 0],
+        state=state.routing.state,
+    )
+
+
+def _selected(router: PageRouter, plan: Plan, query: Query) -> tuple[Tensor, Tensor | None]:
+    """Return indices [B, H, q, K] of pages among those of all stores, and which are read; None = all."""
+    batch, heads = query.states.shape[:2]
+    scores = [router.scores(query, c.pages) for c in plan.candidates]
+    if len(scores) > 1:
+        scores = [each.expand(batch, heads, *each.shape[2:]) for each in scores]
+    of_heads = router.over_group(scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1))
+    biased = of_heads + plan.bias
+    if router.has_ties:  # the newest of equal pages first
+        order = biased.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+        index = biased.shape[-1] - 1 - order[..., : plan.slots]
+    else:
+        index = biased.topk(plan.slots, dim=-1).indices
+    if router.top_p is None:
+        if plan.limits is None:
+            return index, None
+        place = torch.arange(plan.slots, device=index.device)
+        return index, place < plan.limits[:, :, None, None]
+    logits = router.logits(of_heads, query.scale)
+    logits = logits.masked_fill(plan.bias == -torch.inf, -torch.inf)
+    mass = logits.softmax(-1).expand(biased.shape).gather(3, index)
+    chosen = biased.gather(3, index)
+    is_read = (mass.cumsum(-1) - mass < router.top_p) | (chosen == torch.inf)
+    is_read &= chosen != -torch.inf
+    needed = int(is_read.sum(-1).max())  # waits for the device
+    return index[..., :needed], is_read[..., :needed]
+
+
+def _updated(
+    router: PageRouter, plan: Plan, query: Query, index: Tensor, is_read: Tensor | None
+) -> Tensor | None:
+    """Return the state of the router after the pages `index` [B, H, q, K] were read."""
+    ones = torch.ones_like(index, dtype=torch.float32)
+    counts = ones if is_read is None else ones * is_read
+    total = torch.zeros_like(plan.bias[:, :, 0]).scatter_add_(
+        2, index.flatten(2), counts.flatten(2)
+    )
+    read = [(c.pages, total.narrow(2, c.start, c.count)) for c in plan.candidates]
+    return router.updated(query, read)
+
+
+def _selection(
+    plan: Plan, candidates: Candidates, index: Tensor, is_read: Tensor | None
+) -> Selection | None:
+    """Return the selected pages of one store, for n * q queries apart; None = there are none."""
+    length, pages = index.shape[2], index
+    if len(plan.candidates) > 1:
+        pages = index - candidates.start
+        inside = (pages >= 0) & (pages < candidates.count)
+        inside = inside if is_read is None else inside & is_read
+        width = min(index.shape[3], candidates.count)
+        if index.device.type == "cpu":
+            width = min(width, int(inside.sum(-1).max()))
+        if not width:
+            return None
+        order = inside.int().argsort(dim=-1, descending=True, stable=True)[..., :width]
+        pages = pages.gather(3, order).clamp(0, candidates.count - 1)
+        is_read = inside.gather(3, order)
+        if index.device.type == "cpu" and bool(is_read.all()):
+            is_read = None
+    pages = pages.flatten(2)
+    places, tokens = candidates.places.gather(2, pages), None
+    if is_read is not None or candidates.has_partial:
+        tokens = candidates.tokens.expand(candidates.places.shape).gather(2, pages)
+        tokens = tokens if is_read is None else tokens * is_read.flatten(2)
+    places, tokens = (
+        None if t is None else _apart(candidates.store, t.unflatten(2, (length, -1)))
+        for t in (places, tokens)
+    )
+    assert places is not None, "it is a tensor"
+    return Selection(candidates.store, places, tokens)
+
+
+def _apart(store: PageStore, each: Tensor) -> Tensor:
+    """Return entries [n * q, H, ...] of the n readers of a store, from [B, H, q, ...] of all rows."""
+    if not store.is_read_by_all(len(each)):
+        each = each.index_select(0, store.index("readers", each.device))
+    return each.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,92 @@
+"""The plan of a layer's router: the pages to select from, and how many of them are read."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..routers import PageRouter, Pages
+from ..storage.memory import on_device
+from ..storage.page_list import PageList
+from ..storage.ragged_pages import RaggedPages
+from ..storage.row_map import PageStore
+from ..storage.selected import taken
+from ..storage.tiers import Near
+from ..storage.uniform_pages import UniformPages
+from .routing import Candidates, Plan
+from .state import LayerState
+
+
+def planned(state: LayerState, router: PageRouter) -> Plan:
+    """Return the plan for the pages of the layer, made anew if they have changed."""
+    lists = [store.page_list() for store in state.pages.slabs]
+    return state.routing.plan_for(lists, lambda: _plan(state, router, lists))
+
+
+def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
+    batch, heads = state.tail.batch, state.tail.keys.shape[1]
+    full = torch.zeros(batch, heads, dtype=torch.int64)
+    partial = torch.zeros_like(full)
+    candidates: list[Candidates] = []
+    biases: list[Tensor] = []
+    num_sinks = max(state.settings.num_sinks, 1)
+    start = 0
+    for store, held in zip(state.pages.slabs, lists, strict=True):
+        readers, stored = torch.tensor(store.readers), torch.tensor(store.stored)
+        full.index_add_(0, readers, held.full[stored])
+        partial.index_add_(0, readers, held.partial[stored])
+        rows = None if _is_read_in_order(store, batch) else _rows(store, batch, held.first.device)
+        first, tokens = _of_rows(held.first, rows), _of_rows(held.tokens, rows)
+        places = held.places if rows is None else held.places.index_select(0, rows)
+        digests = {name: _of_rows(t, rows) for name, t in held.digests.tensors.items()}
+        position = state.columns.numbered(list(range(batch)), first).long()
+        pages = Pages(
+            digests=router.prepared(digests),
+            numbers=position // state.settings.page_size,
+            is_near=store.tier.name == Near.name,
+            keys=functools.partial(_keys, store, places),
+        )
+        is_always = (position < num_sinks) | (tokens < store.page_size)
+        bias = torch.where(is_always, torch.inf, 0.0).masked_fill(tokens == 0, -torch.inf)
+        if not store.is_read_by_all(batch):
+            is_reader = torch.zeros(batch, dtype=torch.bool).index_fill(0, readers, True)
+            bias = bias.masked_fill(~is_reader.to(bias.device)[:, None, None], -torch.inf)
+        biases.append(bias.expand(batch, heads, -1))
+        has_partial = bool(held.partial.any())
+        candidates.append(Candidates(store, pages, places, tokens, has_partial, start))
+        start += places.shape[2]
+    size = min(store.page_size for store in state.pages.slabs)
+    largest = max(state.pages.slabs, key=lambda store: store.nbytes)
+    page_bytes = largest.page_bytes * heads * state.facts.num_paged
+    wanted = router.counts(full, -(-num_sinks // size), page_bytes)
+    counts = wanted + partial
+    slots = int(counts.max())
+    is_even = bool((counts == slots).all())
+    return Plan(
+        candidates=candidates,
+        bias=torch.cat(biases, dim=-1)[:, :, None],
+        slots=slots,
+        limits=None if is_even else counts.to(biases[0].device),
+        reads_all=router.top_p is None and bool((wanted == full).all()),
+    )
+
+
+def _is_read_in_order(store: PageStore, batch: int) -> bool:
+    return store.is_in_order() and store.is_read_by_all(batch)
+
+
+def _rows(store: PageStore, batch: int, device: torch.device) -> Tensor:
+    """Return the stored row [B] that each batch row reads; 0 for rows that read none."""
+    stored_of = dict(zip(store.readers, store.stored, strict=True))
+    return on_device(tuple(stored_of.get(row, 0) for row in range(batch)), device)
+
+
+def _of_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the entries of stored `rows` of [R or 1, ...]; None = all rows as they are."""
+    return tensor if rows is None or tensor.shape[0] == 1 else tensor.index_select(0, rows)
+
+
+def _keys(store: UniformPages | RaggedPages, places: Tensor) -> Tensor:
+    """Decode the keys [B, H, m, P, D] of the pages at `places` [B, H, m]."""
+    fields = {name: taken(tensor, places) for name, tensor in store.flat_fields().items()}
+    return store.codec.decode_keys(store.tier.bring(fields))
