@@ -136,7 +136,7 @@ def test_constant_bytes(name, router) -> None:
     )
     ids_held = totals[-1] - layer_bytes[-1]
     assert ids_held <= 5 * 1200 + 1024, "more than the ids of the tokens grows with the text"
-    held = max(row.held_tokens for row in cache.report().layers)
+    held = max(row.tokens_held for row in cache.report().layers)
     assert held <= 64 + 8
 
 

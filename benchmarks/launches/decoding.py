@@ -26,6 +26,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "adakv": {"scheduler": "adakv", "budget": 0.25},
     "expert+int4": {"scheduler": "expert", "budget": 0.25, "compressor": "int4"},
     "streaming_llm": {"scheduler": "streaming_llm", "budget": 0.25},
+    "quest": {"router": "quest"},
+    "quest+int4": {"router": "quest", "compressor": "int4"},
+    "topk": {"router": "topk"},
+    "pikv": {"router": "pikv"},
 }
 
 

@@ -4,6 +4,7 @@ Shapes: B batch rows, H KV heads, G query heads of each, q new tokens, R = G * q
 stores, K of them selected, n readers of a store, D key dim, Dv value dim.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -41,7 +42,7 @@ def selected(
         state.routing.set_state(_updated(router, plan, asked, index, is_read))
     each = (_selection(plan, candidates, index, is_read) for candidates in plan.candidates)
     selections = [selection for selection in each if selection is not None]
-    state.routing.note(selections)
+    state.routing.note(selections, length)
     return selections
 
 
@@ -70,19 +71,25 @@ def _query(
     state: LayerState, router: PageRouter, plan: Plan, states: Tensor, scale: float
 ) -> Query:
     """Return the `states` [B, H, G, q, D] with what else a router may ask with."""
-    length, rows = states.shape[3], list(range(len(states)))
-    columns = torch.arange(state.num_seen - length, state.num_seen, device=states.device)[None]
+    length = states.shape[3]
     labels = state.foretold(router.source, length) if router.needs_labels else None
     return Query(
         states=states,
         scale=scale,
-        positions=state.columns.numbered(rows, columns),
+        positions=functools.partial(_positions, state, states),
         layer_idx=state.layer_idx,
         max_pages=plan.slots,
         experts=None if labels is None else labels["experts"][:, 0],
         weights=None if labels is None else labels["weights"][:, 0],
         state=state.routing.state,
     )
+
+
+def _positions(state: LayerState, states: Tensor) -> Tensor:
+    """Return the positions [B or 1, q] of the newest tokens, of `states` [B, H, G, q, D]."""
+    end = state.num_seen
+    columns = torch.arange(end - states.shape[3], end, device=states.device)[None]
+    return state.columns.numbered(list(range(len(states))), columns)
 
 
 def _selected(router: PageRouter, plan: Plan, query: Query) -> tuple[Tensor, Tensor | None]:
@@ -145,17 +152,15 @@ def _selection(
         is_read = inside.gather(3, order)
         if index.device.type == "cpu" and bool(is_read.all()):
             is_read = None
-    pages = pages.flatten(2)
-    places, tokens = candidates.places.gather(2, pages), None
+    store, tokens = candidates.store, None
     if is_read is not None or candidates.has_partial:
-        tokens = candidates.tokens.expand(candidates.places.shape).gather(2, pages)
-        tokens = tokens if is_read is None else tokens * is_read.flatten(2)
-    places, tokens = (
-        None if t is None else _apart(candidates.store, t.unflatten(2, (length, -1)))
-        for t in (places, tokens)
-    )
-    assert places is not None, "it is a tensor"
-    return Selection(candidates.store, places, tokens)
+        held = candidates.tokens.expand(*pages.shape[:2], -1).gather(2, pages.flatten(2))
+        held = held.view(pages.shape)
+        tokens = _apart(store, held if is_read is None else held * is_read)
+    rows = None
+    if length > 1 or not (store.is_in_order() and store.is_read_by_all(len(pages))):
+        rows = store.index("stored", pages.device).repeat_interleave(length)
+    return Selection(store, rows, _apart(store, pages), tokens)
 
 
 def _apart(store: PageStore, each: Tensor) -> Tensor:

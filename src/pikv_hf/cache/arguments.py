@@ -1,5 +1,6 @@
 """Checks of the arguments of `PiKVCache`, and the settings made from them."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from ..validation import check_count, check_flag, check_whole, resolve
 
 DEFAULT_WINDOW = 128
 LOSSLESS_WINDOW = 512
+# Pages that a query is assumed to read, where the router does not say it.
+READ_PAGES = 64
 
 
 def check_budget(given: Any, scheduler: Scheduler | None) -> Budget | None:
@@ -55,8 +58,28 @@ def default_window(window: int | None, count: int | None, saves_memory: bool, si
     return window
 
 
-def make_settings(given: dict[str, Any]) -> Settings:
-    """Return the arguments of `PiKVCache`, by name, as settings: checked, with names resolved."""
+def best_page_size(config: Any, router: Router | None) -> int:
+    """Return the page size that `page_size="auto"` stands for in a model with `config`.
+
+    A query reads a summary of each of L / S pages and the S tokens of each of K pages. PiKV (arXiv
+    2508.06526) finds the fewest at S = sqrt(L / K) on one device. L is the longest text of the model,
+    K the router's `top_pages`, or 64. The nearest power of two is used, from 16 to 64.
+    """
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is None:
+        raise ValueError(
+            f"`page_size` is 'auto', but {type(config).__name__} has no `max_position_embeddings`: give "
+            "a number of tokens."
+        )
+    pages = getattr(router, "top_pages", None) or READ_PAGES
+    return 2 ** min(max(round(math.log2(longest / pages) / 2), 4), 6)
+
+
+def make_settings(given: dict[str, Any], config: Any) -> Settings:
+    """Return the arguments of `PiKVCache`, by name, as settings: checked, with names resolved.
+
+    `config` is the config of the model.
+    """
     scheduler = resolve("scheduler", given["scheduler"], SCHEDULERS, Scheduler)
     compressor = resolve("compressor", given["compressor"], COMPRESSORS, Compressor) or Identity()
     router = resolve("router", given["router"], ROUTERS, Router)
@@ -68,6 +91,9 @@ def make_settings(given: dict[str, Any]) -> Settings:
     if interval is not None:
         check_count("interval", interval)
     _check_together(scheduler, compressor)
+    page_size = given["page_size"]
+    if page_size == "auto":
+        page_size = best_page_size(config, router)
     own = None if scheduler is None else scheduler.budget(0)
     count = own if budget is None else budget.min_count
     settings = Settings(
@@ -75,7 +101,7 @@ def make_settings(given: dict[str, Any]) -> Settings:
         scheduler=scheduler,
         router=router,
         placement=resolve("placement", given["placement"], PLACEMENTS, Placement) or Local(),
-        page_size=check_count("page_size", given["page_size"]),
+        page_size=check_count("page_size", page_size),
         window=0,
         has_given_window=given["window"] is not None,
         budget=budget,

@@ -127,7 +127,11 @@ class AttachedCache(PagedCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append the new states of one layer; return the keys and values for its attention."""
+        """Append the new states of one layer; return the keys and values for its attention.
+
+        A model that knows the experts of its tokens before its gates run may pass `expert_ids`, and
+        `expert_weights`, [B, T, k] each: see `PagedLayer.update`.
+        """
         self._check_use()
         layer = self.layer_at(layer_idx)
         if isinstance(layer, PagedLayer):

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from typing_extensions import Self
 
+from ..attach.binding import unwrap
 from ..compressors import Compressor, Identity
 from ..layer.paged_layer import PagedLayer
 from ..placements import Placement
@@ -59,10 +60,10 @@ class PiKVCache(AttachedCache):
             of one token counts as generation, except within `holding()`.
         compressor: how sealed pages are stored: a name of `COMPRESSORS`, a `Compressor`, or None
             for the model's dtype.
-        router: which pages a query reads: a name of `ROUTERS`, a `Router`, or None for all. With a
-            router, pages carry the experts that the model chose for their tokens.
+        router: which pages a generated token reads: a name of `ROUTERS`, a `Router`, or None for all.
+            Routers that compare experts need a model with gates.
         placement: where pages live: a name of `PLACEMENTS` or a `Placement`.
-        page_size: tokens of a page.
+        page_size: tokens of a page; "auto" = the size with which a router reads least, 16 to 64.
         window: newest tokens that are not sealed (so neither compressed nor evicted); None = 128,
             or 512 if nothing is compressed or evicted, and at most half of a budget given in tokens
             or as a share. A given window is cut, too, where a share is not larger than it.
@@ -86,7 +87,7 @@ class PiKVCache(AttachedCache):
         compressor: str | Compressor | None = None,
         router: str | Router | None = None,
         placement: str | Placement | None = None,
-        page_size: int = 64,
+        page_size: int | str = 64,
         window: int | None = None,
         probe: bool = False,
     ) -> None:
@@ -118,7 +119,8 @@ class PiKVCache(AttachedCache):
                 f"`{chosen[0]}` needs an attached cache: pass the model, `PiKVCache(model, ...)`, "
                 "instead of its config."
             )
-        self.make_parts(make_settings(options))
+        settings = make_settings(options, unwrap(model).config if config is None else config)
+        self.make_parts(settings)
         self._budget = budget
         if config is not None:
             self.fill(config)

@@ -3,7 +3,7 @@
 import io
 import itertools
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..layer.paged_layer import PagedLayer
 from ..storage.memory import storage_bytes, storages, tensors_in
+from ..storage.tiers import Near
 from .paged_cache import PagedCache
 
 HEADINGS = ("layers", "held as", "pages", "tokens\nheld", "MiB", "bytes/\ntoken", "bf16/\nheld")
@@ -22,7 +23,10 @@ TIERS = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
 class LayerReport:
     """The numbers of one layer; bytes count all of its rows and KV heads.
 
-    `held_tokens`: tokens of the fullest row and KV head. `bytes_per_token`: bytes for each token of
+    `tokens_held`: tokens of the fullest row and KV head. `tokens_read`: tokens that the newest token
+    has read, tail included, the mean of rows and KV heads; `hits` and `misses`: sealed pages of all
+    rows and KV heads that it has read from the layer's device, and from elsewhere; `bytes_fetched`:
+    the bytes of the misses. If no router has selected pages for it, it has read all. `bytes_per_token`: bytes for each token of
     a row (mean of the KV heads), tail tokens included. `bf16_ratio`: bytes that all tokens seen
     would take in bfloat16, divided by `nbytes`. `tiers`: bytes of the encoded pages on the layer's
     device ("device"), in CPU memory ("ram") and in files ("disk"); `nbytes` excludes files only.
@@ -35,12 +39,16 @@ class LayerReport:
     paged: bool
     why: str | None
     pages: int
-    held_tokens: int
+    tokens_held: int
     nbytes: int
     bytes_per_token: float | None = None
     bf16_ratio: float | None = None
     error: float | None = None
     tiers: dict[str, int] = field(default_factory=dict)
+    tokens_read: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    bytes_fetched: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class Report:
         full, full_bf16 = (sum(_full_nbytes(x, size) for x in cache.layers) for size in (None, 2))
         names = ("scheduler", "budget", "compressor", "router", "placement", "page_size", "window")
         settings = {name: repr(getattr(cache.settings, name)) for name in names}
+        for name in ("scheduler", "compressor", "router", "placement"):
+            settings[name] = _shown(getattr(cache.settings, name))
         tiers = {name: sum(row.tiers.get(name, 0) for row in layers) for name in TIERS}
         numbers = cache.get_seq_length(), cache_bytes(cache), full, full_bf16, cache.settings.probe
         return cls(*numbers, settings, tiers, layers, cache.note, fork_bytes(cache))
@@ -109,7 +119,8 @@ class Report:
             places = (f"{_mib(self.tiers[name])} {place}" for name, place in TIERS.items())
             title += f"\npages: {', '.join(places)}; files are not counted as held"
         has_remark = any(row.why for row in self.layers)
-        optional = (("error", self.probe), ("remark", has_remark))
+        selects = self.settings["router"] not in ("None", "All()")
+        optional = (("tokens\nread", selects), ("error", self.probe), ("remark", has_remark))
         if self.note is not None:
             title += f"\n{self.note}"
         settings = [f"{k}={v}" for k, v in self.settings.items() if v != "None"]
@@ -119,7 +130,8 @@ class Report:
         for _, run in itertools.groupby(self.layers, _alike):
             rows = list(run)
             error = _rms([row.error for row in rows if row.error is not None])
-            cells = "-" if error is None else f"{error:.2g}", rows[0].why or ""
+            read = f"{sum(row.tokens_read for row in rows) / len(rows):.0f}"
+            cells = read, "-" if error is None else f"{error:.2g}", rows[0].why or ""
             shown = (cell for cell, (_, shown) in zip(cells, optional, strict=True) if shown)
             table.add_row(*_cells(rows), *shown)
         return table
@@ -165,7 +177,7 @@ def _cells(rows: list[LayerReport]) -> list[str]:
         str(first) if first == last else f"{first}-{last}",
         rows[0].kind,
         str(rows[0].pages) if rows[0].paged else "-",
-        str(rows[0].held_tokens),
+        str(rows[0].tokens_held),
         f"{sum(row.nbytes for row in rows) / 2**20:.2f}",
         _mean([row.bytes_per_token for row in rows], ".1f"),
         _mean([row.bf16_ratio for row in rows], ".2f"),
@@ -199,7 +211,27 @@ def _layer_report(idx: int, layer: Any, why: str | None) -> LayerReport:
     tiers = dict.fromkeys(TIERS, 0)
     for slab in layer.state.pages.slabs:
         tiers[slab.tier.name] += slab.nbytes
-    return LayerReport(idx, kind, True, None, pages, *sizes, tiers)
+    read = _read(layer) if held else {}
+    return LayerReport(idx, kind, True, None, pages, *sizes, tiers, **read)
+
+
+def _read(layer: PagedLayer) -> dict[str, Any]:
+    """Return what the newest token has read of a layer that holds tokens, by the report's names."""
+    state, routing = layer.state, layer.state.routing
+    if routing.reads is None:
+        counts = [(s.tier.name, s.page_count, s.page_bytes) for s in state.pages.slabs]
+        tokens = _row_tokens(layer) / state.tail.batch
+    else:
+        counts = [(read.tier, read.pages, read.page_bytes) for read in routing.reads]
+        total = sum(read.tokens for read in routing.reads)
+        tokens = state.tail.length + total / (state.tail.batch * state.tail.keys.shape[1])
+    far = [(pages, nbytes) for tier, pages, nbytes in counts if tier != Near.name]
+    return {
+        "tokens_read": tokens,
+        "hits": sum(pages for tier, pages, _ in counts if tier == Near.name),
+        "misses": sum(pages for pages, _ in far),
+        "bytes_fetched": sum(pages * nbytes for pages, nbytes in far),
+    }
 
 
 def _row_tokens(layer: PagedLayer) -> float:
@@ -231,7 +263,19 @@ def _full_nbytes(layer: Any, element_size: int | None) -> int:
 
 def _alike(row: LayerReport) -> tuple[Any, ...]:
     """Return what neighbouring layers have in common that share a line of the table."""
-    return row.kind, row.why, row.pages, row.held_tokens
+    return row.kind, row.why, row.pages, row.tokens_held
+
+
+def _shown(value: Any) -> str:
+    """Return the text of a setting: of a method, only the options that are not its defaults."""
+    if not is_dataclass(value):
+        return repr(value)
+    changed = (
+        f"{option.name}={_shown(getattr(value, option.name))}"
+        for option in fields(value)
+        if option.repr and getattr(value, option.name) != option.default
+    )
+    return f"{type(value).__name__}({', '.join(changed)})"
 
 
 def _mib(nbytes: int) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Generator
 
+import torch
 from torch import Tensor
 
 from .state import LayerState
@@ -28,6 +29,49 @@ def check_update(state: LayerState, keys: Tensor, values: Tensor) -> None:
             f"= {got} were given to a cache of {(*state.geometry, state.tail.batch)}; use a new "
             "PiKVCache, or `cache.reset()`, for another batch."
         )
+
+
+def labels_of(
+    state: LayerState, keys: Tensor, expert_ids: Tensor | None, expert_weights: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return experts and weights [B, T, k] of new `keys` [B, H, T, D]; None if no method needs any.
+
+    Raises:
+        ValueError: they do not fit the tokens, the labels before them, or the layer's gate.
+    """
+    if expert_ids is None or not state.settings.needs_labels:
+        if expert_weights is not None and expert_ids is None:
+            raise ValueError("`expert_weights` were given without `expert_ids`.")
+        return None
+    where, shape = f"layer {state.layer_idx}: `expert_ids` of shape", tuple(expert_ids.shape)
+    lead = keys.shape[0], keys.shape[2]
+    if not state.facts.has_gate:
+        raise ValueError(
+            f"{where} {shape} were given to a layer without a gate, which has no experts."
+        )
+    held = state.tail.labels if state.is_written else None
+    width = "k" if held is None else held["experts"].shape[-1]
+    if len(shape) != 3 or shape[:2] != lead or not shape[2] or width not in ("k", shape[2]):
+        raise ValueError(
+            f"{where} {shape} were given; they must be (batch, new tokens, k) = {(*lead, width)}."
+        )
+    if expert_ids.is_floating_point() or expert_ids.dtype == torch.bool:
+        raise ValueError(f"{where} {shape} are {expert_ids.dtype}; they must be whole numbers.")
+    if expert_ids.device.type == "cpu" and state.facts.num_experts is not None:
+        least, most = (int(t) for t in expert_ids.aminmax())
+        if least < 0 or most >= state.facts.num_experts:
+            raise ValueError(
+                f"`expert_ids` are from {least} to {most}, but layer {state.layer_idx} has "
+                f"{state.facts.num_experts} experts."
+            )
+    if expert_weights is None:
+        expert_weights = torch.ones_like(expert_ids, dtype=keys.dtype)
+    elif expert_weights.shape != expert_ids.shape:
+        raise ValueError(
+            f"`expert_weights` of shape {tuple(expert_weights.shape)} were given; they must have the "
+            f"shape of `expert_ids`, {shape}."
+        )
+    return expert_ids, expert_weights.detach()
 
 
 def check_crop(state: LayerState, tokens_to_remove: int) -> None:

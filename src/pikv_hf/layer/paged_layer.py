@@ -11,7 +11,7 @@ from ..storage.tail import roomy
 from ..storage.token_table import TokenTable
 from .allowance import tail_capacity
 from .autocast import without_autocast
-from .checks import check_crop, check_update
+from .checks import check_crop, check_update, labels_of
 from .dense_states import DenseStates, given
 from .handoff import hand_over
 from .records import settle_held
@@ -42,19 +42,31 @@ class PagedLayer(DenseStates):
         self.state.set_drafting(record_past)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        expert_ids: Tensor | None = None,
+        expert_weights: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Append `key_states` [B, H, T, Dk] and `value_states` [B, H, T, Dv].
 
         Return the new tokens alone, because the attention function reads the older tokens itself;
         an unpaged layer returns all tokens. Stored tensors carry no gradient.
 
+        `expert_ids` [B, T, k] and `expert_weights` [B, T, k] label the tokens, instead of the choice
+        of the model's gate. Without weights, the k experts of a token have equal shares. They are
+        ignored if no method needs labels.
+
         Raises:
             RuntimeError: the last tokens still wait for their attention or their experts.
-            ValueError: heads, dims, dtype or batch differ from the tokens held.
+            ValueError: heads, dims, dtype or batch differ from the tokens held, or labels do not fit
+                the tokens.
         """
         state = self.state
         check_update(state, key_states, value_states)
+        state.hold_labels(labels_of(state, key_states, expert_ids, expert_weights))
         state.step.note_written()
         if state.unpaged_reason is None:
             state.wait_for("attention")
@@ -121,14 +133,25 @@ class PagedLayer(DenseStates):
         if state.reading.is_held and state.observed.pending is not None:
             state.step.note_sealed()
             settle_held(state)
-        if state.facts.has_gate and state.settings.needs_labels and state.unpaged_reason is None:
+        labels, is_paged = state.take_labels(), state.unpaged_reason is None
+        if is_paged and labels is not None:
+            self.label(*labels)
+        elif is_paged and state.facts.has_gate and state.settings.needs_labels:
             state.wait_for("experts")
         else:
             state.wait_for(None)
             self.seal()
 
     def label(self, experts: Tensor, weights: Tensor) -> None:
-        """Store experts [B, q, k] and weights [B, q, k] of the newest tokens; then seal."""
+        """Store experts [B, q, k] and weights [B, q, k] of the newest tokens; then seal.
+
+        Raises:
+            ValueError: the newest tokens have labels.
+        """
+        if not self.state.tail.unlabelled:
+            raise ValueError(
+                f"layer {self.state.layer_idx}: the newest tokens have their experts already."
+            )
         labels = {"experts": experts.to(torch.int16)[:, None], "weights": weights[:, None]}
         self.state.tail.label(TokenTable(labels))
         self.state.wait_for(None)

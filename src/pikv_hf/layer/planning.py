@@ -10,7 +10,6 @@ from ..storage.memory import on_device
 from ..storage.page_list import PageList
 from ..storage.ragged_pages import RaggedPages
 from ..storage.row_map import PageStore
-from ..storage.selected import taken
 from ..storage.tiers import Near
 from ..storage.uniform_pages import UniformPages
 from .routing import Candidates, Plan
@@ -37,14 +36,13 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
         partial.index_add_(0, readers, held.partial[stored])
         rows = None if _is_read_in_order(store, batch) else _rows(store, batch, held.first.device)
         first, tokens = _of_rows(held.first, rows), _of_rows(held.tokens, rows)
-        places = held.places if rows is None else held.places.index_select(0, rows)
         digests = {name: _of_rows(t, rows) for name, t in held.digests.tensors.items()}
         position = state.columns.numbered(list(range(batch)), first).long()
         pages = Pages(
             digests=router.prepared(digests),
             numbers=position // state.settings.page_size,
             is_near=store.tier.name == Near.name,
-            keys=functools.partial(_keys, store, places),
+            keys=functools.partial(_keys, store, rows, heads, tokens.shape[2]),
         )
         is_always = (position < num_sinks) | (tokens < store.page_size)
         bias = torch.where(is_always, torch.inf, 0.0).masked_fill(tokens == 0, -torch.inf)
@@ -53,8 +51,8 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
             bias = bias.masked_fill(~is_reader.to(bias.device)[:, None, None], -torch.inf)
         biases.append(bias.expand(batch, heads, -1))
         has_partial = bool(held.partial.any())
-        candidates.append(Candidates(store, pages, places, tokens, has_partial, start))
-        start += places.shape[2]
+        candidates.append(Candidates(store, pages, tokens, has_partial, start))
+        start += tokens.shape[2]
     size = min(store.page_size for store in state.pages.slabs)
     largest = max(state.pages.slabs, key=lambda store: store.nbytes)
     page_bytes = largest.page_bytes * heads * state.facts.num_paged
@@ -86,7 +84,8 @@ def _of_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None or tensor.shape[0] == 1 else tensor.index_select(0, rows)
 
 
-def _keys(store: UniformPages | RaggedPages, places: Tensor) -> Tensor:
-    """Decode the keys [B, H, m, P, D] of the pages at `places` [B, H, m]."""
-    fields = {name: taken(tensor, places) for name, tensor in store.flat_fields().items()}
-    return store.codec.decode_keys(store.tier.bring(fields))
+def _keys(store: UniformPages | RaggedPages, rows: Tensor | None, heads: int, count: int) -> Tensor:
+    """Decode the keys [n, H, m, P, D] of all pages of the stored `rows`; None = of all rows."""
+    owners = store.rows if rows is None else len(rows)
+    index = torch.arange(count, device=store.tier.device).expand(owners, heads, -1)
+    return store.codec.decode_keys(store.tier.bring(store.pages_at(index, rows)))

@@ -19,7 +19,7 @@ from ..storage.uniform_pages import UniformPages
 
 @dataclass(frozen=True)
 class Candidates:
-    """The pages of one store for all batch rows: `places` [B, H, m] and valid `tokens` [B, H or 1, m].
+    """The m pages of one store for all batch rows, with their valid `tokens` [B, H or 1, m].
 
     A row that does not read the store has any pages. `has_partial`: some pages are not full. `start`
     is the index of the first page among the pages of all stores.
@@ -27,17 +27,16 @@ class Candidates:
 
     store: UniformPages | RaggedPages
     pages: Pages
-    places: Tensor
     tokens: Tensor
     has_partial: bool
     start: int
 
     @property
     def count(self) -> int:
-        return self.places.shape[2]
+        return self.tokens.shape[2]
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (*self.pages.digests.values(), self.pages.numbers, self.places, self.tokens)
+        yield from (*self.pages.digests.values(), self.pages.numbers, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Read:
-    """What the newest query has read of one store: `places` pages of `page_size` tokens.
+    """What the newest token has read of one store: `places` pages of `page_size` tokens.
 
     If a page is not full, or a place empty, `held` [n, H, places of each] counts the tokens.
     """
@@ -75,9 +74,12 @@ class Read:
     held: Tensor | None
 
     @classmethod
-    def of(cls, selection: Selection) -> "Read":
-        store, places = selection.store, selection.places.numel()
-        return cls(store.tier.name, store.page_bytes, store.page_size, places, selection.tokens)
+    def of(cls, selection: Selection, length: int) -> "Read":
+        """Read a selection for `length` new tokens, each row of which is in it `length` times."""
+        store, held = selection.store, selection.tokens
+        held = None if held is None else held[length - 1 :: length]
+        places = selection.index.numel() // length
+        return cls(store.tier.name, store.page_bytes, store.page_size, places, held)
 
     @property
     def pages(self) -> int:
@@ -95,7 +97,7 @@ class Routing:
 
     Attributes:
         state: [B, ...], what the router has returned; None = nothing.
-        reads: what the newest tokens have read of each store; None = all pages, or nothing yet.
+        reads: what the newest token has read of each store; None = all pages, or nothing yet.
         plan: the plan for the pages as they were when pages were last selected.
     """
 
@@ -111,9 +113,9 @@ class Routing:
     def set_state(self, state: Tensor | None) -> None:
         self.state = state
 
-    def note(self, selections: list[Selection] | None) -> None:
-        """Note what the newest tokens read; None = all pages."""
-        self.reads = None if selections is None else [Read.of(each) for each in selections]
+    def note(self, selections: list[Selection] | None, length: int = 1) -> None:
+        """Note what `length` new tokens read; None = all pages."""
+        self.reads = None if selections is None else [Read.of(each, length) for each in selections]
 
     def plan_for(self, lists: list[PageList], make: Callable[[], Plan]) -> Plan:
         """Return the plan for the pages `lists`, made anew if they are not those of the last plan."""

@@ -141,6 +141,7 @@ class LayerState:
         self.is_first = self.is_drafting = False
         self.awaits: str | None = None
         self.geometry: tuple[Any, ...] = ()
+        self._labels: tuple[Tensor, Tensor] | None = None
         self._tail: Tail | None = None
 
     @property
@@ -227,6 +228,15 @@ class LayerState:
         if self.is_first or (is_prompt and not (self.is_drafting and known is None)):
             self.prompt_end = self.num_seen if known is None else min(self.num_seen, known)
             self.due = 0
+
+    def hold_labels(self, labels: tuple[Tensor, Tensor] | None) -> None:
+        """Hold experts and weights [B, T, k] of the newest tokens until their attention has run."""
+        self._labels = labels
+
+    def take_labels(self) -> tuple[Tensor, Tensor] | None:
+        """Return the labels held, and forget them."""
+        labels, self._labels = self._labels, None
+        return labels
 
     def wait_for(self, what: str | None) -> None:
         """Require `what` before the next tokens: "attention", "experts" or None."""

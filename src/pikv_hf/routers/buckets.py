@@ -31,7 +31,7 @@ class RoundRobin(PageRouter):
 
     def scores(self, query: Query, pages: Pages) -> Tensor:
         wait = (
-            self.bucket(pages.numbers)[:, :, None, None] - query.positions[:, None, None, :, None]
+            self.bucket(pages.numbers)[:, :, None, None] - query.positions()[:, None, None, :, None]
         )
         return -(wait % self.buckets).float()
 

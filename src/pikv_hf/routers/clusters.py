@@ -44,7 +44,8 @@ class Clusters(PageRouter):
     def scores(self, query: Query, pages: Pages) -> Tensor:
         centroids, sizes = pages.digests["centroids"], pages.digests["sizes"]
         states = query.states.flatten(2, 3)
-        products = (states @ centroids.flatten(2, 3).mT).unflatten(3, centroids.shape[2:4])
+        # Centroids come first, so that a CPU does not copy them to make them dense.
+        products = (centroids.flatten(2, 3) @ states.mT).mT.unflatten(3, centroids.shape[2:4])
         terms = products.float() * query.scale + sizes[:, :, None].log()
         return terms.logsumexp(-1).unflatten(2, query.states.shape[2:4])
 

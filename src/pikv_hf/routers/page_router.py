@@ -23,8 +23,8 @@ DEFAULT_FRACTION = 0.25
 class Query:
     """The newest queries of a layer, for which pages are selected.
 
-    `states` [R, H, G, q, D] as attention has them, `scale` their factor, and `positions` [R or 1, q]
-    the number of tokens of the row before each. `experts` and `weights` [R, q, k] foretell the choice of
+    `states` [R, H, G, q, D] as attention has them, `scale` their factor; `positions()` [R or 1, q]
+    is the number of tokens of the row before each. `experts` and `weights` [R, q, k] foretell the choice of
     the layer's gate for the queries' tokens; None = nothing is known, or the layer has no gate.
     `state` [R, ...] is what `PageRouter.updated` has returned before. `max_pages`: most pages that a
     KV head reads.
@@ -32,7 +32,7 @@ class Query:
 
     states: Tensor
     scale: float
-    positions: Tensor
+    positions: Callable[[], Tensor]
     layer_idx: int
     max_pages: int
     experts: Tensor | None = None

@@ -47,7 +47,8 @@ def bound_scores(query: Query, bounds: Tensor) -> Tensor:
     The products are with the queries as they are, not scaled.
     """
     split = split_query(query)
-    return (split.flatten(2, 3) @ bounds.mT).unflatten(2, split.shape[2:4])
+    # Bounds come first, so that a CPU does not copy them to make them dense.
+    return (bounds @ split.flatten(2, 3).mT).mT.unflatten(2, split.shape[2:4])
 
 
 def split_query(query: Query) -> Tensor:

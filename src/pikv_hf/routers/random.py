@@ -24,5 +24,5 @@ class Random(PageRouter):
     def scores(self, query: Query, pages: Pages) -> Tensor:
         heads = torch.arange(query.states.shape[1], device=query.states.device)
         stream = (self.seed * 1009 + query.layer_idx) * 4099 + heads[:, None, None, None]
-        drawn = hashed((stream << 32) + query.positions[:, None, None, :, None])
+        drawn = hashed((stream << 32) + query.positions()[:, None, None, :, None])
         return hashed(drawn.long() + pages.numbers[:, :, None, None]) / 2**53

@@ -1,4 +1,4 @@
-"""Gathering of tokens with one index for each token."""
+"""Gathering of tokens with one index for each token, and of pages."""
 
 import math
 
@@ -30,3 +30,12 @@ def taken(tensor: Tensor, keep: Tensor) -> Tensor:
     out = empty_like(tensor, shape)
     torch.index_select(tokens, 0, index.flatten(), out=out.view(-1, width))
     return out
+
+
+def select_pages(pages: Tensor, places: Tensor) -> Tensor:
+    """Copy the pages `places` [n, H, K] of `pages` [N, ...], in the memory of `pages`."""
+    index = places.flatten().to(pages.device)
+    if pages.device.type != "cpu":
+        return pages.index_select(0, index).unflatten(0, places.shape)
+    out = empty_like(pages, (index.numel(), *pages.shape[1:]))
+    return torch.index_select(pages, 0, index, out=out).unflatten(0, places.shape)

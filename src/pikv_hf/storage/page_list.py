@@ -28,7 +28,7 @@ class PageList:
     `digests` [R or 1, H or 1, M, ...] is what a router reads of the pages, and `first`
     [R or 1, H or 1, M] the column of the first token of each. Its first `tokens` [R, H or 1, M] tokens
     are valid; 0 = the head has no such page. `full` and `partial` [R, H], on the CPU, count the full
-    pages and the other pages of each head. `places` [R, H, M] are the pages' numbers in the store.
+    pages and the other pages of each head.
     """
 
     digests: TokenTable
@@ -36,15 +36,9 @@ class PageList:
     tokens: Tensor
     full: Tensor
     partial: Tensor
-    places: Tensor
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (*self.digests.tensors.values(), self.first, self.tokens, self.places)
-
-    @property
-    def is_full(self) -> bool:
-        """True if all heads have equally many pages, which are all full."""
-        return not self.partial.any() and bool((self.full == self.full.max()).all())
+        yield from (*self.digests.tensors.values(), self.first, self.tokens)
 
 
 def digested(

@@ -101,7 +101,8 @@ class PageWriter:
     def _merged(self, newest: UniformPages) -> UniformPages:
         """Remove the last slabs that are not much larger, and return them joined with `newest`.
 
-        Attention reads every slab by itself, so there should be few.
+        Attention reads every slab by itself, so there should be few. If a router selects among all
+        pages, they are joined whatever their size.
         """
         parts, pages, nbytes = [newest], newest.capacity // newest.page_size, 0
         while self.slabs:
@@ -109,7 +110,7 @@ class PageWriter:
             if (
                 isinstance(older, RaggedPages)
                 or not older.can_precede(newest)
-                or older.pages > MERGED * pages
+                or (self.digest is None and older.pages > MERGED * pages)
             ):
                 break
             parts.insert(0, older)

@@ -12,6 +12,7 @@ from pikv_kernels import lowest_score, merge_segments, new_mask
 from torch import Tensor
 
 from .codec import MAX_WEIGHTED, PageCodec, attend_states, cover, decoded, flat_tokens
+from .gather import select_pages
 from .incoming_pages import EncodedPages
 from .memory import is_writable
 from .page_list import PageList
@@ -63,6 +64,10 @@ class RaggedPages(PageStore):
     @property
     def page_size(self) -> int:
         return self.meta["positions"].shape[2]
+
+    @property
+    def page_bytes(self) -> int:
+        return self.nbytes // max(len(self.owner), 1)  # the pool may have no memory
 
     @property
     def room(self) -> float:
@@ -216,8 +221,7 @@ class RaggedPages(PageStore):
 
     def _views(self, max_pages: int) -> Iterator[Block]:
         """Yield up to `max_pages` pages of a run [n, 1, group, ...], with their slice and run."""
-        page_bytes = self.nbytes // max(len(self.owner), 1)  # the pool may have no memory
-        start, step = 0, min(max_pages, self.tier.max_pages(page_bytes))
+        start, step = 0, min(max_pages, self.tier.max_pages(self.page_bytes))
         for run in self.runs:
             each = max(step // run.group, 1) * run.group
             for first in range(start, start + run.pages, each):
@@ -292,15 +296,22 @@ class RaggedPages(PageStore):
                 tokens=tokens,
                 full=full.cpu(),
                 partial=((tokens > 0).sum(-1) - full).cpu(),
-                places=places,
             )
+            self._index["of owners"] = places
         return self._list
 
-    def flat_fields(self) -> dict[str, Tensor]:
-        return self.fields
+    def pages_at(self, index: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
+        places = self._places(index, rows)
+        return {name: select_pages(tensor, places) for name, tensor in self.fields.items()}
 
-    def columns(self, places: Tensor) -> Tensor:
-        return self.meta["positions"][:, 0][places]
+    def columns_at(self, index: Tensor, rows: Tensor | None) -> Tensor:
+        return self.meta["positions"][:, 0][self._places(index, rows)]
+
+    def _places(self, index: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the numbers in the pool of the pages `index` [n, H, K] of stored `rows` [n]."""
+        self.page_list()  # lists the pages of each owner
+        places = self._index["of owners"]
+        return (places if rows is None else places.index_select(0, rows)).gather(2, index)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self._stored()

@@ -64,12 +64,15 @@ class PageStore(ABC):
         """Return the pages of each KV head. On a device, it may wait after pages have changed."""
 
     @abstractmethod
-    def flat_fields(self) -> dict[str, Tensor]:
-        """Return the encoded pages as views [N, ...], whose first index `PageList.places` has."""
+    def pages_at(self, index: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
+        """Copy the encoded pages [n, H, K, ...] of `index` [n, H, K] in `page_list`, in their memory.
+
+        They are of the stored `rows` [n]; None = of all stored rows in order.
+        """
 
     @abstractmethod
-    def columns(self, places: Tensor) -> Tensor:
-        """Return the columns [..., P] of the tokens of the pages at `places` [...]."""
+    def columns_at(self, index: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the columns [n, H, K, P] of the tokens of the pages that `pages_at` copies."""
 
     @abstractmethod
     def crop(self, position: int) -> None:
@@ -89,9 +92,9 @@ class PageStore(ABC):
         return sum(tensor.nbytes for tensor in self.fields.values())
 
     @property
+    @abstractmethod
     def page_bytes(self) -> int:
         """Bytes of one encoded page of a KV head."""
-        return sum(tensor[:1].nbytes for tensor in self.flat_fields().values())
 
     def __getstate__(self) -> dict[str, Any]:
         self.changed()  # derived tensors are made again

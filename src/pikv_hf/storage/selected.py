@@ -11,23 +11,27 @@ from pikv_kernels import lowest_score, new_mask
 from torch import Tensor
 
 from .codec import attend_masked, cover
-from .memory import empty_like
 from .ragged_pages import RaggedPages
 from .row_map import Partial
 from .uniform_pages import UniformPages
+
+# Bytes of pages that a CPU copies at a time, if there are more than twice as many: they stay in its
+# cache, and in memory that was used before, as memory for all selected pages would not.
+MAX_COPIED = 2**21
 
 
 @dataclass(frozen=True)
 class Selection:
     """A work list: which pages of a store are read.
 
-    `places` [n, H, K] are numbers of pages in the store, as in `PageList.places`. Of each page the
-    first `tokens` [n, H, K] tokens are read; 0 = the place is empty, and any page may be named there.
-    None = all pages are full.
+    `index` [n, H, K] are indices in `PageList` of pages of the stored `rows` [n]; None = of all stored
+    rows in order. Of each page the first `tokens` [n, H, K] tokens are read; 0 = the place is empty,
+    and any page may be named there. None = all pages are full.
     """
 
     store: UniformPages | RaggedPages
-    places: Tensor
+    rows: Tensor | None
+    index: Tensor
     tokens: Tensor | None
 
     def attend(self, query: Tensor, scale: float, covered: Tensor | None) -> Iterator[Partial]:
@@ -39,29 +43,23 @@ class Selection:
         store, size = self.store, self.store.page_size
         codec, tier = store.codec, store.tier
         owners = query.shape[0] * query.shape[1]
+        max_pages = tier.max_pages(store.page_bytes)
+        if tier.device.type == "cpu" and self.index.numel() * store.page_bytes > 2 * MAX_COPIED:
+            max_pages = min(max_pages, MAX_COPIED // store.page_bytes)
         step = max(codec.tokens_per_block(owners, tier.device) // size, 1)
-        step = min(step, max(tier.max_pages(store.page_bytes) // owners, 1))
-        for start in range(0, self.places.shape[2], step):
-            places = self.places[:, :, start : start + step]
-            fields = tier.bring({k: taken(t, places) for k, t in store.flat_fields().items()})
-            tokens = places.shape[2] * size
+        step = min(step, max(max_pages // owners, 1))
+        for start in range(0, self.index.shape[2], step):
+            index = self.index[:, :, start : start + step]
+            fields = tier.bring(store.pages_at(index, self.rows))
+            tokens = index.shape[2] * size
             if self.tokens is None and covered is None:
                 yield codec.attend(query, fields, tokens, scale)
                 continue
-            mask = new_mask(query, *places.shape[:2], tokens)[:, :, None]
+            mask = new_mask(query, *index.shape[:2], tokens)[:, :, None]
             if self.tokens is not None:
                 held = self.tokens[:, :, start : start + step, None]
                 is_behind = torch.arange(size, device=held.device) >= held
                 mask.masked_fill_(is_behind.flatten(2)[:, :, None], lowest_score(query.dtype))
             if covered is not None:
-                mask = cover(mask, store.columns(places).flatten(2), covered)
+                mask = cover(mask, store.columns_at(index, self.rows).flatten(2), covered)
             yield attend_masked(codec, query, fields, tokens, scale, mask)
-
-
-def taken(pages: Tensor, places: Tensor) -> Tensor:
-    """Gather the pages `places` [n, H, K] of `pages` [N, ...], in the memory of `pages`."""
-    index = places.flatten().to(pages.device)
-    if pages.device.type != "cpu":
-        return pages.index_select(0, index).unflatten(0, places.shape)
-    out = empty_like(pages, (index.numel(), *pages.shape[1:]))
-    return torch.index_select(pages, 0, index, out=out).unflatten(0, places.shape)

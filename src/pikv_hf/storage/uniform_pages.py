@@ -4,6 +4,7 @@ Shapes: R stored rows, H KV heads, S pages, P tokens a page, D head dim.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from pikv_kernels import lowest_score, new_mask
 from torch import Tensor
 
 from .codec import PageCodec, attend_masked, cover, decoded, flat_tokens
+from .gather import select_pages, taken
 from .memory import is_writable, on_device
 from .page_list import PageList
 from .row_map import PageStore, Partial
@@ -75,6 +77,10 @@ class UniformPages(PageStore):
     @property
     def page_count(self) -> int:
         return sum(-(-n // self.page_size) for n in self.lengths) * self._sample.shape[1]
+
+    @property
+    def page_bytes(self) -> int:
+        return self.nbytes // math.prod(self._sample.shape[:3])
 
     @property
     def room(self) -> float:
@@ -215,32 +221,38 @@ class UniformPages(PageStore):
 
     def page_list(self) -> PageList:
         if self._list is None:
-            size, pages, heads = self.page_size, self.pages, self._sample.shape[1]
+            size, pages = self.page_size, self.pages
             device = self.meta["positions"].device
-            lengths = torch.tensor(self.lengths)[:, None].expand(-1, heads)
-            starts = torch.arange(0, pages * size, size, device=device)
-            held = on_device(tuple(self.lengths), device)[:, None, None]
-            owners = torch.arange(self.rows * heads, device=device).view(self.rows, heads, 1)
-            room = self.capacity // size
+            lengths = torch.tensor(self.lengths)[:, None].expand(-1, self._sample.shape[1])
+            if self.is_even:
+                held: Tensor | int = self.length
+            else:
+                held = on_device(tuple(self.lengths), device)[:, None, None]
+            starts = torch.arange(0, pages * size, size, device=device).expand(self.rows, 1, -1)
             self._list = PageList(
                 digests=self.digests.narrow(0, pages),
                 first=self.meta["positions"][:, :, : pages * size : size],
                 tokens=(held - starts).clamp(0, size),
                 full=lengths // size,
                 partial=(lengths % size > 0).long(),
-                places=owners * room + torch.arange(pages, device=device),
             )
         return self._list
 
-    def flat_fields(self) -> dict[str, Tensor]:
-        return {name: tensor.flatten(0, 2) for name, tensor in self.fields.items()}
+    def pages_at(self, index: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
+        if rows is None and self._sample.device == index.device != torch.device("cpu"):
+            return {name: taken(tensor, index) for name, tensor in self.fields.items()}
+        if "first" not in self._index:
+            shape, room = self._sample.shape[:2], self._sample.shape[2]
+            owners = torch.arange(math.prod(shape), device=index.device)
+            self._index["first"] = (owners * room).view(*shape, 1)
+        first = self._index["first"]
+        places = index + (first if rows is None else first.index_select(0, rows))
+        return {k: select_pages(t.flatten(0, 2), places) for k, t in self.fields.items()}
 
-    def columns(self, places: Tensor) -> Tensor:
-        room, size = self.capacity // self.page_size, self.page_size
-        positions = self.meta["positions"].unflatten(2, (room, size))
-        owners = self._sample.shape[:2]
-        row, head, page = torch.unravel_index(places, (*owners, room))
-        return positions.expand(*owners, room, size)[row, head, page]
+    def columns_at(self, index: Tensor, rows: Tensor | None) -> Tensor:
+        shape = self.rows, *index.shape[1:2], -1, self.page_size
+        positions = self.meta["positions"].unflatten(2, (-1, self.page_size)).expand(shape)
+        return taken(positions if rows is None else positions.index_select(0, rows), index)
 
     def _mask(self, query: Tensor) -> Tensor:
         """Return the additive mask [R, 1, 1, length] that hides places behind the end of a row."""
