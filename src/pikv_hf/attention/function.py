@@ -160,14 +160,21 @@ def _attend_all(
     state: LayerState, query: Tensor, length: int, mask: Tensor | None, scale: float
 ) -> Iterator[Partial]:
     """Yield partial results of `query` [B, H, G * q, D]: the tail's, then of pages."""
-    yield _attend_tail(state, query, length, mask, scale)
+    tail = _attend_tail(state, query, length, mask, scale)
+    yield tail
     covered, router = _covered(state, length, query), selecting_router(state, length)
     if router is None or (selections := selected(state, router, query, length, scale)) is None:
         state.routing.note(None)
         for slab in state.pages.slabs:
             yield from _attend_slab(slab, query, scale, covered)
-    else:
-        yield from attend_selected(selections, query, length, scale, covered)
+        return
+    parts = attend_selected(selections, query, length, scale, covered)
+    if state.settings.probe:
+        parts, slabs = list(parts), state.pages.slabs
+        whole = (part for slab in slabs for part in _attend_slab(slab, query, scale, covered))
+        read, of_all = ([tail[1], *(lse for _, lse in each)] for each in (parts, whole))
+        state.routing.measure(torch.stack(read), torch.stack(of_all))
+    yield from parts
 
 
 def _attend_slab(

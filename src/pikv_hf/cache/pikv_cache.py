@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Generator, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ from .arguments import make_settings
 from .attachment import AttachedCache
 from .checks import check_whole
 from .cropping import crop
+from .plot import draw
 from .report import Report, cache_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # What a cache without a model takes: it acts on no page.
 LOSSLESS_OPTIONS = ("interval", "page_size", "window")
@@ -68,7 +72,9 @@ class PiKVCache(AttachedCache):
             or 512 if nothing is compressed or evicted, and at most half of a budget given in tokens
             or as a share. A given window is cut, too, where a share is not larger than it.
         probe: measure for `report()`, whenever pages are sealed, the error that this causes in the
-            output of attention. It costs as much as sealing twice, and attention of 16 queries.
+            output of attention: this costs as much as sealing twice, and attention of 16 queries. With
+            a router, also measure the share of attention that falls on what is read: attention is
+            then computed twice.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the model is left as it was.
@@ -253,6 +259,18 @@ class PiKVCache(AttachedCache):
     def report(self) -> Report:
         """Return what each layer holds; it prints as a table, and `.to_dict()` has the numbers."""
         return Report.of(self)
+
+    def plot(self, row: int = 0) -> "Figure":
+        """Draw which tokens each KV head holds of a batch `row`, and which it has read last.
+
+        A second panel shows the pages by their most frequent expert, if they have labels, and a third
+        one the recall, if a router and `probe=True` have measured it. Returns a matplotlib figure,
+        which notebooks show; `figure.savefig(path)` writes it.
+
+        Raises:
+            ValueError: the cache holds nothing in paged layers, or has no such row.
+        """
+        return draw(self, row)
 
     def _repr_html_(self) -> str:
         """Render the report in a notebook."""

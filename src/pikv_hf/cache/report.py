@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..layer.page_experts import pages_per_expert
 from ..layer.paged_layer import PagedLayer
 from ..storage.memory import storage_bytes, storages, tensors_in
 from ..storage.tiers import Near
@@ -26,7 +27,9 @@ class LayerReport:
     `tokens_held`: tokens of the fullest row and KV head. `tokens_read`: tokens that the newest token
     has read, tail included, the mean of rows and KV heads; `hits` and `misses`: sealed pages of all
     rows and KV heads that it has read from the layer's device, and from elsewhere; `bytes_fetched`:
-    the bytes of the misses. If no router has selected pages for it, it has read all. `bytes_per_token`: bytes for each token of
+    the bytes of the misses. If no router has selected pages for it, it has read all. `recall`: mean
+    share of attention that fell on what was read, with a router and `probe=True`. `pages_per_expert`:
+    full pages by the expert with the largest share in them; None without labels. `bytes_per_token`: bytes for each token of
     a row (mean of the KV heads), tail tokens included. `bf16_ratio`: bytes that all tokens seen
     would take in bfloat16, divided by `nbytes`. `tiers`: bytes of the encoded pages on the layer's
     device ("device"), in CPU memory ("ram") and in files ("disk"); `nbytes` excludes files only.
@@ -49,6 +52,8 @@ class LayerReport:
     hits: int = 0
     misses: int = 0
     bytes_fetched: int = 0
+    recall: float | None = None
+    pages_per_expert: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,13 @@ class Report:
             title += f"\npages: {', '.join(places)}; files are not counted as held"
         has_remark = any(row.why for row in self.layers)
         selects = self.settings["router"] not in ("None", "All()")
-        optional = (("tokens\nread", selects), ("error", self.probe), ("remark", has_remark))
+        has_recall = any(row.recall is not None for row in self.layers)
+        optional = (
+            ("tokens\nread", selects),
+            ("recall", has_recall),
+            ("error", self.probe),
+            ("remark", has_remark),
+        )
         if self.note is not None:
             title += f"\n{self.note}"
         settings = [f"{k}={v}" for k, v in self.settings.items() if v != "None"]
@@ -131,7 +142,8 @@ class Report:
             rows = list(run)
             error = _rms([row.error for row in rows if row.error is not None])
             read = f"{sum(row.tokens_read for row in rows) / len(rows):.0f}"
-            cells = read, "-" if error is None else f"{error:.2g}", rows[0].why or ""
+            recall = _mean([row.recall for row in rows], ".3f")
+            cells = read, recall, "-" if error is None else f"{error:.2g}", rows[0].why or ""
             shown = (cell for cell, (_, shown) in zip(cells, optional, strict=True) if shown)
             table.add_row(*_cells(rows), *shown)
         return table
@@ -211,8 +223,11 @@ def _layer_report(idx: int, layer: Any, why: str | None) -> LayerReport:
     tiers = dict.fromkeys(TIERS, 0)
     for slab in layer.state.pages.slabs:
         tiers[slab.tier.name] += slab.nbytes
+    if (router := layer.state.settings.router) is not None:
+        is_far = any(tiers[name] for name in TIERS if name != Near.name)
+        why = router.remark(has_gate=layer.state.facts.has_gate, has_far_pages=is_far)
     read = _read(layer) if held else {}
-    return LayerReport(idx, kind, True, None, pages, *sizes, tiers, **read)
+    return LayerReport(idx, kind, True, why, pages, *sizes, tiers, **read)
 
 
 def _read(layer: PagedLayer) -> dict[str, Any]:
@@ -231,6 +246,8 @@ def _read(layer: PagedLayer) -> dict[str, Any]:
         "hits": sum(pages for tier, pages, _ in counts if tier == Near.name),
         "misses": sum(pages for pages, _ in far),
         "bytes_fetched": sum(pages * nbytes for pages, nbytes in far),
+        "recall": routing.recall,
+        "pages_per_expert": pages_per_expert(state),
     }
 
 

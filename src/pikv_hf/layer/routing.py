@@ -4,10 +4,12 @@ Shapes: B batch rows, H KV heads, M pages of all stores, m pages of one store, n
 """
 
 import operator
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..routers import Pages
@@ -60,36 +62,42 @@ class Plan:
         yield from (self.bias, *(() if self.limits is None else (self.limits,)))
 
 
-@dataclass(frozen=True)
 class Read:
-    """What the newest token has read of one store: `places` pages of `page_size` tokens.
+    """What the newest token has read of one store, without keeping the store alive.
 
-    If a page is not full, or a place empty, `held` [n, H, places of each] counts the tokens.
+    `tier`, `page_bytes`: of the store. `readers`: the batch rows that read it.
     """
 
-    tier: str
-    page_bytes: int
-    page_size: int
-    places: int
-    held: Tensor | None
-
-    @classmethod
-    def of(cls, selection: Selection, length: int) -> "Read":
-        """Read a selection for `length` new tokens, each row of which is in it `length` times."""
-        store, held = selection.store, selection.tokens
-        held = None if held is None else held[length - 1 :: length]
-        places = selection.index.numel() // length
-        return cls(store.tier.name, store.page_bytes, store.page_size, places, held)
+    def __init__(self, selection: Selection, length: int) -> None:
+        """Note a selection for `length` new tokens: each reader is in it `length` times."""
+        store = selection.store
+        self.tier, self.page_bytes, self.readers = store.tier.name, store.page_bytes, store.readers
+        self._page_size, self._store = store.page_size, weakref.ref(store)
+        newest = slice(length - 1, None, length)
+        self._index = selection.index[newest]
+        self._rows = None if selection.rows is None else selection.rows[newest]
+        self._tokens = None if selection.tokens is None else selection.tokens[newest]
 
     @property
     def pages(self) -> int:
         """Pages of all rows and KV heads."""
-        return self.places if self.held is None else int((self.held > 0).sum())
+        return self._index.numel() if self._tokens is None else int((self._tokens > 0).sum())
 
     @property
     def tokens(self) -> int:
         """Tokens of all rows and KV heads."""
-        return self.places * self.page_size if self.held is None else int(self.held.sum())
+        if self._tokens is None:
+            return self._index.numel() * self._page_size
+        return int(self._tokens.sum())
+
+    @property
+    def selection(self) -> Selection | None:
+        """The selection; None if the store is gone."""
+        store = self._store()
+        return None if store is None else Selection(store, self._rows, self._index, self._tokens)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (t for t in (self._index, self._rows, self._tokens) if t is not None)
 
 
 class Routing:
@@ -108,6 +116,8 @@ class Routing:
         self.state: Tensor | None = None
         self.reads: list[Read] | None = None
         self.plan: Plan | None = None
+        # The sum of the shares of attention that were found, and their number.
+        self._recall: Tensor | None = None
         self._lists: list[PageList] = []
 
     def set_state(self, state: Tensor | None) -> None:
@@ -115,7 +125,24 @@ class Routing:
 
     def note(self, selections: list[Selection] | None, length: int = 1) -> None:
         """Note what `length` new tokens read; None = all pages."""
-        self.reads = None if selections is None else [Read.of(each, length) for each in selections]
+        self.reads = None if selections is None else [Read(each, length) for each in selections]
+
+    def measure(self, read: Tensor, whole: Tensor) -> None:
+        """Add the share of attention that queries found in what they read.
+
+        `read` and `whole` [parts, B, H, R] are the log-sum-exps over what they read, and over all.
+        """
+        shares = (read.logsumexp(0) - whole.logsumexp(0)).exp()
+        new = torch.stack([shares.sum(), shares.new_tensor(shares.numel())])
+        self._recall = new if self._recall is None else self._recall + new
+
+    @property
+    def recall(self) -> float | None:
+        """Mean share of attention that was found in what was read; None if it was not measured."""
+        if self._recall is None:
+            return None
+        found, count = self._recall.tolist()
+        return found / count
 
     def plan_for(self, lists: list[PageList], make: Callable[[], Plan]) -> Plan:
         """Return the plan for the pages `lists`, made anew if they are not those of the last plan."""
@@ -131,8 +158,11 @@ class Routing:
 
     def tensors(self) -> Iterator[Tensor]:
         yield from () if self.state is None else (self.state,)
+        for read in self.reads or ():
+            yield from read.tensors()
+        yield from () if self._recall is None else (self._recall,)
         yield from () if self.plan is None else self.plan.tensors()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again."""
-        return {"state": self.state, "reads": None, "plan": None, "_lists": []}
+        return vars(self) | {"reads": None, "plan": None, "_lists": []}

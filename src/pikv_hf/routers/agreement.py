@@ -74,6 +74,13 @@ class Agreement(PageRouter):
     def has_state(self) -> bool:
         return self.alpha > 0 or self.penalty > 0
 
+    def remark(self, *, has_gate: bool, has_far_pages: bool) -> str | None:
+        if not has_gate:
+            return "no gate: pages are selected by Quest's bound"
+        if self.penalty and not has_far_pages:
+            return "no page is far, so that the router's `penalty` has no effect"
+        return None
+
     def digest(
         self, keys: Tensor, known: dict[str, Tensor], num_experts: int | None
     ) -> dict[str, Tensor]:

@@ -15,3 +15,7 @@ class Router(ABC):
     @abstractmethod
     def needs_labels(self) -> bool:
         """True if pages carry the experts that the model's gates chose for their tokens."""
+
+    def remark(self, *, has_gate: bool, has_far_pages: bool) -> str | None:
+        """Return what a report says of a layer where the router cannot do all that it is for."""
+        return None

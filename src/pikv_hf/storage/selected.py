@@ -34,6 +34,22 @@ class Selection:
     index: Tensor
     tokens: Tensor | None
 
+    @classmethod
+    def of_row(cls, store: UniformPages | RaggedPages, row: int) -> "Selection":
+        """Select all pages of one stored row."""
+        held, heads = store.page_list(), store.held().shape[1]
+        tokens = held.tokens[row : row + 1].expand(1, heads, -1)
+        index = torch.arange(tokens.shape[2], device=tokens.device).expand_as(tokens)
+        return cls(store, torch.tensor([row], device=tokens.device), index, tokens)
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Return the columns [n, H, K, P] of the tokens, and True at those that are read."""
+        columns = self.store.columns_at(self.index, self.rows)
+        if self.tokens is None:
+            return columns, torch.ones_like(columns, dtype=torch.bool)
+        place = torch.arange(columns.shape[3], device=columns.device)
+        return columns, place < self.tokens[..., None]
+
     def attend(self, query: Tensor, scale: float, covered: Tensor | None) -> Iterator[Partial]:
         """Yield outputs [n, H, Q, Dv] and log-sum-exps [n, H, Q] of `query` [n, H, Q, Dk].
 
