@@ -143,7 +143,8 @@ def _attend(
     batch, _, length, _ = query.shape
     # Grouped by KV head: each key is then read once for all query heads of its group.
     packed = query.reshape(batch, state.tail.keys.shape[1], -1, query.shape[3])
-    state.neighbours.read_ahead(state.facts.paged_index + 1)
+    if selecting_router(state, length) is None:
+        state.neighbours.read_ahead(state.facts.paged_index + 1)
     slabs = counted_slabs(state, length)
     if slabs is None:
         state.observed.forget_counted()

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..layer.planning import planned
-from ..layer.routing import Candidates, Plan
+from ..layer.plan import Candidates, Plan
+from ..layer.planning import planned, resident_for
 from ..layer.state import LayerState
 from ..routers import PageRouter, Query
 from ..storage.row_map import PageStore, Partial
 from ..storage.selected import Selection
+from ..storage.tiers import Near
 
 
 def selecting_router(state: LayerState, length: int) -> PageRouter | None:
@@ -38,11 +39,18 @@ def selected(
         return None
     asked = _query(state, router, plan, query.unflatten(2, (-1, length)), scale)
     index, is_read = _selected(router, plan, asked)
+    resident, missing, fetched = resident_for(state, plan, length), None, None
+    if resident is None:
+        each = (_selection(plan, candidates, index, is_read) for candidates in plan.candidates)
+        selections = [selection for selection in each if selection is not None]
+    else:
+        is_read_once = None if is_read is None else is_read[:, :, 0]
+        selections = [resident.selection(plan, index[:, :, 0], is_read_once)]
+        missing = resident.missing
+        fetched = 0 if missing is None else int(missing.sum())
     if router.has_state:
-        state.routing.set_state(_updated(router, plan, asked, index, is_read))
-    each = (_selection(plan, candidates, index, is_read) for candidates in plan.candidates)
-    selections = [selection for selection in each if selection is not None]
-    state.routing.note(selections, length)
+        state.routing.set_state(_updated(router, plan, asked, index, is_read, missing))
+    state.routing.note(selections, length, fetched)
     return selections
 
 
@@ -121,16 +129,33 @@ def _selected(router: PageRouter, plan: Plan, query: Query) -> tuple[Tensor, Ten
 
 
 def _updated(
-    router: PageRouter, plan: Plan, query: Query, index: Tensor, is_read: Tensor | None
+    router: PageRouter,
+    plan: Plan,
+    query: Query,
+    index: Tensor,
+    is_read: Tensor | None,
+    missing: Tensor | None,
 ) -> Tensor | None:
-    """Return the state of the router after the pages `index` [B, H, q, K] were read."""
+    """Return the state of the router after the pages `index` [B, H, q, K] were read.
+
+    `missing` [B, H, K] marks pages that were fetched; None = all pages of far stores were.
+    """
     ones = torch.ones_like(index, dtype=torch.float32)
-    counts = ones if is_read is None else ones * is_read
-    total = torch.zeros_like(plan.bias[:, :, 0]).scatter_add_(
-        2, index.flatten(2), counts.flatten(2)
+    read = ones if is_read is None else ones * is_read
+    numbers = [read, read if missing is None else missing[:, :, None].float()]
+    reads, misses = (
+        torch.zeros_like(plan.bias[:, :, 0]).scatter_add_(2, index.flatten(2), count.flatten(2))
+        for count in numbers
     )
-    read = [(c.pages, total.narrow(2, c.start, c.count)) for c in plan.candidates]
-    return router.updated(query, read)
+    if missing is None:
+        for candidates in plan.candidates:
+            if candidates.store.tier.name == Near.name:
+                misses.narrow(2, candidates.start, candidates.count).zero_()
+    counts = [
+        (c.pages, reads.narrow(2, c.start, c.count), misses.narrow(2, c.start, c.count))
+        for c in plan.candidates
+    ]
+    return router.updated(query, counts)
 
 
 def _selection(

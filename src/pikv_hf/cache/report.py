@@ -234,18 +234,20 @@ def _read(layer: PagedLayer) -> dict[str, Any]:
     """Return what the newest token has read of a layer that holds tokens, by the report's names."""
     state, routing = layer.state, layer.state.routing
     if routing.reads is None:
-        counts = [(s.tier.name, s.page_count, s.page_bytes) for s in state.pages.slabs]
+        counts = [
+            (s.page_count, 0 if s.tier.name == Near.name else s.page_count, s.page_bytes)
+            for s in state.pages.slabs
+        ]
         tokens = _row_tokens(layer) / state.tail.batch
     else:
-        counts = [(read.tier, read.pages, read.page_bytes) for read in routing.reads]
+        counts = [(read.pages, read.misses, read.page_bytes) for read in routing.reads]
         total = sum(read.tokens for read in routing.reads)
         tokens = state.tail.length + total / (state.tail.batch * state.tail.keys.shape[1])
-    far = [(pages, nbytes) for tier, pages, nbytes in counts if tier != Near.name]
     return {
         "tokens_read": tokens,
-        "hits": sum(pages for tier, pages, _ in counts if tier == Near.name),
-        "misses": sum(pages for pages, _ in far),
-        "bytes_fetched": sum(pages * nbytes for pages, nbytes in far),
+        "hits": sum(pages - misses for pages, misses, _ in counts),
+        "misses": sum(misses for _, misses, _ in counts),
+        "bytes_fetched": sum(misses * nbytes for _, misses, nbytes in counts),
         "recall": routing.recall,
         "pages_per_expert": pages_per_expert(state),
     }

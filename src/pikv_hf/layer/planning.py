@@ -12,7 +12,8 @@ from ..storage.ragged_pages import RaggedPages
 from ..storage.row_map import PageStore
 from ..storage.tiers import Near
 from ..storage.uniform_pages import UniformPages
-from .routing import Candidates, Plan
+from .plan import Candidates, Plan
+from .resident import Resident
 from .state import LayerState
 
 
@@ -22,7 +23,40 @@ def planned(state: LayerState, router: PageRouter) -> Plan:
     return state.routing.plan_for(lists, lambda: _plan(state, router, lists))
 
 
+def resident_for(state: LayerState, plan: Plan, length: int) -> Resident | None:
+    """Return the copies on the device through which the pages of a plan are read; None = directly."""
+    copies = state.settings.placement.copies(state.facts.num_paged)
+    stores = [candidates.store for candidates in plan.candidates]
+    batch, heads = state.tail.batch, state.tail.keys.shape[1]
+    uniform = [store for store in stores if isinstance(store, UniformPages)]
+    are_alike = (
+        length == 1
+        and len(uniform) == len(stores)
+        and all(
+            store.is_even
+            and store.page_size == state.settings.page_size
+            and store.is_read_by_all(batch)
+            for store in uniform
+        )
+    )
+    if copies is None or not are_alike or all(store.tier.name == Near.name for store in stores):
+        return None
+    residency, nbytes = copies
+    pages = plan.bias.shape[-1]
+    # Room for more pages than there are is made by doubling.
+    slots = min(nbytes // (stores[0].page_bytes * batch * heads), 1 << (pages - 1).bit_length())
+    if slots < plan.slots:
+        return None
+    resident = state.routing.resident
+    if resident is None or resident.slots != slots:
+        resident = Resident.like(uniform[0], residency, batch, slots)
+        state.routing.set_resident(resident)
+    return resident
+
+
 def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
+    if state.settings.scheduler is not None:
+        state.routing.set_resident(None)  # eviction may have given pages other numbers
     batch, heads = state.tail.batch, state.tail.keys.shape[1]
     full = torch.zeros(batch, heads, dtype=torch.int64)
     partial = torch.zeros_like(full)
@@ -41,7 +75,6 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
         pages = Pages(
             digests=router.prepared(digests),
             numbers=position // state.settings.page_size,
-            is_near=store.tier.name == Near.name,
             keys=functools.partial(_keys, store, rows, heads, tokens.shape[2]),
         )
         is_always = (position < num_sinks) | (tokens < store.page_size)
@@ -51,7 +84,7 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
             bias = bias.masked_fill(~is_reader.to(bias.device)[:, None, None], -torch.inf)
         biases.append(bias.expand(batch, heads, -1))
         has_partial = bool(held.partial.any())
-        candidates.append(Candidates(store, pages, tokens, has_partial, start))
+        candidates.append(Candidates(store, rows, pages, tokens, has_partial, start))
         start += tokens.shape[2]
     size = min(store.page_size for store in state.pages.slabs)
     largest = max(state.pages.slabs, key=lambda store: store.nbytes)

@@ -1,77 +1,37 @@
-"""What the router of one layer selects from, and what it has selected.
+"""The run state of the router of one layer, and what it has selected.
 
-Shapes: B batch rows, H KV heads, M pages of all stores, m pages of one store, n its readers.
+Shapes: B batch rows, H KV heads, R queries of each.
 """
 
 import operator
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..routers import Pages
 from ..storage.page_list import PageList
-from ..storage.ragged_pages import RaggedPages
 from ..storage.selected import Selection
-from ..storage.uniform_pages import UniformPages
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The m pages of one store for all batch rows, with their valid `tokens` [B, H or 1, m].
-
-    A row that does not read the store has any pages. `has_partial`: some pages are not full. `start`
-    is the index of the first page among the pages of all stores.
-    """
-
-    store: UniformPages | RaggedPages
-    pages: Pages
-    tokens: Tensor
-    has_partial: bool
-    start: int
-
-    @property
-    def count(self) -> int:
-        return self.tokens.shape[2]
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield from (*self.pages.digests.values(), self.pages.numbers, self.tokens)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a router selects from, until pages change.
-
-    `bias` [B, H, 1, M] is added to scores: infinity for pages that are always read, minus infinity
-    where there is no page. A KV head reads up to `slots` pages, or `limits` [B, H]; None = all heads
-    read `slots`. `reads_all`: every page is to be read.
-    """
-
-    candidates: list[Candidates]
-    bias: Tensor
-    slots: int
-    limits: Tensor | None
-    reads_all: bool
-
-    def tensors(self) -> Iterator[Tensor]:
-        for candidates in self.candidates:
-            yield from candidates.tensors()
-        yield from (self.bias, *(() if self.limits is None else (self.limits,)))
+from ..storage.tiers import Near
+from .plan import Plan
+from .resident import Resident
 
 
 class Read:
     """What the newest token has read of one store, without keeping the store alive.
 
-    `tier`, `page_bytes`: of the store. `readers`: the batch rows that read it.
+    `page_bytes`: of the store. `readers`: the batch rows that read it.
     """
 
-    def __init__(self, selection: Selection, length: int) -> None:
-        """Note a selection for `length` new tokens: each reader is in it `length` times."""
+    def __init__(self, selection: Selection, length: int, fetched: int | None) -> None:
+        """Note a selection for `length` new tokens: each reader is in it `length` times.
+
+        `fetched`: pages that were not on the device; None = all or none, as the store is far or near.
+        """
         store = selection.store
-        self.tier, self.page_bytes, self.readers = store.tier.name, store.page_bytes, store.readers
+        self.page_bytes, self.readers = store.page_bytes, store.readers
+        self._fetched = 0 if fetched is None and store.tier.name == Near.name else fetched
         self._page_size, self._store = store.page_size, weakref.ref(store)
         newest = slice(length - 1, None, length)
         self._index = selection.index[newest]
@@ -82,6 +42,11 @@ class Read:
     def pages(self) -> int:
         """Pages of all rows and KV heads."""
         return self._index.numel() if self._tokens is None else int((self._tokens > 0).sum())
+
+    @property
+    def misses(self) -> int:
+        """Pages that were not on the device, of all rows and KV heads."""
+        return self.pages if self._fetched is None else self._fetched
 
     @property
     def tokens(self) -> int:
@@ -107,6 +72,7 @@ class Routing:
         state: [B, ...], what the router has returned; None = nothing.
         reads: what the newest token has read of each store; None = all pages, or nothing yet.
         plan: the plan for the pages as they were when pages were last selected.
+        resident: copies on the device of pages that were read from far memory; None = there are none.
     """
 
     def __init__(self) -> None:
@@ -116,6 +82,7 @@ class Routing:
         self.state: Tensor | None = None
         self.reads: list[Read] | None = None
         self.plan: Plan | None = None
+        self.resident: Resident | None = None
         # The sum of the shares of attention that were found, and their number.
         self._recall: Tensor | None = None
         self._lists: list[PageList] = []
@@ -123,9 +90,16 @@ class Routing:
     def set_state(self, state: Tensor | None) -> None:
         self.state = state
 
-    def note(self, selections: list[Selection] | None, length: int = 1) -> None:
-        """Note what `length` new tokens read; None = all pages."""
-        self.reads = None if selections is None else [Read(each, length) for each in selections]
+    def set_resident(self, resident: Resident | None) -> None:
+        self.resident = resident
+
+    def note(
+        self, selections: list[Selection] | None, length: int = 1, fetched: int | None = None
+    ) -> None:
+        """Note what `length` new tokens read; None = all pages. `fetched` is as for `Read`."""
+        self.reads = None
+        if selections is not None:
+            self.reads = [Read(each, length, fetched) for each in selections]
 
     def measure(self, read: Tensor, whole: Tensor) -> None:
         """Add the share of attention that queries found in what they read.
@@ -154,15 +128,16 @@ class Routing:
     def map_rows(self, index: Tensor) -> None:
         if self.state is not None:
             self.state = self.state.index_select(0, index.to(self.state.device))
-        self.reads, self.plan, self._lists = None, None, []
+        self.reads, self.plan, self.resident, self._lists = None, None, None, []
 
     def tensors(self) -> Iterator[Tensor]:
         yield from () if self.state is None else (self.state,)
         for read in self.reads or ():
             yield from read.tensors()
+        yield from () if self.resident is None else self.resident.tensors()
         yield from () if self._recall is None else (self._recall,)
         yield from () if self.plan is None else self.plan.tensors()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again."""
-        return vars(self) | {"reads": None, "plan": None, "_lists": []}
+        return vars(self) | {"reads": None, "plan": None, "resident": None, "_lists": []}

@@ -301,6 +301,7 @@ class LayerState:
             self.num_departed = tuple(self.columns.counts(self.starts))
             self._first = min(self._first, target)
             self.pages.crop(target)
+            self.routing.set_resident(None)
         self.tail.truncate(max(target - first, 0))
         visible = self.columns.visible(target, self.num_seen)
         self.observed.truncate(removed, self.tail.length, visible)

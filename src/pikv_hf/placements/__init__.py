@@ -3,7 +3,8 @@
 from .base import Placement
 from .local import Local
 from .offload import Offload
+from .residency import RESIDENCIES, Residency
 
 PLACEMENTS: dict[str, type[Placement]] = {"auto": Local, "local": Local, "offload": Offload}
 
-__all__ = ["PLACEMENTS", "Local", "Offload", "Placement"]
+__all__ = ["PLACEMENTS", "RESIDENCIES", "Local", "Offload", "Placement", "Residency"]

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ..storage.tiers import Tier
+from .residency import Residency
 
 
 class Placement(ABC):
@@ -16,6 +17,13 @@ class Placement(ABC):
 
         Tiers are filled in this order; the last one has no limit.
         """
+
+    def copies(self, layers: int) -> tuple[Residency, int] | None:
+        """Return the policy and the bytes of copies that one of `layers` keeps on its device.
+
+        They are of pages that a router has read from other memory; None = there are no copies.
+        """
+        return None
 
     @property
     def reads_ahead(self) -> bool:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..storage.tiers import Disk, Near, Ram, Tier
-from ..validation import parse_bytes
+from ..validation import parse_bytes, resolve
 from .local import Local
+from .residency import RESIDENCIES, Residency
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,13 @@ class Offload(Local):
 
     The tiers are those of FlexGen (Sheng et al., arXiv 2303.06865), which also fixes a share for
     each: a decode step reads every page, so only the number of pages on the device matters. A page
-    is never moved once it is sealed. Moving pages to the device when they are read (LRU) would not
-    help: each page would leave the device before it is read again.
+    is never moved once it is sealed, and without a router moving pages to the device when they are
+    read would not help: each would leave the device before it is read again.
+
+    With a router that selects pages, only the selected pages are read. With `residency` the device
+    keeps copies of pages that were read lately, in `device_bytes`, instead of the first pages of the
+    text: "lru", "lru_plus" or "belady", or a `Residency`. Copies are kept of pages of the full size
+    in batches whose rows hold equally many, if each KV head has room for all pages that it reads.
 
     Other pages are read block by block. An accelerator copies them from pinned memory, the next
     block while attention reads the current one. A CPU reads them in place; files of the next layer
@@ -33,11 +39,14 @@ class Offload(Local):
     device_bytes: int | str = 0
     ram_bytes: int | str | None = None
     offload_folder: str | os.PathLike[str] | None = None
+    residency: str | Residency | None = None
 
     def __post_init__(self) -> None:
         for name in ("device_bytes", "ram_bytes"):
             if (name, getattr(self, name)) != ("ram_bytes", None):
                 _bytes(name, getattr(self, name))
+        residency = resolve("residency", self.residency, RESIDENCIES, Residency)
+        object.__setattr__(self, "residency", residency)
         folder = self.offload_folder
         if (folder is None) != (self.ram_bytes is None):
             raise ValueError(
@@ -54,9 +63,16 @@ class Offload(Local):
     def reads_ahead(self) -> bool:
         return self.offload_folder is not None
 
+    def copies(self, layers: int) -> tuple[Residency, int] | None:
+        if not isinstance(self.residency, Residency):
+            return None
+        return self.residency, _bytes("device_bytes", self.device_bytes) // layers
+
     def place(self, states: Tensor, layers: int) -> list[Tier]:
         device = states.device
-        near = Near(device, _bytes("device_bytes", self.device_bytes) // layers)
+        # Copies take the place of pages on the device.
+        near_bytes = 0 if self.residency else _bytes("device_bytes", self.device_bytes)
+        near = Near(device, near_bytes // layers)
         if self.ram_bytes is None or self.offload_folder is None:
             return [near, Ram(device)]
         ram = Ram(device, _bytes("ram_bytes", self.ram_bytes) // layers)

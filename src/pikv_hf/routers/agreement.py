@@ -121,15 +121,15 @@ class Agreement(PageRouter):
             scores = scores + self.bound * query.scale * bound_scores(query, digests["bounds"])
         return scores
 
-    def updated(self, query: Query, read: list[tuple[Pages, Tensor]]) -> Tensor | None:
+    def updated(self, query: Query, read: list[tuple[Pages, Tensor, Tensor]]) -> Tensor | None:
         if "bucket" not in read[0][0].digests:
             return None  # a layer without a gate
         shares_of = read[0][0].digests["shares"]
         new = shares_of.new_zeros(len(read[0][1]), 2, shares_of.shape[-1])
-        for pages, counts in read:
-            bucket = pages.digests["bucket"].expand(counts.shape).flatten(1)
-            for number in (0,) if pages.is_near else (0, 1):
-                new[:, number].scatter_add_(1, bucket, counts.flatten(1).to(new.dtype))
+        for pages, *counts in read:
+            bucket = pages.digests["bucket"].expand(counts[0].shape).flatten(1)
+            for number, count in enumerate(counts):
+                new[:, number].scatter_add_(1, bucket, count.flatten(1))
         loads = new[:, 0]
         loads /= loads.mean(-1, keepdim=True).clamp_min(torch.finfo(new.dtype).tiny)
         if query.state is None:

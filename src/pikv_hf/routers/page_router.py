@@ -46,12 +46,11 @@ class Pages:
 
     `digests` [R or 1, H or 1, M, ...] is what `PageRouter.digest` made of them, `numbers`
     [R or 1, H or 1, M] int64 the number of tokens of the row before each page, over the page size.
-    `is_near`: the device holds them. `keys()` decodes their keys [R, H, M, P, D].
+    `keys()` decodes their keys [R, H, M, P, D].
     """
 
     digests: dict[str, Tensor]
     numbers: Tensor
-    is_near: bool
     keys: Callable[[], Tensor]
 
 
@@ -138,10 +137,11 @@ class PageRouter(Router):
         """Return scores [R, H, q, M] of KV heads as logits of attention, for `top_p`."""
         return scores.float()
 
-    def updated(self, query: Query, read: list[tuple[Pages, Tensor]]) -> Tensor | None:
+    def updated(self, query: Query, read: list[tuple[Pages, Tensor, Tensor]]) -> Tensor | None:
         """Return the state [R, ...] after pages were read, which later queries are given.
 
-        `read` lists the pages of each store, and how many of the queries read each [R, H, M], float.
+        `read` lists the pages of each store, how many of the queries read each [R, H, M], float32, and
+        how many of these reads were not from memory of the device.
         """
         return None
 

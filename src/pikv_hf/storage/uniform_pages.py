@@ -249,6 +249,20 @@ class UniformPages(PageStore):
         places = index + (first if rows is None else first.index_select(0, rows))
         return {k: select_pages(t.flatten(0, 2), places) for k, t in self.fields.items()}
 
+    def single_pages(
+        self, row: Tensor, head: Tensor, page: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Copy m pages [m, ...], each of a stored row, a KV head and an index in `page_list`.
+
+        Return their fields, in the memory of the store, and the columns [m, P] of their tokens.
+        """
+        heads, room = next(iter(self.fields.values())).shape[1:3]
+        places = (row * heads + head) * room + page
+        fields = {name: select_pages(t.flatten(0, 2), places) for name, t in self.fields.items()}
+        positions = self.meta["positions"].unflatten(2, (-1, self.page_size))
+        positions = positions.expand(self.rows, heads, *positions.shape[2:])
+        return fields, positions[row, head, page]
+
     def columns_at(self, index: Tensor, rows: Tensor | None) -> Tensor:
         shape = self.rows, *index.shape[1:2], -1, self.page_size
         positions = self.meta["positions"].unflatten(2, (-1, self.page_size)).expand(shape)

@@ -1,0 +1,58 @@
+"""What a router selects from.
+
+Shapes: B batch rows, H KV heads, M pages of all stores, m pages of one store.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..routers import Pages
+from ..storage.ragged_pages import RaggedPages
+from ..storage.uniform_pages import UniformPages
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The m pages of one store for all batch rows, with their valid `tokens` [B, H or 1, m].
+
+    A row that does not read the store has any pages. `has_partial`: some pages are not full. `start`
+    is the index of the first page among the pages of all stores. Batch row b reads stored row
+    `rows[b]`; None = the stored rows are the batch rows.
+    """
+
+    store: UniformPages | RaggedPages
+    rows: Tensor | None
+    pages: Pages
+    tokens: Tensor
+    has_partial: bool
+    start: int
+
+    @property
+    def count(self) -> int:
+        return self.tokens.shape[2]
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (*self.pages.digests.values(), self.pages.numbers, self.tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a router selects from, until pages change.
+
+    `bias` [B, H, 1, M] is added to scores: infinity for pages that are always read, minus infinity
+    where there is no page. A KV head reads up to `slots` pages, or `limits` [B, H]; None = all heads
+    read `slots`. `reads_all`: every page is to be read.
+    """
+
+    candidates: list[Candidates]
+    bias: Tensor
+    slots: int
+    limits: Tensor | None
+    reads_all: bool
+
+    def tensors(self) -> Iterator[Tensor]:
+        for candidates in self.candidates:
+            yield from candidates.tensors()
+        yield from (self.bias, *(() if self.limits is None else (self.limits,)))
