@@ -29,6 +29,7 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
     partial = torch.zeros_like(full)
     candidates: list[Candidates] = []
     biases: list[Tensor] = []
+    others: list[Tensor] = []
     num_sinks = max(state.settings.num_sinks, 1)
     start = 0
     for store, held in zip(state.pages.slabs, lists, strict=True):
@@ -40,18 +41,20 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
         places = held.places if rows is None else held.places.index_select(0, rows)
         digests = {name: _of_rows(t, rows) for name, t in held.digests.tensors.items()}
         position = state.columns.numbered(list(range(batch)), first).long()
+        is_full = tokens == store.page_size
         pages = Pages(
-            digests=router.prepared(digests),
+            digests=router.prepared(digests, is_full),
             numbers=position // state.settings.page_size,
             is_near=store.tier.name == Near.name,
             keys=functools.partial(_keys, store, places),
         )
-        is_always = (position < num_sinks) | (tokens < store.page_size)
+        is_always = (position < num_sinks) | ~is_full
         bias = torch.where(is_always, torch.inf, 0.0).masked_fill(tokens == 0, -torch.inf)
         if not store.is_read_by_all(batch):
             is_reader = torch.zeros(batch, dtype=torch.bool).index_fill(0, readers, True)
             bias = bias.masked_fill(~is_reader.to(bias.device)[:, None, None], -torch.inf)
         biases.append(bias.expand(batch, heads, -1))
+        others.append((~is_full | (bias == -torch.inf)).expand(batch, heads, -1))
         has_partial = bool(held.partial.any())
         candidates.append(Candidates(store, pages, places, tokens, has_partial, start))
         start += places.shape[2]
@@ -62,9 +65,12 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
     counts = wanted + partial
     slots = int(counts.max())
     is_even = bool((counts == slots).all())
+    bias, other = (torch.cat(parts, dim=-1)[:, :, None] for parts in (biases, others))
     return Plan(
         candidates=candidates,
-        bias=torch.cat(biases, dim=-1)[:, :, None],
+        bias=bias,
+        is_free=bias == 0,
+        others=other if bool(other.any()) else None,
         slots=slots,
         limits=None if is_even else counts.to(biases[0].device),
         reads_all=router.top_p is None and bool((wanted == full).all()),
