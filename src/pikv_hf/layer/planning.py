@@ -66,6 +66,7 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
     slots = int(counts.max())
     is_even = bool((counts == slots).all())
     bias, other = (torch.cat(parts, dim=-1)[:, :, None] for parts in (biases, others))
+    is_sized = router.top_p in (None, 1)  # a part that rounds to 1 is not all
     return Plan(
         candidates=candidates,
         bias=bias,
@@ -73,7 +74,7 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
         others=other if bool(other.any()) else None,
         slots=slots,
         limits=None if is_even else counts.to(biases[0].device),
-        reads_all=router.top_p is None and bool((wanted == full).all()),
+        reads_all=is_sized and bool((wanted == full).all()),
     )
 
 
