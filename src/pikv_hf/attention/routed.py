@@ -123,9 +123,7 @@ def _counted(plan: Plan, index: Tensor, is_read: Tensor | None) -> Tensor:
     """Return how many queries read each page [B, H, M], of the selected pages `index` [B, H, q, K]."""
     ones = torch.ones_like(index, dtype=torch.float32)
     counts = ones if is_read is None else ones * is_read
-    return torch.zeros_like(plan.bias[:, :, 0]).scatter_add_(
-        2, index.flatten(2), counts.flatten(2)
-    )
+    return torch.zeros_like(plan.bias[:, :, 0]).scatter_add_(2, index.flatten(2), counts.flatten(2))
 
 
 def _updated(router: PageRouter, plan: Plan, query: Query, counts: Tensor) -> Tensor | None:
