@@ -1,6 +1,5 @@
 """Rows of a batch, beams, forks and drafted tokens: each row selects as if it was alone."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -16,7 +15,7 @@ from zoo import prompt
 
 from pikv_hf import ROUTERS, PiKVCache
 
-STEPS = 5
+STEPS = 4
 SELECTING = [name for name in ROUTERS if name != "all"]
 selecting = pytest.mark.parametrize("name", SELECTING)
 # Without heads of different lengths: of these, other tokens share a page in one batch than in another.
@@ -147,8 +146,6 @@ def test_drafted_tokens_select_apart(name, mode, monkeypatch) -> None:
     """Each as if it was generated alone: the same tokens, as no page is sealed meanwhile."""
     model, watch = tiny("mixtral"), Watch(monkeypatch)
     options = {"page_size": 16, "window": 4, "router": half(name)}
-    if "experts_from" in dir(options["router"]):  # a draft has no choice of its own for the others
-        options["router"] = dataclasses.replace(options["router"], experts_from="previous_layer")
     drafter = {"prompt_lookup_num_tokens": 3}
     if mode == "assistant":
         drafter = {"assistant_model": disturbed("mixtral")}

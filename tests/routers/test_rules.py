@@ -61,7 +61,7 @@ STORAGE = {
 CASES = list(zip(ROUTERS_HERE, itertools.cycle(list(STORAGE)[1:]), strict=False))
 
 
-def read_two_turns(model, cache, lengths=LENGTHS, second=SECOND, steps: int = 5) -> None:
+def read_two_turns(model, cache, lengths=LENGTHS, second=SECOND, steps: int = 4) -> None:
     """A padded prompt and single tokens, then a turn with padding in the middle, and more tokens."""
     ids, mask = prompt(model, lengths).values()
     forward(model, ids, mask, cache)
