@@ -129,6 +129,6 @@ def test_pages_of_no_row(monkeypatch) -> None:
 
 @pytest.mark.parametrize(("percent", "pages"), [(10, 30), (7, 100), (29, 100), (30, 10)])
 def test_a_fraction_of_pages_has_no_error_of_rounding(percent, pages) -> None:
-    """0.1 * 30 is 3.0000000000000004 as a float number."""
+    """0.07 * 100 is 7.000000000000001 as a float number."""
     counts = Quest(fraction=percent / 100).counts(torch.tensor([[pages]]), 1, 1)
     assert counts.tolist() == [[percent * pages // 100]]

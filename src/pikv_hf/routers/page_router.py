@@ -164,7 +164,7 @@ class PageRouter(Router):
         elif self.read_bytes is not None:
             wanted = torch.full_like(full, _bytes(self.read_bytes) // page_bytes)
         else:
-            # Rounded first, as 0.1 * 30 is more than 3.
+            # Rounded first, as 0.07 * 100 is more than 7.
             share = DEFAULT_FRACTION if self.fraction is None else self.fraction
             wanted = (full.double() * share).mul(1e9).round().div(1e9).ceil().long()
         return wanted.clamp_min(sinks).minimum(full)
