@@ -35,11 +35,15 @@ def selected(
 ) -> list[Selection] | None:
     """Return the pages that `query` [B, H, R, D] reads of each store; None = all of all stores."""
     plan = planned(state, router)
-    if plan.reads_all:
+    if plan.reads_all and not router.has_state:
         return None
     asked = _query(state, router, plan, query.unflatten(2, (-1, length)), scale)
+    if plan.reads_all:
+        everything = (plan.bias[:, :, 0] != -torch.inf).float()
+        state.routing.set_state(_updated(router, plan, asked, everything, None))
+        return None
     index, is_read = _selected(router, plan, asked)
-    resident, missing, fetched = resident_for(state, plan, length), None, None
+    resident, missing, fetched = resident_for(state, plan, length, index.shape[3]), None, None
     if resident is None:
         each = (_selection(plan, candidates, index, is_read) for candidates in plan.candidates)
         selections = [selection for selection in each if selection is not None]
@@ -49,7 +53,9 @@ def selected(
         missing = resident.missing
         fetched = 0 if missing is None else int(missing.sum())
     if router.has_state:
-        state.routing.set_state(_updated(router, plan, asked, index, is_read, missing))
+        counts = _counted(plan, index, is_read)
+        misses = None if missing is None else _counted(plan, index, missing[:, :, None])
+        state.routing.set_state(_updated(router, plan, asked, counts, misses))
     state.routing.note(selections, length, fetched)
     return selections
 
@@ -87,6 +93,7 @@ def _query(
         positions=functools.partial(_positions, state, states),
         layer_idx=state.layer_idx,
         max_pages=plan.slots,
+        limits=plan.limits,
         experts=None if labels is None else labels["experts"][:, 0],
         weights=None if labels is None else labels["weights"][:, 0],
         state=state.routing.state,
@@ -106,8 +113,11 @@ def _selected(router: PageRouter, plan: Plan, query: Query) -> tuple[Tensor, Ten
     scores = [router.scores(query, c.pages) for c in plan.candidates]
     if len(scores) > 1:
         scores = [each.expand(batch, heads, *each.shape[2:]) for each in scores]
-    of_heads = router.over_group(scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1))
-    biased = of_heads + plan.bias
+    joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+    if plan.others is not None:
+        joined = torch.where(plan.others[:, :, None], -torch.inf, joined)
+    of_heads = router.over_group(joined)
+    biased = torch.where(plan.is_free, of_heads, plan.bias)
     if router.has_ties:  # the newest of equal pages first
         order = biased.flip(-1).sort(dim=-1, descending=True, stable=True).indices
         index = biased.shape[-1] - 1 - order[..., : plan.slots]
@@ -118,9 +128,7 @@ def _selected(router: PageRouter, plan: Plan, query: Query) -> tuple[Tensor, Ten
             return index, None
         place = torch.arange(plan.slots, device=index.device)
         return index, place < plan.limits[:, :, None, None]
-    logits = router.logits(of_heads, query.scale)
-    logits = logits.masked_fill(plan.bias == -torch.inf, -torch.inf)
-    mass = logits.softmax(-1).expand(biased.shape).gather(3, index)
+    mass = router.logits(of_heads, query.scale).softmax(-1).expand(biased.shape).gather(3, index)
     chosen = biased.gather(3, index)
     is_read = (mass.cumsum(-1) - mass < router.top_p) | (chosen == torch.inf)
     is_read &= chosen != -torch.inf
@@ -128,34 +136,32 @@ def _selected(router: PageRouter, plan: Plan, query: Query) -> tuple[Tensor, Ten
     return index[..., :needed], is_read[..., :needed]
 
 
-def _updated(
-    router: PageRouter,
-    plan: Plan,
-    query: Query,
-    index: Tensor,
-    is_read: Tensor | None,
-    missing: Tensor | None,
-) -> Tensor | None:
-    """Return the state of the router after the pages `index` [B, H, q, K] were read.
-
-    `missing` [B, H, K] marks pages that were fetched; None = all pages of far stores were.
-    """
+def _counted(plan: Plan, index: Tensor, is_read: Tensor | None) -> Tensor:
+    """Return how many queries read each page [B, H, M], of the selected pages `index` [B, H, q, K]."""
     ones = torch.ones_like(index, dtype=torch.float32)
-    read = ones if is_read is None else ones * is_read
-    numbers = [read, read if missing is None else missing[:, :, None].float()]
-    reads, misses = (
-        torch.zeros_like(plan.bias[:, :, 0]).scatter_add_(2, index.flatten(2), count.flatten(2))
-        for count in numbers
-    )
-    if missing is None:
+    counts = ones if is_read is None else ones * is_read
+    return torch.zeros_like(plan.bias[:, :, 0]).scatter_add_(2, index.flatten(2), counts.flatten(2))
+
+
+def _updated(
+    router: PageRouter, plan: Plan, query: Query, counts: Tensor, misses: Tensor | None
+) -> Tensor | None:
+    """Return the state of the router after pages were read by `counts` [B, H, M] queries each.
+
+    `misses` [B, H, M] counts those that fetched the page; None = all those of far stores.
+    """
+    if misses is None:
+        misses = counts.clone()
         for candidates in plan.candidates:
             if candidates.store.tier.name == Near.name:
                 misses.narrow(2, candidates.start, candidates.count).zero_()
-    counts = [
-        (c.pages, reads.narrow(2, c.start, c.count), misses.narrow(2, c.start, c.count))
+    if plan.others is not None:
+        counts, misses = (t.masked_fill(plan.others[:, :, 0], 0) for t in (counts, misses))
+    read = [
+        (c.pages, counts.narrow(2, c.start, c.count), misses.narrow(2, c.start, c.count))
         for c in plan.candidates
     ]
-    return router.updated(query, counts)
+    return router.updated(query, read)
 
 
 def _selection(

@@ -41,13 +41,16 @@ class Candidates:
 class Plan:
     """What a router selects from, until pages change.
 
-    `bias` [B, H, 1, M] is added to scores: infinity for pages that are always read, minus infinity
-    where there is no page. A KV head reads up to `slots` pages, or `limits` [B, H]; None = all heads
-    read `slots`. `reads_all`: every page is to be read.
+    `is_free` [B, H, 1, M] is True at pages that are read by their score; `bias` [B, H, 1, M] is
+    infinity for pages that are always read, and minus infinity where there is no page. `others`
+    [B, H, 1, M] is True where there is no full page; None = nowhere. A KV head reads up to `slots`
+    pages, or `limits` [B, H]; None = all heads read `slots`. `reads_all`: every page is to be read.
     """
 
     candidates: list[Candidates]
     bias: Tensor
+    is_free: Tensor
+    others: Tensor | None
     slots: int
     limits: Tensor | None
     reads_all: bool
@@ -55,4 +58,5 @@ class Plan:
     def tensors(self) -> Iterator[Tensor]:
         for candidates in self.candidates:
             yield from candidates.tensors()
-        yield from (self.bias, *(() if self.limits is None else (self.limits,)))
+        yield from (self.bias, self.is_free)
+        yield from (tensor for tensor in (self.others, self.limits) if tensor is not None)

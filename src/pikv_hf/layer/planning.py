@@ -23,8 +23,11 @@ def planned(state: LayerState, router: PageRouter) -> Plan:
     return state.routing.plan_for(lists, lambda: _plan(state, router, lists))
 
 
-def resident_for(state: LayerState, plan: Plan, length: int) -> Resident | None:
-    """Return the copies on the device through which the pages of a plan are read; None = directly."""
+def resident_for(state: LayerState, plan: Plan, length: int, count: int) -> Resident | None:
+    """Return the copies on the device through which `count` pages of each KV head are read.
+
+    None = they are read directly.
+    """
     copies = state.settings.placement.copies(state.facts.num_paged)
     stores = [candidates.store for candidates in plan.candidates]
     batch, heads = state.tail.batch, state.tail.keys.shape[1]
@@ -45,7 +48,7 @@ def resident_for(state: LayerState, plan: Plan, length: int) -> Resident | None:
     pages = plan.bias.shape[-1]
     # Room for more pages than there are is made by doubling.
     slots = min(nbytes // (stores[0].page_bytes * batch * heads), 1 << (pages - 1).bit_length())
-    if slots < plan.slots:
+    if slots < count:
         return None
     resident = state.routing.resident
     if resident is None or resident.slots != slots:
@@ -62,6 +65,7 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
     partial = torch.zeros_like(full)
     candidates: list[Candidates] = []
     biases: list[Tensor] = []
+    others: list[Tensor] = []
     num_sinks = max(state.settings.num_sinks, 1)
     start = 0
     for store, held in zip(state.pages.slabs, lists, strict=True):
@@ -72,17 +76,19 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
         first, tokens = _of_rows(held.first, rows), _of_rows(held.tokens, rows)
         digests = {name: _of_rows(t, rows) for name, t in held.digests.tensors.items()}
         position = state.columns.numbered(list(range(batch)), first).long()
+        is_full = tokens == store.page_size
         pages = Pages(
-            digests=router.prepared(digests),
+            digests=router.prepared(digests, is_full),
             numbers=position // state.settings.page_size,
             keys=functools.partial(_keys, store, rows, heads, tokens.shape[2]),
         )
-        is_always = (position < num_sinks) | (tokens < store.page_size)
+        is_always = (position < num_sinks) | ~is_full
         bias = torch.where(is_always, torch.inf, 0.0).masked_fill(tokens == 0, -torch.inf)
         if not store.is_read_by_all(batch):
             is_reader = torch.zeros(batch, dtype=torch.bool).index_fill(0, readers, True)
             bias = bias.masked_fill(~is_reader.to(bias.device)[:, None, None], -torch.inf)
         biases.append(bias.expand(batch, heads, -1))
+        others.append((~is_full | (bias == -torch.inf)).expand(batch, heads, -1))
         has_partial = bool(held.partial.any())
         candidates.append(Candidates(store, rows, pages, tokens, has_partial, start))
         start += tokens.shape[2]
@@ -93,12 +99,16 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
     counts = wanted + partial
     slots = int(counts.max())
     is_even = bool((counts == slots).all())
+    bias, other = (torch.cat(parts, dim=-1)[:, :, None] for parts in (biases, others))
+    is_sized = router.top_p in (None, 1)  # a part that rounds to 1 is not all
     return Plan(
         candidates=candidates,
-        bias=torch.cat(biases, dim=-1)[:, :, None],
+        bias=bias,
+        is_free=bias == 0,
+        others=None if bool((full == start).all()) else other,
         slots=slots,
         limits=None if is_even else counts.to(biases[0].device),
-        reads_all=router.top_p is None and bool((wanted == full).all()),
+        reads_all=is_sized and bool((wanted == full).all()),
     )
 
 

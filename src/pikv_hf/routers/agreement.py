@@ -89,7 +89,7 @@ class Agreement(PageRouter):
         digests = {"shares": page_shares(known["experts"], known["weights"], num_experts)}
         return digests | ({"bounds": page_bounds(keys)} if self.bound else {})
 
-    def prepared(self, digests: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepared(self, digests: dict[str, Tensor], is_full: Tensor) -> dict[str, Tensor]:
         more = {}
         if "shares" in digests and self.beta:
             entropy = torch.special.entr(digests["shares"]).sum(-1)

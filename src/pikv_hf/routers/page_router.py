@@ -27,7 +27,7 @@ class Query:
     is the number of tokens of the row before each. `experts` and `weights` [R, q, k] foretell the choice of
     the layer's gate for the queries' tokens; None = nothing is known, or the layer has no gate.
     `state` [R, ...] is what `PageRouter.updated` has returned before. `max_pages`: most pages that a
-    KV head reads.
+    KV head reads; `limits` [R, H]: those that each reads, None = `max_pages`.
     """
 
     states: Tensor
@@ -38,6 +38,7 @@ class Query:
     experts: Tensor | None = None
     weights: Tensor | None = None
     state: Tensor | None = None
+    limits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class PageRouter(Router):
     Args:
         top_pages: number of pages that a KV head reads.
         fraction: share of a KV head's pages that it reads, rounded up; 0.25 if no size is given.
-        top_p: a KV head reads the fewest pages whose part in the softmax of its scores is at least
-            `top_p`. Off the CPU it waits for the device in each layer.
+        top_p: a KV head reads the fewest full pages whose part in the softmax of its scores is at
+            least `top_p`. Off the CPU it waits for the device in each layer.
         read_bytes: bytes of encoded pages that one row reads in a step, over all layers: a number,
             or text such as "64MiB".
     """
@@ -118,8 +119,12 @@ class PageRouter(Router):
         """
         return {}
 
-    def prepared(self, digests: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return `digests` of all M pages with what is made of them once, when pages were added."""
+    def prepared(self, digests: dict[str, Tensor], is_full: Tensor) -> dict[str, Tensor]:
+        """Return `digests` of all M pages with what is made of them once, when pages were added.
+
+        `is_full` [R or 1, H or 1, M] is False at pages that are not full, which are always read, and
+        where there is no page.
+        """
         return digests
 
     @abstractmethod
@@ -129,7 +134,8 @@ class PageRouter(Router):
     def over_group(self, scores: Tensor) -> Tensor:
         """Return scores [R, H, q, M] of KV heads for `scores` [R, H, G, q, M] of their query heads.
 
-        M counts the pages of all stores. By default the maximum counts.
+        M counts the pages of all stores; those that are not full have the score minus infinity. By
+        default the maximum counts.
         """
         return scores.amax(2) if scores.shape[2] > 1 else scores[:, :, 0]
 
@@ -141,7 +147,7 @@ class PageRouter(Router):
         """Return the state [R, ...] after pages were read, which later queries are given.
 
         `read` lists the pages of each store, how many of the queries read each [R, H, M], float32, and
-        how many of these reads were not from memory of the device.
+        how many of these reads were not from memory of the device. Pages that are not full count 0.
         """
         return None
 
@@ -157,7 +163,7 @@ class PageRouter(Router):
         elif self.read_bytes is not None:
             wanted = torch.full_like(full, _bytes(self.read_bytes) // page_bytes)
         else:
-            # Rounded first, as 0.1 * 30 is more than 3.
+            # Rounded first, as 0.07 * 100 is more than 7.
             share = DEFAULT_FRACTION if self.fraction is None else self.fraction
             wanted = (full.double() * share).mul(1e9).round().div(1e9).ceil().long()
         return wanted.clamp_min(sinks).minimum(full)
