@@ -73,7 +73,7 @@ def test_defaults(name, field) -> None:
 # ---- constructed pages: each of one expert, or of two -------------------------------------------
 
 
-def store(router: Agreement, experts: Tensor, *, is_near: bool) -> Pages:
+def store(router: Agreement, experts: Tensor) -> Pages:
     """Pages [1, 1, M] of 4 tokens of the experts [M, 2], of which the first has more weight."""
     weights = torch.tensor([0.8, 0.2]).expand(1, 1, len(experts), 4, 2)
     known = {"experts": experts[None, None, :, None].expand_as(weights), "weights": weights}
@@ -82,22 +82,21 @@ def store(router: Agreement, experts: Tensor, *, is_near: bool) -> Pages:
     return Pages(
         router.prepared(digests, torch.ones_like(numbers, dtype=torch.bool)),
         numbers,
-        is_near,
         lambda: torch.zeros(0),
     )
 
 
-def simulated(router: Agreement, stores: list[Pages], steps: int = 300) -> Tensor:
-    """How often each page was read by queries whose expert is 0, 1, 2 or 3, mostly 0."""
+def simulated(router: Agreement, stores: list[Pages], far: Pages | None = None) -> Tensor:
+    """How often each page was read by 300 queries whose expert is 0, 1, 2 or 3, mostly 0."""
     draw, state = torch.Generator().manual_seed(0), None
     total = torch.zeros(sum(pages.numbers.shape[2] for pages in stores))
-    for _ in range(steps):
+    for _ in range(300):
         first = torch.multinomial(torch.tensor([0.7, 0.1, 0.1, 0.1]), 1, generator=draw)
         other = torch.randint(EXPERTS, (1,), generator=draw)
         query = Query(
             states=torch.zeros(1, 1, 1, 1, 2),
             scale=1.0,
-            positions=torch.zeros(1, 1, dtype=torch.int64),
+            positions=lambda: torch.zeros(1, 1, dtype=torch.int64),
             layer_idx=0,
             max_pages=READ,
             experts=torch.stack([first, other], dim=1)[None],
@@ -108,7 +107,11 @@ def simulated(router: Agreement, stores: list[Pages], steps: int = 300) -> Tenso
         index = scores[0, 0, 0, 0].topk(READ).indices
         counts = torch.zeros(1, 1, len(total)).index_fill_(2, index, 1.0)
         parts = counts.split([pages.numbers.shape[2] for pages in stores], dim=2)
-        state = router.updated(query, list(zip(stores, parts, strict=True)))
+        read = [
+            (pages, part, part if pages is far else torch.zeros_like(part))
+            for pages, part in zip(stores, parts, strict=True)
+        ]
+        state = router.updated(query, read)
         total += counts[0, 0]
     return total
 
@@ -125,7 +128,7 @@ def test_imbalance_falls_as_alpha_rises() -> None:
     experts, spreads = drawn(), []
     for alpha in (0.0, 0.05, 0.2, 1.0):
         router = Balanced(alpha=alpha)
-        read = simulated(router, [store(router, experts, is_near=True)])
+        read = simulated(router, [store(router, experts)])
         of_bucket = torch.zeros(EXPERTS).index_add_(0, experts[:, 0], read)
         spreads.append(float(of_bucket.std() / of_bucket.mean()))
     assert spreads == sorted(spreads, reverse=True)
@@ -138,21 +141,20 @@ def test_fewer_far_pages_are_read_as_the_penalty_rises() -> None:
     is_far = experts[:, 0] % 2 == 0
     for penalty in (0.0, 0.05, 0.2, 1.0):
         router = CacheAware(penalty=penalty)
-        stores = [
-            store(router, experts[~is_far], is_near=True),
-            store(router, experts[is_far], is_near=False),
-        ]
-        fetched.append(float(simulated(router, stores)[int((~is_far).sum()) :].sum()))
+        near, far = store(router, experts[~is_far]), store(router, experts[is_far])
+        read = simulated(router, [near, far], far)
+        fetched.append(float(read[int((~is_far).sum()) :].sum()))
     assert fetched == sorted(fetched, reverse=True)
     assert fetched[-1] < fetched[0] / 2
 
 
 def test_averages_begin_at_an_even_load_and_no_miss() -> None:
     router = PiKV(alpha=1.0)
-    pages = store(router, torch.tensor([[0, 1], [0, 1], [3, 2]]), is_near=False)
+    pages = store(router, torch.tensor([[0, 1], [0, 1], [3, 2]]))
     states = torch.zeros(1, 1, 1, 1, 2)
-    query = Query(states, 1.0, torch.zeros(1, 1, dtype=torch.int64), 0, 3)
-    loads, misses = router.updated(query, [(pages, torch.tensor([[[1.0, 1.0, 2.0]]]))])[0]
+    query = Query(states, 1.0, lambda: torch.zeros(1, 1, dtype=torch.int64), 0, 3)
+    counts = torch.tensor([[[1.0, 1.0, 2.0]]])
+    loads, misses = router.updated(query, [(pages, counts, counts)])[0]
     expected = torch.full((EXPERTS,), 0.9)
     expected[0] += 0.1 * 2 / 0.5
     expected[3] += 0.1 * 2 / 0.5
