@@ -3,9 +3,16 @@
 import itertools
 import math
 
+import torch
+
+from ..routers import PageRouter
 from ..storage.memory import storage_bytes
 from .rerotation import rest_bytes
 from .state import LayerState
+
+# Bytes for each page of a KV head in a router's plan (number, tokens, first column, bias and masks),
+# and in the selection that was read last.
+PLAN_BYTES = 52
 
 
 def is_over_budget(state: LayerState, seen: int) -> bool:
@@ -112,6 +119,8 @@ def _bytes_for_pages(state: LayerState, nbytes: int) -> int:
     fixed += state.observed.max_bytes(owners, opened, settings.page_size)
     others = (state.pages.codec.tensors(), state.scheduler_tensors(), state.probe.tensors())
     fixed += storage_bytes(itertools.chain(*others))
+    copies = settings.placement.copies(state.facts.num_paged)
+    fixed += 0 if copies is None else copies[1]
     sinks = math.ceil(settings.num_sinks / settings.page_size)
     min_bytes = fixed + (sinks + _has_ragged_pages(state) * (sinks > 0)) * _page_row_bytes(state)
     if share <= fixed or share < min_bytes:
@@ -141,7 +150,26 @@ def token_bytes(state: LayerState) -> float:
     total += 0 if constants is None else 4 * constants.num_constants
     total += rest_bytes(state)
     # A ragged page stores its owner and its length.
-    return total + _has_ragged_pages(state) * 12 / settings.page_size
+    of_page = _has_ragged_pages(state) * 12 + _routing_bytes(state)
+    return total + of_page / settings.page_size
+
+
+def _routing_bytes(state: LayerState) -> int:
+    """Return the bytes that a router needs for a page of a KV head."""
+    router, size, tail = state.settings.router, state.settings.page_size, state.tail
+    if not isinstance(router, PageRouter) or state.pages.digest is None:
+        return 0
+    labels = {} if tail.labels is None else tail.labels.tensors
+    known = {k: t.new_zeros(1, 1, 1, size, t.shape[-1]) for k, t in labels.items()}
+    known["positions"] = torch.zeros(1, 1, 1, size, dtype=torch.int32)
+    digests = state.pages.digest(tail.keys.new_zeros(1, 1, 1, size, tail.keys.shape[3]), known)
+    own = sum(tensor.nbytes for tensor in digests.values())
+    is_full = torch.ones(1, 1, 1, dtype=torch.bool, device=tail.keys.device)
+    prepared = sum(tensor.nbytes for tensor in router.prepared(digests, is_full).values()) - own
+    if not _has_ragged_pages(state):
+        return own + prepared + PLAN_BYTES
+    # Their list has the digests once more, and they may have half the size.
+    return 2 * (2 * own + prepared + PLAN_BYTES)
 
 
 def _has_ragged_pages(state: LayerState) -> bool:

@@ -118,6 +118,10 @@ class Routing:
         found, count = self._recall.tolist()
         return found / count
 
+    def forget_plan(self) -> None:
+        """Forget the plan, which keeps the digests of pages that are gone."""
+        self.plan, self._lists = None, []
+
     def plan_for(self, lists: list[PageList], make: Callable[[], Plan]) -> Plan:
         """Return the plan for the pages `lists`, made anew if they are not those of the last plan."""
         is_same = len(lists) == len(self._lists) and all(map(operator.is_, lists, self._lists))

@@ -59,6 +59,7 @@ def seal_oldest(state: LayerState, leaving: Departure) -> int:
         for selection in _selections(state, tail, groups):
             if len(selection.span):
                 _append(state, selection)
+    state.routing.forget_plan()
     _examine(state, tail, leaving)
     count = min(leaving.starts) - state.first_in_tail
     state.depart(leaving.starts, leaving.num_departed)
