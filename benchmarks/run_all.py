@@ -26,6 +26,7 @@ SCRIPTS = [
     "experts_cpu",
     "duo_cpu",
     "quest_cpu",
+    "routers_cpu",
     "offload_cpu",
     "launches/steps",
     "launches/growth",

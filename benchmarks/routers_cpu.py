@@ -1,0 +1,439 @@
+"""What each router costs in answers of the bundled model, and how much of the attention it reads.
+
+A text is read as a prompt, which reads all pages. Then its question and answer are read token by
+token: each token reads only what the router selects, also the last one of the question, which
+decides the answer. Every router of the registry enters by itself. An interrupted run is continued
+when it is started again. With --model, --text or --length only the attention is measured, of that
+model on that text, and nothing is written.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention_read import Heard, Imagined, Labels, Mass, Watch, agreement
+from common import Result, arguments
+from experts_cpu import sign_test
+from progress import Progress
+from quality_cpu import FULL, Questions, wilson
+from remembered import remembered
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from pikv_hf import ROUTERS, PiKVCache
+from pikv_hf.model.loading import check_length, encode, load
+from pikv_hf.model.versions import with_cache
+from pikv_hf.needles.haystack import NEEDLE_MODEL, make_haystack
+from pikv_hf.routers import (
+    Adaptive,
+    Clusters,
+    Oracle,
+    PageRouter,
+    PiKV,
+    Quest,
+    Random,
+    TopK,
+)
+
+PAGE, LARGE_PAGE, WINDOW = 16, 64, 32
+LENGTH, COUNT, ASKED = 1024, 256, 32
+SHARES = (0.5, 0.25, 0.125, 0.0625)
+TARGETS = (0.95, 0.8, 0.5, 0.25)  # of adaptive, which decides itself how many pages it reads
+LEFT_OUT = {"all": "reads all pages", "cache_aware": "equals topk where the device holds all pages"}
+GOALS = ((0.25, 1.0), (0.125, 3.0))  # share of pages, points of answers that may be lost
+HALF, HALVING = "keydiff keeps half", {"scheduler": "keydiff", "budget": 0.5}
+LABELS = "labels exchanged"
+# Labels of pages differ little: in logits, 16 times their agreement spreads as much as the bounds.
+STRONG, NEWEST = 16.0, {"experts_from": "previous_token"}
+STRONGER = "pikv, agreement=16, experts_from previous_token"
+# Do labels help beside bounds? Asked where quest may lose answers.
+BESIDE = (("", 0.0625), (f", pages of {LARGE_PAGE}", 0.25), (f", pages of {LARGE_PAGE}", 0.125))
+
+
+class Exchanged:
+    """Mixed into a rule as its control: every token has the labels of another."""
+
+    def digest(
+        self, keys: Tensor, known: dict[str, Tensor], num_experts: int | None
+    ) -> dict[str, Tensor]:
+        count = keys.shape[2] * keys.shape[3]
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+        mixed = {
+            name: t.flatten(2, 3)[:, :, order].view(t.shape)
+            for name, t in known.items()
+            if name in ("experts", "weights")
+        }
+        digests = super().digest(keys, known | mixed, num_experts)  # ty: ignore[unresolved-attribute]
+        return {"mixed" if name == "shares" else name: t for name, t in digests.items()}
+
+    def prepared(self, digests: dict[str, Tensor]) -> dict[str, Tensor]:
+        named = digests | ({"shares": digests["mixed"]} if "mixed" in digests else {})
+        return super().prepared(named)  # ty: ignore[unresolved-attribute]
+
+
+@dataclass(frozen=True)
+class ExchangedTopK(Exchanged, TopK):
+    """The control of topk."""
+
+
+@dataclass(frozen=True)
+class ExchangedPiKV(Exchanged, PiKV):
+    """The control of pikv."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rule in the table: a router for each share of the pages, and what else the cache has."""
+
+    router: Callable[[float], PageRouter]
+    page: int = PAGE
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def cache(self, model: PreTrainedModel, share: float) -> PiKVCache:
+        sizes = {"page_size": self.page, "window": WINDOW}
+        return PiKVCache(model, router=self.router(share), **sizes, **self.options)
+
+
+def of_share(made: type[PageRouter], **options: Any) -> Callable[[float], PageRouter]:
+    return lambda share: made(fraction=share, **options)
+
+
+def adaptive(share: float) -> PageRouter:
+    return Adaptive(target=TARGETS[SHARES.index(share)])
+
+
+def all_rows() -> dict[str, Row]:
+    rows = {
+        name: Row(adaptive if made is Adaptive else of_share(made))
+        for name, made in ROUTERS.items()
+        if name not in LEFT_OUT and issubclass(made, PageRouter)
+    }
+    rows |= {
+        "topk, experts_from previous_token": Row(of_share(TopK, **NEWEST)),
+        f"topk, {LABELS}": Row(of_share(ExchangedTopK)),
+        "pikv, agreement=16": Row(of_share(PiKV, agreement=STRONG)),
+        STRONGER: Row(of_share(PiKV, agreement=STRONG, **NEWEST)),
+        f"pikv, agreement=16, {LABELS}": Row(of_share(ExchangedPiKV, agreement=STRONG, **NEWEST)),
+        "quest, int4": Row(of_share(Quest), options={"compressor": "int4"}),
+        f"quest, {HALF}": Row(of_share(Quest), options=HALVING),
+    }
+    for name in ("random", "topk", "quest", "clusters", "oracle"):
+        rows[f"{name}, pages of {LARGE_PAGE}"] = Row(of_share(ROUTERS[name]), LARGE_PAGE)
+    rows[f"{STRONGER}, pages of {LARGE_PAGE}"] = Row(rows[STRONGER].router, LARGE_PAGE)
+    return rows
+
+
+BOTH = "the layer before, pages too"
+EARLY = "early gate, pages too"
+
+
+def imagined() -> dict[str, tuple[Imagined, str]]:
+    """Rows that no cache can have yet, and what foretells the experts of a query in each."""
+    found = {
+        f"topk, experts from {source}": (Imagined(TopK()), source)
+        for source in ("translated", BOTH, "early gate", EARLY, "hindsight")
+    }
+    for source in ("early gate", "hindsight"):
+        found[f"pikv, agreement=16, experts from {source}"] = (
+            Imagined(PiKV(agreement=STRONG)),
+            source,
+        )
+    rules = {"random": Random(), "quest": Quest(), "clusters": Clusters(), "oracle": Oracle()}
+    for group in ("expert", "nothing"):
+        for name, router in rules.items():
+            found[f"{name}, pages by {group}"] = Imagined(router, group), "previous_token"
+        for source in ("previous_token", "hindsight"):
+            found[f"topk, experts from {source}, pages by {group}"] = (
+                Imagined(TopK(), group),
+                source,
+            )
+    name = f"topk, experts from {BOTH}, pages by expert"
+    return found | {name: (Imagined(TopK(), "expert"), BOTH)}
+
+
+# ---- one batch ----------------------------------------------------------------------------------
+
+
+def ask(model: PreTrainedModel, cache: Cache, batch: Questions) -> Tensor:
+    """The tokens [n, A] that the model answers, the right one before each given.
+
+    An answer is right in all its tokens where greedy decoding, which goes on with its own tokens,
+    would give it.
+    """
+    read = functools.partial(model, **with_cache(cache), logits_to_keep=1)
+    read(batch.texts)
+    tokens = torch.cat([batch.questions, batch.answers[:, :-1]], dim=1)
+    logits = [read(token).logits for token in tokens.split(1, dim=1)]
+    return torch.cat(logits[-batch.answers.shape[1] :], dim=1).argmax(-1)
+
+
+def right(model: PreTrainedModel, cache: Cache, batch: Questions) -> list[bool]:
+    found = (ask(model, cache, batch) == batch.answers).all(-1).tolist()
+    if isinstance(cache, PiKVCache):
+        cache.detach()
+    return found
+
+
+def title(name: str, share: float) -> str:
+    return f"{name}, {share}"
+
+
+def measure(model: PreTrainedModel, batch: Questions, rows: dict[str, Row]) -> dict[str, Any]:
+    """Which answers are right, the masses, and how well experts are foretold: ready for JSON."""
+    sizes = {"page_size": PAGE, "window": WINDOW}
+    answers = {
+        FULL: right(model, DynamicCache(), batch),
+        HALF: right(model, PiKVCache(model, **HALVING, **sizes), batch),
+    }
+    for name, row in rows.items():
+        for share in SHARES:
+            answers[title(name, share)] = right(model, row.cache(model, share), batch)
+    masses: dict[str, Mass] = {}
+    foretold: dict[str, dict[str, float]] = {}
+    for page in sorted({row.page for row in rows.values()}):
+        watch, heard = watched(model, batch, rows, page)
+        masses |= watch.masses
+        if page == PAGE:
+            more, foretold = imagine(watch, heard, batch.texts.shape[1])
+            masses |= more
+    return {
+        "right": answers,
+        "masses": {name: asdict(mass) for name, mass in masses.items()},
+        "foretold": foretold,
+    }
+
+
+def routers_of(rows: dict[str, Row], page: int) -> dict[str, PageRouter]:
+    """The routers of rows that differ in nothing else, for each share."""
+    own = {name: row for name, row in rows.items() if row.page == page and not row.options}
+    return {title(name, share): row.router(share) for name, row in own.items() for share in SHARES}
+
+
+def watched(
+    model: PreTrainedModel, batch: Questions, rows: dict[str, Row], page: int
+) -> tuple[Watch, Heard]:
+    """What the rules would read, and what the gates choose, while all pages are read."""
+    watch, heard = Watch(routers_of(rows, page)), Heard(model, len(batch.texts))
+    with watch.cache(model, page, WINDOW) as cache, watch.watching():
+        ask(model, cache, batch)
+    heard.close()
+    return watch, heard
+
+
+def imagine(
+    watch: Watch, heard: Heard, text: int
+) -> tuple[dict[str, Mass], dict[str, dict[str, float]]]:
+    """The masses of `imagined`, and by layer the weight of the experts that each source foretells."""
+    masses: dict[str, Mass] = {}
+    foretold: dict[str, dict[str, float]] = {}
+    for layer, asked in watch.layers.items():
+        own = heard.own[layer]
+        sources: dict[str, tuple[Labels, Labels]] = {
+            name: (own, labels) for name, labels in heard.foretelling(layer, text).items()
+        }
+        before = heard.own.get(layer - 1)
+        sources[BOTH] = sources["previous_token"] if before is None else (before, before)
+        sources[EARLY] = heard.early[layer], heard.early[layer]
+        for name, (_, labels) in sources.items():
+            weight = agreement(labels, own, heard.count)[:, text:].mean()
+            foretold.setdefault(name, {})[str(layer)] = float(weight)
+        for name, (rule, source) in imagined().items():
+            totals = {share: masses.setdefault(title(name, share), Mass()) for share in SHARES}
+            rule.measure(asked, layer, *sources[source], PAGE, heard.count, totals)
+    return masses, foretold
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """The sums over all batches."""
+
+    right: dict[str, list[bool]]
+    masses: dict[str, Mass]
+    foretold: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(cls, batches: list[dict[str, Any]]) -> "Found":
+        first = batches[0]
+        masses = {name: Mass() for name in first["masses"]}
+        for batch in batches:
+            for name, mass in batch["masses"].items():
+                masses[name] = masses[name].plus(Mass(**mass))
+        return cls(
+            right={n: [x for b in batches for x in b["right"][n]] for n in first["right"]},
+            masses=masses,
+            foretold={
+                name: {
+                    idx: sum(b["foretold"][name][idx] for b in batches) / len(batches)
+                    for idx in first["foretold"][name]
+                }
+                for name in first["foretold"]
+            },
+        )
+
+    def percent(self, name: str) -> float:
+        return 100 * sum(self.right[name]) / len(self.right[name])
+
+    def answers(self, name: str) -> str:
+        if name not in self.right:
+            return ""
+        low, high = wilson(sum(self.right[name]), len(self.right[name]))
+        return f"{self.percent(name):.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+    def attention(self, name: str) -> str:
+        return shown(self.masses[name]) if name in self.masses else ""
+
+    def row(self, name: str) -> list[str]:
+        names = [title(name, share) for share in SHARES]
+        cells = [*map(self.answers, names), *map(self.attention, names)]
+        if name == "adaptive":
+            read = [100 * self.masses[n].share_of_tokens for n in names]
+            cells = [
+                f"{cell}, {share:.0f} % read" for cell, share in zip(cells, read * 2, strict=True)
+            ]
+        return cells
+
+
+def shown(mass: Mass) -> str:
+    return f"{100 * mass.share:.1f} ({100 * mass.share_of_pages:.1f})"
+
+
+def columns() -> list[str]:
+    shares = [f"{100 * share:.4g} %" for share in SHARES]
+    return ["rule", *(f"exact, {s}" for s in shares), *(f"attention, {s}" for s in shares)]
+
+
+def table(found: Found, rows: dict[str, Row], count: int) -> Result:
+    result = Result(
+        "routers_cpu", "Routers: answers of the bundled model", setting(found, count), columns()
+    )
+    for name in (FULL, HALF):
+        result.add(name, found.answers(name), *[""] * (len(result.columns) - 2))
+    for name in (*rows, *imagined()):
+        result.add(name, *found.row(name))
+    return result
+
+
+def setting(found: Found, count: int) -> str:
+    left_out = "; ".join(f"{name} {why}" for name, why in LEFT_OUT.items())
+    foretold = "; ".join(
+        f"{name} {' and '.join(f'{100 * share:.0f}' for share in by_layer.values())}"
+        for name, by_layer in found.foretold.items()
+    )
+    return (
+        f"bundled model; {count} texts of {LENGTH} tokens, 8 numbers hidden in each and one asked for; "
+        "the text is read as a prompt, then question and answer token by token by the rule; columns: "
+        f"share of the pages that a KV head reads; pages of {PAGE}, of the newest tokens {WINDOW} to "
+        f"{WINDOW + PAGE - 1} are in no page and always read; exact: % of answers [95 % interval, "
+        "Wilson]; attention: % of it that falls on what is read, and in brackets of that on pages "
+        "alone, by the queries of a cache that reads all, mean over question and answer tokens, "
+        "heads and layers; adaptive: targets "
+        f"{', '.join(map(str, TARGETS))} and the pages it reads; {LABELS}: the control, where each "
+        "token has the labels of another; keydiff keeps half: the shares are of these; rows without "
+        "answers are computed from recorded queries and keys; translated: by how often experts of "
+        "both layers go together in the text; early gate: the gate applied before attention; "
+        "hindsight: the experts that the gate then chooses; pages too: the pages carry the same "
+        "labels; pages by expert: tokens ordered by the expert with the largest weight, by nothing: "
+        f"at random; left out: {left_out}; weight of the chosen experts that were foretold, in % of "
+        f"layer 0 and 1 (25 by chance): {foretold}"
+    )
+
+
+def goals(result: Result, found: Found, rows: dict[str, Row]) -> None:
+    rules = [
+        name
+        for name, row in rows.items()
+        if name in ROUTERS and name not in ("oracle", "adaptive") and row.page == PAGE
+    ]
+    for share, points in GOALS:
+        best = max(rules, key=lambda name: found.percent(title(name, share)))
+        lost = found.percent(FULL) - found.percent(title(best, share))
+        text = f"{100 * share:.4g} % of the pages, {best}: <= {points:g} points of answers lost"
+        result.goal(text, lost, lost <= points)
+    for pages, share in BESIDE if STRONGER in rows else ():
+        pair = [found.right[title(rule + pages, share)] for rule in (STRONGER, "quest")]
+        wins = sum(a and not b for a, b in zip(*pair, strict=True))
+        losses = sum(b and not a for a, b in zip(*pair, strict=True))
+        chance = sign_test(wins, losses)
+        text = (
+            f"labels beside bounds, {100 * share:.4g} % of the pages{pages}: {STRONGER} wins {wins} "
+            f"answers that quest loses, and loses {losses}, p < .05 in a sign test"
+        )
+        result.goal(text, chance, wins > losses and chance < 0.05)
+
+
+# ---- any model and text -------------------------------------------------------------------------
+
+
+def on_text(name: str, text: str | None, length: int) -> None:
+    """Print the attention of the last tokens of a text of `length` tokens that each rule reads."""
+    model, tokenizer = load(name)
+    check_length(model, length, f"--length is {length}")
+    if text is None:
+        text = make_haystack(
+            length=length, needles=8, count=lambda words: len(tokenizer(words).input_ids)
+        ).prompt()
+    ids = encode(model, tokenizer, text)["input_ids"][:, :length]
+    if ids.shape[1] < 2 * (ASKED + WINDOW + PAGE):
+        raise SystemExit(f"the text has {ids.shape[1]} tokens: too few to be read in pages.")
+    rows = all_rows()
+    watch = Watch(routers_of(rows, PAGE))
+    cache = watch.cache(model, PAGE, WINDOW)
+    read = functools.partial(model, **with_cache(cache), logits_to_keep=1)
+    read(ids[:, :-ASKED])
+    with watch.watching():
+        for token in tqdm(ids[:, -ASKED:].split(1, dim=1)):
+            read(token)
+    result = Result(
+        "routers_cpu",
+        f"Routers: attention read, {name}",
+        f"% of the attention of the last {ASKED} of {ids.shape[1]} tokens that falls on what is "
+        "read, and in brackets of that on pages alone, mean over tokens, heads and paged layers; "
+        f"pages of {PAGE}, window {WINDOW}; adaptive reads as many pages as it needs",
+        ["rule", *(f"{100 * share:.4g} %" for share in SHARES)],
+    )
+    for rule in rows:
+        if title(rule, SHARES[0]) in watch.masses:
+            result.add(rule, *(shown(watch.masses[title(rule, share)]) for share in SHARES))
+    result.publish(quick=True)
+
+
+def main() -> None:
+    given = arguments(
+        __doc__ or "",
+        model={"help": "a checkpoint; the bundled model by default"},
+        text={"type": Path, "help": "a file to read; by default numbers hidden in sentences"},
+        length={"type": int, "help": f"tokens of the text that are read; {LENGTH} by default"},
+    )
+    if given.model or given.text or given.length:
+        text = given.text.read_text() if given.text else None
+        return on_text(given.model or str(NEEDLE_MODEL), text, given.length or LENGTH)
+    count, rows = (
+        (16, {n: all_rows()[n] for n in ("quest", "pikv", "random")})
+        if given.quick
+        else (COUNT, all_rows())
+    )
+    model, tokenizer = load(str(NEEDLE_MODEL))
+    batches = Questions.of(tokenizer, LENGTH, count).batches()
+    progress = Progress("routers_cpu", list(rows), count)
+    done = []
+    with remembered(model) as results:
+        for number, batch in enumerate(tqdm(batches)):
+            run = functools.partial(measure, model, batch, rows)
+            done.append(progress.get(str(number), run))
+            results.known.clear()
+    found = Found.of(done)
+    result = table(found, rows, count)
+    goals(result, found, rows)
+    result.publish(given.quick)
+    progress.done()
+
+
+if __name__ == "__main__":
+    main()
