@@ -47,9 +47,9 @@ LEFT_OUT = {"all": "reads all pages", "cache_aware": "equals topk where the devi
 GOALS = ((0.25, 1.0), (0.125, 3.0))  # share of pages, points of answers that may be lost
 HALF, HALVING = "keydiff keeps half", {"scheduler": "keydiff", "budget": 0.5}
 LABELS = "labels exchanged"
-# Labels of pages differ little: in logits, 16 times their agreement spreads as much as the bounds.
-STRONG, NEWEST = 16.0, {"experts_from": "previous_token"}
-STRONGER = "pikv, agreement=16, experts_from previous_token"
+# Experts of pages differ little: their agreement moves a choice by bounds only if it is multiplied.
+STRENGTHS = (4, 16)
+STRONGER = "pikv, agreement=16"
 # Do labels help beside bounds? Asked where quest may lose answers.
 BESIDE = (("", 0.0625), (f", pages of {LARGE_PAGE}", 0.25), (f", pages of {LARGE_PAGE}", 0.125))
 
@@ -113,46 +113,36 @@ def all_rows() -> dict[str, Row]:
         if name not in LEFT_OUT and issubclass(made, PageRouter)
     }
     rows |= {
-        "topk, experts_from previous_token": Row(of_share(TopK, **NEWEST)),
+        "topk, experts_from previous_token": Row(of_share(TopK, experts_from="previous_token")),
         f"topk, {LABELS}": Row(of_share(ExchangedTopK)),
-        "pikv, agreement=16": Row(of_share(PiKV, agreement=STRONG)),
-        STRONGER: Row(of_share(PiKV, agreement=STRONG, **NEWEST)),
-        f"pikv, agreement=16, {LABELS}": Row(of_share(ExchangedPiKV, agreement=STRONG, **NEWEST)),
+        **{f"pikv, agreement={n}": Row(of_share(PiKV, agreement=n)) for n in STRENGTHS},
+        f"{STRONGER}, {LABELS}": Row(of_share(ExchangedPiKV, agreement=16)),
         "quest, int4": Row(of_share(Quest), options={"compressor": "int4"}),
         f"quest, {HALF}": Row(of_share(Quest), options=HALVING),
     }
-    for name in ("random", "topk", "quest", "clusters", "oracle"):
-        rows[f"{name}, pages of {LARGE_PAGE}"] = Row(of_share(ROUTERS[name]), LARGE_PAGE)
-    rows[f"{STRONGER}, pages of {LARGE_PAGE}"] = Row(rows[STRONGER].router, LARGE_PAGE)
+    for name in ("random", "quest", "topk", "pikv, agreement=4", STRONGER, "clusters", "oracle"):
+        rows[f"{name}, pages of {LARGE_PAGE}"] = Row(rows[name].router, LARGE_PAGE)
     return rows
 
 
-BOTH = "the layer before, pages too"
+UNLIKE = "previous_layer, pages by their own gate"
 EARLY = "early gate, pages too"
 
 
 def imagined() -> dict[str, tuple[Imagined, str]]:
-    """Rows that no cache can have yet, and what foretells the experts of a query in each."""
+    """Rows that no cache can have yet, and from where each takes the experts of queries and pages."""
     found = {
         f"topk, experts from {source}": (Imagined(TopK()), source)
-        for source in ("translated", BOTH, "early gate", EARLY, "hindsight")
+        for source in (UNLIKE, "translated", "early gate", EARLY, "hindsight")
     }
-    for source in ("early gate", "hindsight"):
-        found[f"pikv, agreement=16, experts from {source}"] = (
-            Imagined(PiKV(agreement=STRONG)),
-            source,
-        )
     rules = {"random": Random(), "quest": Quest(), "clusters": Clusters(), "oracle": Oracle()}
     for group in ("expert", "nothing"):
         for name, router in rules.items():
-            found[f"{name}, pages by {group}"] = Imagined(router, group), "previous_token"
-        for source in ("previous_token", "hindsight"):
-            found[f"topk, experts from {source}, pages by {group}"] = (
-                Imagined(TopK(), group),
-                source,
-            )
-    name = f"topk, experts from {BOTH}, pages by expert"
-    return found | {name: (Imagined(TopK(), "expert"), BOTH)}
+            found[f"{name}, pages by {group}"] = Imagined(router, group), "previous_layer"
+        for source in ("previous_layer", "previous_token", "hindsight"):
+            name = f"topk, experts from {source}, pages by {group}"
+            found[name] = Imagined(TopK(), group), source
+    return found
 
 
 # ---- one batch ----------------------------------------------------------------------------------
@@ -231,16 +221,18 @@ def imagine(
     masses: dict[str, Mass] = {}
     foretold: dict[str, dict[str, float]] = {}
     for layer, asked in watch.layers.items():
-        own = heard.own[layer]
-        sources: dict[str, tuple[Labels, Labels]] = {
-            name: (own, labels) for name, labels in heard.foretelling(layer, text).items()
-        }
-        before = heard.own.get(layer - 1)
-        sources[BOTH] = sources["previous_token"] if before is None else (before, before)
-        sources[EARLY] = heard.early[layer], heard.early[layer]
-        for name, (_, labels) in sources.items():
+        own, before = heard.own[layer], heard.own.get(layer - 1)
+        known = heard.foretelling(layer, text)
+        for name, labels in known.items():
             weight = agreement(labels, own, heard.count)[:, text:].mean()
             foretold.setdefault(name, {})[str(layer)] = float(weight)
+        sources: dict[str, tuple[Labels, Labels]] = {
+            n: (own, labels) for n, labels in known.items()
+        }
+        sources[UNLIKE] = sources["previous_layer"]
+        if before is not None:
+            sources["previous_layer"] = before, before
+        sources[EARLY] = heard.early[layer], heard.early[layer]
         for name, (rule, source) in imagined().items():
             totals = {share: masses.setdefault(title(name, share), Mass()) for share in SHARES}
             rule.measure(asked, layer, *sources[source], PAGE, heard.count, totals)
@@ -325,6 +317,7 @@ def setting(found: Found, count: int) -> str:
     foretold = "; ".join(
         f"{name} {' and '.join(f'{100 * share:.0f}' for share in by_layer.values())}"
         for name, by_layer in found.foretold.items()
+        if name != "hindsight"
     )
     return (
         f"bundled model; {count} texts of {LENGTH} tokens, 8 numbers hidden in each and one asked for; "
@@ -334,14 +327,17 @@ def setting(found: Found, count: int) -> str:
         "Wilson]; attention: % of it that falls on what is read, and in brackets of that on pages "
         "alone, by the queries of a cache that reads all, mean over question and answer tokens, "
         "heads and layers; adaptive: targets "
-        f"{', '.join(map(str, TARGETS))} and the pages it reads; {LABELS}: the control, where each "
-        "token has the labels of another; keydiff keeps half: the shares are of these; rows without "
-        "answers are computed from recorded queries and keys; translated: by how often experts of "
-        "both layers go together in the text; early gate: the gate applied before attention; "
-        "hindsight: the experts that the gate then chooses; pages too: the pages carry the same "
-        "labels; pages by expert: tokens ordered by the expert with the largest weight, by nothing: "
-        f"at random; left out: {left_out}; weight of the chosen experts that were foretold, in % of "
-        f"layer 0 and 1 (25 by chance): {foretold}"
+        f"{', '.join(map(str, TARGETS))} and the pages it reads; pages of the first tokens count and "
+        "are always read, so that 6.25 % of pages of "
+        f"{LARGE_PAGE} are these alone; {LABELS}: the control, where each token has the labels of "
+        f"another; {HALF}: the shares are of these; rows without answers are computed from recorded "
+        "queries and keys; previous_layer: queries and pages by the gate of the layer before (layer "
+        "0: by its own and the previous token); translated: by how often experts of both gates go "
+        "together in the text; early gate: the gate applied before attention; hindsight: the experts "
+        "that the gate then chooses; pages too: pages by the same, else by their own gate; pages by "
+        "expert: tokens ordered by the expert with the largest weight, by nothing: at random; left "
+        f"out: {left_out}; weight of the chosen experts that were foretold, in % of layer 0 and 1 "
+        f"(25 by chance): {foretold}"
     )
 
 
