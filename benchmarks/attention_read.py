@@ -73,9 +73,21 @@ class Mass:
 
 @dataclass(frozen=True)
 class Several(PageRouter):
-    """Lets pages carry what all these `routers` read of them. It selects nothing itself."""
+    """Lets pages carry what all these `routers` read of them. It selects nothing itself.
+
+    Those that compare experts must agree from where: tokens have the labels of one gate.
+    """
 
     routers: tuple[PageRouter, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len({router.source for router in self.routers}) > 1:
+            raise ValueError("`routers` take experts from different gates.")
+
+    @property
+    def source(self) -> str:
+        return self.routers[0].source
 
     @property
     def needs_labels(self) -> bool:

@@ -184,10 +184,10 @@ def measure(model: PreTrainedModel, batch: Questions, rows: dict[str, Row]) -> d
             answers[title(name, share)] = right(model, row.cache(model, share), batch)
     masses: dict[str, Mass] = {}
     foretold: dict[str, dict[str, float]] = {}
-    for page in sorted({row.page for row in rows.values()}):
-        watch, heard = watched(model, batch, rows, page)
+    for page, routers in watches(rows):
+        watch, heard = watched(model, batch, routers, page)
         masses |= watch.masses
-        if page == PAGE:
+        if not foretold and page == PAGE:
             more, foretold = imagine(watch, heard, batch.texts.shape[1])
             masses |= more
     return {
@@ -197,17 +197,21 @@ def measure(model: PreTrainedModel, batch: Questions, rows: dict[str, Row]) -> d
     }
 
 
-def routers_of(rows: dict[str, Row], page: int) -> dict[str, PageRouter]:
-    """The routers of rows that differ in nothing else, for each share."""
-    own = {name: row for name, row in rows.items() if row.page == page and not row.options}
-    return {title(name, share): row.router(share) for name, row in own.items() for share in SHARES}
+def watches(rows: dict[str, Row]) -> list[tuple[int, dict[str, PageRouter]]]:
+    """The routers of rows that can share a cache, for each share of the pages, and its page size."""
+    together: dict[tuple[int, str], dict[str, PageRouter]] = {}
+    for name, row in rows.items():
+        for share in SHARES if not row.options else ():
+            router = row.router(share)
+            together.setdefault((row.page, router.source), {})[title(name, share)] = router
+    return [(page, routers) for (page, _), routers in together.items()]
 
 
 def watched(
-    model: PreTrainedModel, batch: Questions, rows: dict[str, Row], page: int
+    model: PreTrainedModel, batch: Questions, routers: dict[str, PageRouter], page: int
 ) -> tuple[Watch, Heard]:
     """What the rules would read, and what the gates choose, while all pages are read."""
-    watch, heard = Watch(routers_of(rows, page)), Heard(model, len(batch.texts))
+    watch, heard = Watch(routers), Heard(model, len(batch.texts))
     with watch.cache(model, page, WINDOW) as cache, watch.watching():
         ask(model, cache, batch)
     heard.close()
@@ -378,14 +382,15 @@ def on_text(name: str, text: str | None, length: int) -> None:
     ids = encode(model, tokenizer, text)["input_ids"][:, :length]
     if ids.shape[1] < 2 * (ASKED + WINDOW + PAGE):
         raise SystemExit(f"the text has {ids.shape[1]} tokens: too few to be read in pages.")
-    rows = all_rows()
-    watch = Watch(routers_of(rows, PAGE))
-    cache = watch.cache(model, PAGE, WINDOW)
-    read = functools.partial(model, **with_cache(cache), logits_to_keep=1)
-    read(ids[:, :-ASKED])
-    with watch.watching():
-        for token in tqdm(ids[:, -ASKED:].split(1, dim=1)):
-            read(token)
+    masses: dict[str, Mass] = {}
+    for page, routers in watches({n: row for n, row in all_rows().items() if row.page == PAGE}):
+        watch = Watch(routers)
+        with watch.cache(model, page, WINDOW) as cache, watch.watching():
+            read = functools.partial(model, **with_cache(cache), logits_to_keep=1)
+            read(ids[:, :-ASKED])
+            for token in tqdm(ids[:, -ASKED:].split(1, dim=1)):
+                read(token)
+        masses |= watch.masses
     result = Result(
         "routers_cpu",
         f"Routers: attention read, {name}",
@@ -394,9 +399,10 @@ def on_text(name: str, text: str | None, length: int) -> None:
         f"pages of {PAGE}, window {WINDOW}; adaptive reads as many pages as it needs",
         ["rule", *(f"{100 * share:.4g} %" for share in SHARES)],
     )
-    for rule in rows:
-        if title(rule, SHARES[0]) in watch.masses:
-            result.add(rule, *(shown(watch.masses[title(rule, share)]) for share in SHARES))
+    for rule in all_rows():
+        cells = [shown(masses[name]) for s in SHARES if (name := title(rule, s)) in masses]
+        if cells:
+            result.add(rule, *cells)
     result.publish(quick=True)
 
 
