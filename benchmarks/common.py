@@ -29,13 +29,20 @@ OUT = ROOT / "docs" / "benchmarks"
 
 def start(doc: str) -> bool:
     """Read the command line and set up torch; returns whether this is a `--quick` run."""
+    return arguments(doc).quick
+
+
+def arguments(doc: str, **more: dict[str, Any]) -> argparse.Namespace:
+    """As `start`, for a command line with `more` arguments: their settings by name."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--quick", action="store_true", help="fewer rounds; writes no JSON")
-    quick = parser.parse_args().quick
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
+    given = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     transformers.logging.set_verbosity_error()
-    return quick
+    return given
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ SCRIPTS = [
     "experts_cpu",
     "duo_cpu",
     "quest_cpu",
+    "routed_cpu",
+    "routers_cpu",
     "offload_cpu",
     "launches/steps",
     "launches/growth",

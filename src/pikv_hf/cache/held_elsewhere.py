@@ -6,7 +6,6 @@ from ..layer.state import LayerState, Neighbours
 from ..model.versions import DynamicLayer
 from ..storage.memory import storage_bytes, tensors_in
 from ..storage.tail import roomy
-from ..storage.token_table import TokenTable
 from .other_layers import reads_full_mask
 from .token_log import log_bytes, num_kept_ids
 
@@ -39,13 +38,6 @@ class HeldElsewhere(Neighbours):
         state = self.paged[paged_index % len(self.paged)]
         if state.settings.placement.reads_ahead:
             state.pages.read_ahead()
-
-    def labels_before(self, paged_index: int, length: int) -> TokenTable | None:
-        for state in reversed(self.paged[:paged_index]):
-            labels = state.tail.labels if state.is_written else None
-            if labels is not None and len(labels) == state.tail.length >= length:
-                return labels.narrow(len(labels) - length, length)
-        return None
 
     def nbytes(self, state: LayerState) -> int:
         if state.is_first:  # other layers grow between this paged layer and the next

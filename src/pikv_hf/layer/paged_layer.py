@@ -143,18 +143,26 @@ class PagedLayer(DenseStates):
             self.seal()
 
     def label(self, experts: Tensor, weights: Tensor) -> None:
-        """Store experts [B, q, k] and weights [B, q, k] of the newest tokens; then seal.
+        """Label the newest tokens with the gate's choice, experts and weights [B, q, k]; then seal.
+
+        With `labels_by_earlier_gate` the choice of an earlier gate is stored instead, if there is one.
 
         Raises:
             ValueError: the newest tokens have labels.
         """
-        if not self.state.tail.unlabelled:
+        state, earlier = self.state, None
+        if not state.tail.unlabelled:
             raise ValueError(
-                f"layer {self.state.layer_idx}: the newest tokens have their experts already."
+                f"layer {state.layer_idx}: the newest tokens have their experts already."
             )
-        labels = {"experts": experts.to(torch.int16)[:, None], "weights": weights[:, None]}
-        self.state.tail.label(TokenTable(labels))
-        self.state.wait_for(None)
+        chosen = {"experts": experts.to(torch.int16)[:, None], "weights": weights[:, None]}
+        labels = TokenTable(chosen)
+        if state.settings.labels_by_earlier_gate:
+            index = state.facts.paged_index
+            earlier = state.step.labels_before(index, state.tail.keys.device)
+            state.step.note_labels(index, labels)
+        state.tail.label(labels if earlier is None else earlier)
+        state.wait_for(None)
         self.seal()
 
     def seal(self) -> None:

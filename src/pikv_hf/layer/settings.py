@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..compressors import Compressor, Identity
 from ..placements import Local, Placement
-from ..routers import Router
+from ..routers import PageRouter, Router
 from ..schedulers import Needs, Scheduler, Traits
 from .budget import Budget
 
@@ -66,6 +66,17 @@ class Settings:
         return "experts" in self.needs.inputs or (
             self.router is not None and self.router.needs_labels
         )
+
+    @functools.cached_property
+    def labels_by_earlier_gate(self) -> bool:
+        """True if a layer labels its tokens with the choice of the nearest gate before the layer.
+
+        Experts of different gates cannot be compared: tokens must have the labels by which a router
+        foretells the experts of a query.
+        """
+        router = self.router
+        is_asked = isinstance(router, PageRouter) and router.needs_labels
+        return is_asked and router.source == "previous_layer"
 
     @functools.cached_property
     def num_sinks(self) -> int:

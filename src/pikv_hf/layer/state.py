@@ -45,13 +45,6 @@ class Neighbours(ABC):
         """Return the bytes held outside of paged layers by the time `state` seals again."""
 
     @abstractmethod
-    def labels_before(self, paged_index: int, length: int) -> TokenTable | None:
-        """Return labels [B, 1, length, k] of the newest tokens by the nearest earlier layer's gate.
-
-        None = no layer before `paged_index` has a gate.
-        """
-
-    @abstractmethod
     def read_ahead(self, paged_index: int) -> None:
         """Announce that paged layer `paged_index` is read next; behind the last comes the first."""
 
@@ -250,12 +243,12 @@ class LayerState:
         """Return labels [B, 1, length, k] that foretell the experts of the newest `length` tokens.
 
         `source` is "previous_layer", the choice of the nearest earlier gate for the tokens, or
-        "previous_token", the choice of this layer's gate for the token before them, which also
-        serves where there is no earlier gate. None = neither is there.
+        "previous_token", the labels of the token before them, which also serve where there is no
+        earlier gate. None = neither is there.
         """
         labels = None
         if source == "previous_layer":
-            labels = self.neighbours.labels_before(self.facts.paged_index, length)
+            labels = self.step.labels_before(self.facts.paged_index, self.tail.keys.device)
         if labels is not None or self.tail.labels is None or not len(self.tail.labels):
             return labels
         newest = self.tail.labels.narrow(len(self.tail.labels) - 1, 1)

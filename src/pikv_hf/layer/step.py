@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..storage.memory import trim_heap
 from ..storage.prompt_buffer import PromptBuffer
+from ..storage.token_table import TokenTable
 
 # Bytes of keys and values sealed before the heap is trimmed: large, as trimming takes time.
 TRIMMED = 2**26
@@ -43,6 +44,8 @@ class Step:
         self.buffer = PromptBuffer()
         self._memo: dict[str, tuple[Any, Any]] = {}
         self._notes: dict[tuple[int, ...], dict[Any, Any]] = {}
+        # Labels of the new tokens by the gates of paged layers, by the layer's number.
+        self._labels: dict[int, TokenTable] = {}
         # True if the user's mask is per query: it may hide a token from some queries only.
         self._has_own_mask = False
         # Bytes of keys and values on the CPU that were sealed since the heap was trimmed.
@@ -95,6 +98,7 @@ class Step:
         """Forget the shared results and notes, for instance after a failed pass or a `crop`."""
         self._memo.clear()
         self._notes.clear()
+        self._labels.clear()
 
     def remember(self, name: str, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
         """Return `compute()`, or its last result under `name` if `key` has not changed.
@@ -114,6 +118,18 @@ class Step:
     def notes(self, rows: list[int]) -> dict[Any, Any]:
         """Return the notes that earlier layers have left on these batch rows for later layers."""
         return self._notes.setdefault(tuple(rows), {})
+
+    def note_labels(self, paged_index: int, labels: TokenTable) -> None:
+        """Note `labels` [B, 1, q, k] of the new tokens by the gate of a paged layer."""
+        self._labels[paged_index] = labels
+
+    def labels_before(self, paged_index: int, device: torch.device) -> TokenTable | None:
+        """Return labels [B, 1, q, k] of the new tokens by the nearest gate before a paged layer.
+
+        None = no earlier layer has a gate.
+        """
+        earlier = max((n for n in self._labels if n < paged_index), default=None)
+        return None if earlier is None else self._labels[earlier].to(device)
 
     def over_queries(self, mask: Tensor | None) -> Tensor | None:
         """Return `mask`, but a user's [B, H, q, columns] as its union [B, 1, 1, columns].

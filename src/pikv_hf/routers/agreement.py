@@ -36,10 +36,11 @@ class Agreement(PageRouter):
     A layer without a gate uses Quest's bound alone.
 
     Args:
-        experts_from: what foretells the query's experts, which the layer's gate chooses only after its
-            attention: the choice of the previous layer's gate for the token ("previous_layer";
-            the first layer uses the previous token), or of this layer's gate for the token before
-            ("previous_token").
+        experts_from: which experts are compared, as the layer's gate chooses the query's only after
+            its attention. "previous_layer": those that the previous layer's gate chose for the query's
+            token and for the tokens of the pages; the first layer uses its own gate and the previous
+            token. "previous_token": those that this layer's gate chose, for the query the ones of
+            the token before.
     """
 
     agreement: float = 1.0

@@ -62,6 +62,9 @@ class TokenTable:
             lambda t: taken(t, places.to(t.device)[:, None].expand(-1, t.shape[1], -1))
         )
 
+    def to(self, device: torch.device) -> "TokenTable":
+        return self._map(lambda t: t.to(device))
+
     def for_rows(self, rows: int) -> "TokenTable":
         """Return these tokens with entries for each of `rows` rows, as views."""
         return self._map(lambda t: t.expand(rows, *t.shape[1:]))
