@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pikv_hf import PiKVCache
 from pikv_hf.attention.function import pikv_attention
-from pikv_hf.routers import Clusters, Hierarchical, PageRouter, Quest, Random
+from pikv_hf.routers import Clusters, Hierarchical, PageRouter, Quest, RandomPages
 
 HEADS, DIM = SHAPE[:2]
 GROUPS, FRACTION, PAGES = 8, 0.125, (64, 32)
@@ -22,7 +22,7 @@ ROUTERS: dict[str, PageRouter] = {
     "quest": Quest(fraction=FRACTION),
     "hierarchical": Hierarchical(fraction=FRACTION),
     "clusters": Clusters(fraction=FRACTION),
-    "random": Random(fraction=FRACTION),
+    "random": RandomPages(fraction=FRACTION),
 }
 
 

@@ -33,9 +33,9 @@ from pikv_hf.routers import (
     Clusters,
     Oracle,
     PageRouter,
-    PiKV,
+    PiKVRouter,
     Quest,
-    Random,
+    RandomPages,
     TopK,
 )
 
@@ -81,7 +81,7 @@ class ExchangedTopK(Exchanged, TopK):
 
 
 @dataclass(frozen=True)
-class ExchangedPiKV(Exchanged, PiKV):
+class ExchangedPiKV(Exchanged, PiKVRouter):
     """The control of pikv."""
 
 
@@ -115,7 +115,7 @@ def all_rows() -> dict[str, Row]:
     rows |= {
         "topk, experts_from previous_token": Row(of_share(TopK, experts_from="previous_token")),
         f"topk, {LABELS}": Row(of_share(ExchangedTopK)),
-        **{f"pikv, agreement={n}": Row(of_share(PiKV, agreement=n)) for n in STRENGTHS},
+        **{f"pikv, agreement={n}": Row(of_share(PiKVRouter, agreement=n)) for n in STRENGTHS},
         f"{STRONGER}, {LABELS}": Row(of_share(ExchangedPiKV, agreement=16)),
         "quest, int4": Row(of_share(Quest), options={"compressor": "int4"}),
         f"quest, {HALF}": Row(of_share(Quest), options=HALVING),
@@ -135,7 +135,7 @@ def imagined() -> dict[str, tuple[Imagined, str]]:
         f"topk, experts from {source}": (Imagined(TopK()), source)
         for source in (UNLIKE, "translated", "early gate", EARLY, "hindsight")
     }
-    rules = {"random": Random(), "quest": Quest(), "clusters": Clusters(), "oracle": Oracle()}
+    rules = {"random": RandomPages(), "quest": Quest(), "clusters": Clusters(), "oracle": Oracle()}
     for group in ("expert", "nothing"):
         for name, router in rules.items():
             found[f"{name}, pages by {group}"] = Imagined(router, group), "previous_layer"

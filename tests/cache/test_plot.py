@@ -9,7 +9,7 @@ from zoo import prompt
 from pikv_hf import PiKVCache
 from pikv_hf.cache.plot import _tokens
 from pikv_hf.model.versions import with_cache
-from pikv_hf.routers import Oracle, Quest, Random, TopK
+from pikv_hf.routers import Oracle, Quest, RandomPages, TopK
 
 
 def one_step(cache, model, length: int = 61, **options):
@@ -23,7 +23,7 @@ def one_step(cache, model, length: int = 61, **options):
 
 
 @pytest.mark.parametrize(
-    "router", [Quest(top_pages=3), Random(top_pages=3), Oracle(top_pages=3)], ids=str
+    "router", [Quest(top_pages=3), RandomPages(top_pages=3), Oracle(top_pages=3)], ids=str
 )
 def test_recall_is_the_attention_on_what_is_read(router) -> None:
     model = tiny("mixtral")

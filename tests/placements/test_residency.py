@@ -9,7 +9,7 @@ from pikv_hf import PiKVCache
 from pikv_hf.layer.resident import FIRST_GAP, NEWEST_GAP, Resident
 from pikv_hf.placements import RESIDENCIES, Offload, Residency
 from pikv_hf.placements.residency import Belady, Lru, LruPlus
-from pikv_hf.routers import Clusters, Quest, Random
+from pikv_hf.routers import Clusters, Quest, RandomPages
 
 BYTES = "64KiB"
 LONG = {"max_new_tokens": 24}
@@ -28,7 +28,7 @@ def read(cache: PiKVCache) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
 @pytest.mark.parametrize("compressor", [None, "int8"])
-@pytest.mark.parametrize("router", [Quest(), Random(), Clusters(top_p=0.3)], ids=str)
+@pytest.mark.parametrize("router", [Quest(), RandomPages(), Clusters(top_p=0.3)], ids=str)
 @pytest.mark.parametrize("lengths", [(200,), (120, 120)], ids=len)
 def test_the_same_results(residency, compressor, router, lengths, tmp_path) -> None:
     model = exact_model("qwen3_moe")
@@ -95,7 +95,7 @@ def simulated(slots: list[list[float]], now: int, pages: list[int], residency: R
 
 @pytest.mark.parametrize("residency", [Lru(), LruPlus(), Belady()], ids=str)
 def test_misses_equal_a_simulation(residency) -> None:
-    """Random selections from 12 pages, 3 at a time, through 5 slots for each head."""
+    """RandomPages selections from 12 pages, 3 at a time, through 5 slots for each head."""
     draw = torch.Generator().manual_seed(0)
     model = tiny("qwen3_moe")
     cache = PiKVCache(

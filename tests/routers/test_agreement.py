@@ -18,7 +18,7 @@ from pikv_hf.routers import (
     CacheAware,
     Entropy,
     Pages,
-    PiKV,
+    PiKVRouter,
     Query,
     TopK,
 )
@@ -37,7 +37,7 @@ def reads_of(router, monkeypatch, **options) -> set:
 
 @pytest.mark.parametrize(
     "router",
-    [Balanced(alpha=0), CacheAware(penalty=9), Entropy(beta=0), PiKV(bound=0, penalty=0)],
+    [Balanced(alpha=0), CacheAware(penalty=9), Entropy(beta=0), PiKVRouter(bound=0, penalty=0)],
     ids=str,
 )
 def test_terms_that_change_nothing(router, monkeypatch) -> None:
@@ -47,7 +47,7 @@ def test_terms_that_change_nothing(router, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "router",
-    [Balanced(alpha=5), Entropy(beta=5), PiKV(), TopK(experts_from="previous_token")],
+    [Balanced(alpha=5), Entropy(beta=5), PiKVRouter(), TopK(experts_from="previous_token")],
     ids=str,
 )
 def test_terms_that_change_reads(router, monkeypatch) -> None:
@@ -149,7 +149,7 @@ def test_fewer_far_pages_are_read_as_the_penalty_rises() -> None:
 
 
 def test_averages_begin_at_an_even_load_and_no_miss() -> None:
-    router = PiKV(alpha=1.0)
+    router = PiKVRouter(alpha=1.0)
     pages = store(router, torch.tensor([[0, 1], [0, 1], [3, 2]]))
     states = torch.zeros(1, 1, 1, 1, 2)
     query = Query(states, 1.0, lambda: torch.zeros(1, 1, dtype=torch.int64), 0, 3)

@@ -5,7 +5,16 @@ from helpers import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pikv_hf import ROUTERS, PiKVCache
-from pikv_hf.routers import Adaptive, Clusters, Hash, Hierarchical, PiKV, Quest, Random, TopK
+from pikv_hf.routers import (
+    Adaptive,
+    Clusters,
+    Hash,
+    Hierarchical,
+    PiKVRouter,
+    Quest,
+    RandomPages,
+    TopK,
+)
 
 SELECTING = {name: method for name, method in ROUTERS.items() if name != "all"}
 SIZES = [
@@ -28,12 +37,12 @@ BOTH = {"top_pages": 4, "fraction": 0.5}
 OTHERS = [
     (TopK, {"experts_from": "next_layer"}, "'next_layer'; it must be one of .*previous_token"),
     (TopK, {"agreement": -1}, "-1; it must be a number, 0 or more"),
-    (PiKV, {"alpha": -0.1}, "-0.1; it must be a number, 0 or more"),
-    (PiKV, {"penalty": float("inf")}, "inf; it must be a number"),
-    (PiKV, {"beta": "much"}, "'much'; it must be a number, 0 or more"),
-    (PiKV, {"bound": None}, "None; it must be a number, 0 or more"),
-    (Random, {"seed": -1}, "-1; it must be a whole number, 0 or more"),
-    (Random, {"seed": 0.5}, "0.5; it must be a whole number"),
+    (PiKVRouter, {"alpha": -0.1}, "-0.1; it must be a number, 0 or more"),
+    (PiKVRouter, {"penalty": float("inf")}, "inf; it must be a number"),
+    (PiKVRouter, {"beta": "much"}, "'much'; it must be a number, 0 or more"),
+    (PiKVRouter, {"bound": None}, "None; it must be a number, 0 or more"),
+    (RandomPages, {"seed": -1}, "-1; it must be a whole number, 0 or more"),
+    (RandomPages, {"seed": 0.5}, "0.5; it must be a whole number"),
     (Hash, {"buckets": 0}, "0; it must be a positive whole number"),
     (Hash, {"seed": "a"}, "'a'; it must be a whole number"),
     (Hierarchical, {"width": 0}, "0; it must be a positive whole number"),

@@ -20,9 +20,9 @@ from pikv_hf.routers import (
     Hash,
     Hierarchical,
     Oracle,
-    PiKV,
+    PiKVRouter,
     Quest,
-    Random,
+    RandomPages,
     RoundRobin,
     TopK,
 )
@@ -30,7 +30,7 @@ from pikv_hf.routers import (
 LENGTHS, SECOND = (57, 45, 34), (7, 3, 5)
 SMALL = {"page_size": 4, "window": 4}
 ROUTERS_HERE = [
-    Random(seed=3),
+    RandomPages(seed=3),
     Hash(seed=2, buckets=3),
     RoundRobin(buckets=3, fraction=0.4),
     Quest(),
@@ -45,7 +45,7 @@ ROUTERS_HERE = [
     Balanced(alpha=0.5),
     CacheAware(penalty=0.5),
     Entropy(beta=0.5),
-    PiKV(fraction=0.4),
+    PiKVRouter(fraction=0.4),
     Oracle(),
     Oracle(top_p=0.7),
 ]
@@ -107,7 +107,7 @@ def test_pages_by_the_formula_in_other_stores(router, storage, monkeypatch) -> N
     [
         ("deepseek_v3", Quest()),
         ("deepseek_v3", Clusters()),
-        ("deepseek_v3", PiKV(alpha=0.5)),
+        ("deepseek_v3", PiKVRouter(alpha=0.5)),
         ("gpt_oss", Hierarchical(width=2, spread=1)),
         ("gpt_oss", Entropy()),
     ],

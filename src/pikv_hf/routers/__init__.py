@@ -1,7 +1,7 @@
 """Routers, which select the pages that a query reads: one file per method."""
 
 from .adaptive import Adaptive
-from .agreement import Agreement, Balanced, CacheAware, Entropy, PiKV, TopK
+from .agreement import Agreement, Balanced, CacheAware, Entropy, PiKVRouter, TopK
 from .all import All
 from .base import Router
 from .buckets import Hash, RoundRobin
@@ -10,18 +10,18 @@ from .hierarchical import Hierarchical
 from .oracle import Oracle
 from .page_router import PageRouter, Pages, Query
 from .quest import Quest
-from .random import Random
+from .random import RandomPages
 
 ROUTERS: dict[str, type[Router]] = {
     "all": All,
-    "random": Random,
+    "random": RandomPages,
     "hash": Hash,
     "round_robin": RoundRobin,
     "quest": Quest,
     "topk": TopK,
     "balanced": Balanced,
     "cache_aware": CacheAware,
-    "pikv": PiKV,
+    "pikv": PiKVRouter,
     "entropy": Entropy,
     "adaptive": Adaptive,
     "hierarchical": Hierarchical,
@@ -43,10 +43,10 @@ __all__ = [
     "Oracle",
     "PageRouter",
     "Pages",
-    "PiKV",
+    "PiKVRouter",
     "Query",
     "Quest",
-    "Random",
+    "RandomPages",
     "RoundRobin",
     "Router",
     "TopK",

@@ -174,7 +174,7 @@ class Entropy(Agreement):
 
 
 @dataclass(frozen=True)
-class PiKV(Agreement):
+class PiKVRouter(Agreement):
     """Quest's bound and `CacheAware` in one score: PiKV's own router. One unit is one logit."""
 
     penalty: float = 0.05

@@ -9,7 +9,7 @@ from .page_router import PageRouter, Pages, Query
 
 
 @dataclass(frozen=True)
-class Random(PageRouter):
+class RandomPages(PageRouter):
     """Reads pages at random, others for each query: the control that every rule must beat.
 
     A score is a hash of `seed`, layer, KV head, page number and the query's position.
