@@ -29,6 +29,8 @@ def resident_for(state: LayerState, plan: Plan, length: int, count: int) -> Resi
     None = they are read directly.
     """
     copies = state.settings.placement.copies(state.facts.num_paged)
+    if copies is None:
+        return None
     stores = [candidates.store for candidates in plan.candidates]
     batch, heads = state.tail.batch, state.tail.keys.shape[1]
     uniform = [store for store in stores if isinstance(store, UniformPages)]
@@ -42,7 +44,7 @@ def resident_for(state: LayerState, plan: Plan, length: int, count: int) -> Resi
             for store in uniform
         )
     )
-    if copies is None or not are_alike or all(store.tier.name == Near.name for store in stores):
+    if not are_alike or all(store.tier.name == Near.name for store in stores):
         return None
     residency, nbytes = copies
     pages = plan.bias.shape[-1]
