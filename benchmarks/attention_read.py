@@ -102,7 +102,7 @@ class Several(PageRouter):
         return digests
 
     def scores(self, query: Query, pages: Pages) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError("it selects nothing itself")
 
 
 @dataclass

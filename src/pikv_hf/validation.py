@@ -43,6 +43,20 @@ def parse_bytes(text: str) -> int | None:
     return nbytes or None
 
 
+def check_bytes(argument: str, given: Any, minimum: int = 0) -> int:
+    """Return an amount of bytes, a whole number or text such as '2GiB', as a number.
+
+    Raises ValueError if it is neither, or less than `minimum`.
+    """
+    nbytes = parse_bytes(given) if isinstance(given, str) else given
+    if not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes < minimum:
+        raise ValueError(
+            f"`{argument}` is {given!r}; it must be a number of bytes, {minimum} or more, or text such as "
+            "'2GiB'."
+        )
+    return nbytes
+
+
 def check_count(argument: str, value: Any) -> int:
     """Return `value`, or raise ValueError unless it is a positive whole number."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -142,3 +142,18 @@ def test_utility(residency) -> None:
 def test_bad_residency(tmp_path) -> None:
     with pytest.raises(ValueError, match="`residency` is 'lur'.*'lru'"):
         Offload(residency="lur")
+
+
+@pytest.mark.parametrize("router", [None, "all"])
+def test_residency_needs_a_router_that_selects(router) -> None:
+    with pytest.raises(ValueError, match=r"`placement` is Offload.*`router` is"):
+        PiKVCache(tiny("qwen3_moe"), router=router, placement=Offload(residency="lru"))
+
+
+def test_too_little_room_is_said(tmp_path) -> None:
+    model = tiny("qwen3_moe")
+    for nbytes, says in ((BYTES, False), (0, True)):
+        placement = offloaded(tmp_path, "lru", nbytes)
+        cache = PiKVCache(model, router=Quest(), placement=placement, **SMALL)
+        generate(model, prompt(model, (200,)), cache)
+        assert ("no copies on the device" in str(cache.report().to_dict())) == says

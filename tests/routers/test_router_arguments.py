@@ -29,9 +29,9 @@ SIZES = [
     ({"fraction": "half"}, r"`fraction` is 'half'; it must be a number in \(0, "),
     ({"top_p": 0.0}, r"`top_p` is 0.0; it must be a number in \(0, "),
     ({"top_p": 2}, r"`top_p` is 2; it must be a number in \(0, 1\]"),
-    ({"read_bytes": "x"}, "`read_bytes` is 'x'; it must be a positive number of bytes, or text"),
-    ({"read_bytes": 0}, "`read_bytes` is 0; it must be a positive number of bytes, or text"),
-    ({"read_bytes": 1.5}, "`read_bytes` is 1.5; it must be a positive number of bytes, or text"),
+    ({"read_bytes": "x"}, "`read_bytes` is 'x'; it must be a number of bytes, 1 or more, or text"),
+    ({"read_bytes": 0}, "`read_bytes` is 0; it must be a number of bytes, 1 or more, or text"),
+    ({"read_bytes": 1.5}, "`read_bytes` is 1.5; it must be a number of bytes, 1 or more, or text"),
 ]
 BOTH = {"top_pages": 4, "fraction": 0.5}
 OTHERS = [

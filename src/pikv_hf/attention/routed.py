@@ -50,8 +50,7 @@ def selected(
     else:
         is_read_once = None if is_read is None else is_read[:, :, 0]
         selections = [resident.selection(plan, index[:, :, 0], is_read_once)]
-        missing = resident.missing
-        fetched = 0 if missing is None else int(missing.sum())
+        missing, fetched = resident.missing, resident.fetched
     if router.has_state:
         counts = _counted(plan, index, is_read)
         misses = None if missing is None else _counted(plan, index, missing[:, :, None])
@@ -108,7 +107,10 @@ def _positions(state: LayerState, states: Tensor) -> Tensor:
 
 
 def _selected(router: PageRouter, plan: Plan, query: Query) -> tuple[Tensor, Tensor | None]:
-    """Return indices [B, H, q, K] of pages among those of all stores, and which are read; None = all."""
+    """Return which pages are selected, and which of them are read; None = all.
+
+    They are indices [B, H, q, K] among the pages of all stores.
+    """
     batch, heads = query.states.shape[:2]
     scores = [router.scores(query, c.pages) for c in plan.candidates]
     if len(scores) > 1:
@@ -137,7 +139,7 @@ def _selected(router: PageRouter, plan: Plan, query: Query) -> tuple[Tensor, Ten
 
 
 def _counted(plan: Plan, index: Tensor, is_read: Tensor | None) -> Tensor:
-    """Return how many queries read each page [B, H, M], of the selected pages `index` [B, H, q, K]."""
+    """Count the queries that read each page, [B, H, M], for selected pages `index` [B, H, q, K]."""
     ones = torch.ones_like(index, dtype=torch.float32)
     counts = ones if is_read is None else ones * is_read
     return torch.zeros_like(plan.bias[:, :, 0]).scatter_add_(2, index.flatten(2), counts.flatten(2))
@@ -195,7 +197,7 @@ def _selection(
 
 
 def _apart(store: PageStore, each: Tensor) -> Tensor:
-    """Return entries [n * q, H, ...] of the n readers of a store, from [B, H, q, ...] of all rows."""
+    """Return the entries [n * q, H, ...] of the n readers of a store, of `each` [B, H, q, ...]."""
     if not store.is_read_by_all(len(each)):
         each = each.index_select(0, store.index("readers", each.device))
     return each.transpose(1, 2).flatten(0, 1)

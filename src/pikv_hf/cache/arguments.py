@@ -8,7 +8,7 @@ from ..compressors import COMPRESSORS, Compressor, Identity
 from ..layer.budget import ACCEPTED, Budget, make_budget
 from ..layer.settings import Settings
 from ..placements import PLACEMENTS, Local, Placement
-from ..routers import ROUTERS, Router
+from ..routers import ROUTERS, PageRouter, Router
 from ..schedulers import SCHEDULERS, Scheduler
 from ..validation import check_count, check_flag, check_whole, resolve
 
@@ -61,15 +61,16 @@ def default_window(window: int | None, count: int | None, saves_memory: bool, si
 def best_page_size(config: Any, router: Router | None) -> int:
     """Return the page size that `page_size="auto"` stands for in a model with `config`.
 
-    A query reads a summary of each of L / S pages and the S tokens of each of K pages. PiKV (arXiv
-    2508.06526) finds the fewest at S = sqrt(L / K) on one device. L is the longest text of the model,
-    K the router's `top_pages`, or 64. The nearest power of two is used, from 16 to 64.
+    In a text of L tokens a query reads the digests of L / S pages, and the S tokens of each of K
+    pages: on one device this is least at S = sqrt(L / K) (PiKV, arXiv 2508.06526). L is the longest
+    text of the model, K the router's `top_pages`, or 64. The nearest power of two from 16 to 64 is
+    used.
     """
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is None:
         raise ValueError(
-            f"`page_size` is 'auto', but {type(config).__name__} has no `max_position_embeddings`: give "
-            "a number of tokens."
+            f"`page_size` is 'auto', but {type(config).__name__} has no `max_position_embeddings`: "
+            "give a number of tokens."
         )
     pages = getattr(router, "top_pages", None) or READ_PAGES
     return 2 ** min(max(round(math.log2(longest / pages) / 2), 4), 6)
@@ -91,6 +92,12 @@ def make_settings(given: dict[str, Any], config: Any) -> Settings:
     if interval is not None:
         check_count("interval", interval)
     _check_together(scheduler, compressor)
+    placement = resolve("placement", given["placement"], PLACEMENTS, Placement) or Local()
+    if placement.copies(1) is not None and not isinstance(router, PageRouter):
+        raise ValueError(
+            f"`placement` is {placement}, whose `residency` is for pages that a router selects, but "
+            f"`router` is {router}: give a router such as 'quest', or no `residency`."
+        )
     page_size = given["page_size"]
     if page_size == "auto":
         page_size = best_page_size(config, router)
@@ -100,7 +107,7 @@ def make_settings(given: dict[str, Any], config: Any) -> Settings:
         compressor=compressor,
         scheduler=scheduler,
         router=router,
-        placement=resolve("placement", given["placement"], PLACEMENTS, Placement) or Local(),
+        placement=placement,
         page_size=check_count("page_size", page_size),
         window=0,
         has_given_window=given["window"] is not None,

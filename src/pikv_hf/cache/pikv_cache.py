@@ -64,8 +64,8 @@ class PiKVCache(AttachedCache):
             of one token counts as generation, except within `holding()`.
         compressor: how sealed pages are stored: a name of `COMPRESSORS`, a `Compressor`, or None
             for the model's dtype.
-        router: which pages a generated token reads: a name of `ROUTERS`, a `Router`, or None for all.
-            Routers that compare experts need a model with gates.
+        router: which pages a generated token reads: a name of `ROUTERS`, a `Router`, or None for
+            all. Routers that compare experts need a model with gates.
         placement: where pages live: a name of `PLACEMENTS` or a `Placement`.
         page_size: tokens of a page; "auto" = the size with which a router reads least, 16 to 64.
         window: newest tokens that are not sealed (so neither compressed nor evicted); None = 128,

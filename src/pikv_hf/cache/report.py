@@ -226,6 +226,10 @@ def _layer_report(idx: int, layer: Any, why: str | None) -> LayerReport:
     if (router := layer.state.settings.router) is not None:
         is_far = any(tiers[name] for name in TIERS if name != Near.name)
         why = router.remark(has_gate=layer.state.facts.has_gate, has_far_pages=is_far)
+        routing, num_paged = layer.state.routing, layer.state.facts.num_paged
+        has_copies = layer.state.settings.placement.copies(num_paged) is not None
+        if has_copies and is_far and routing.reads and routing.resident is None:
+            why = "no copies on the device: too little room, or pages or rows that differ in size"
     read = _read(layer) if held else {}
     return LayerReport(idx, kind, True, why, pages, *sizes, tiers, **read)
 

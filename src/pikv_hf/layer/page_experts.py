@@ -5,7 +5,7 @@ Shapes: R stored rows, H KV heads, M pages of P tokens, N pages of a pool, k exp
 
 import torch
 
-from ..model.gates import shares
+from ..routers.agreement import page_shares
 from ..storage.ragged_pages import RaggedPages
 from .state import LayerState
 
@@ -36,7 +36,5 @@ def pages_per_expert(state: LayerState) -> list[int] | None:
             pages = [label[is_full].repeat(heads, 1, 1) for label in each]
         experts, weights = pages
         if len(experts):
-            total = weights.new_zeros(len(experts), int(experts.max()) + 1, dtype=torch.float32)
-            total.scatter_add_(1, experts.long().flatten(1), shares(weights).flatten(1))
-            chosen.append(total.argmax(1))
+            chosen.append(page_shares(experts, weights, int(experts.max()) + 1).argmax(1))
     return torch.bincount(torch.cat(chosen)).tolist() if chosen else None

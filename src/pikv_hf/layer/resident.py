@@ -27,9 +27,9 @@ FIRST_GAP = 16.0
 class Resident:
     """The slots of one layer: `store` has C pages of each row and KV head, on the device.
 
-    `page` [B, H, C] int64 is the index of the page in a slot among those of all stores; -1 = the slot
-    is empty. `last`, `uses` and `gap` [B, H, C] are as `Residency.utility` takes them. `now` counts
-    the steps, and `missing` [B, H, K] marks the pages that the newest one has fetched.
+    `page` [B, H, C] int64 is the index of the page in a slot among the pages of all stores; -1 = the
+    slot is empty. `last`, `uses` and `gap` [B, H, C] are as `Residency.utility` takes them. `now` counts
+    the steps; `missing` [B, H, K] marks the pages that the newest one has fetched, `fetched` of them.
     """
 
     residency: Residency
@@ -40,6 +40,7 @@ class Resident:
     gap: Tensor
     now: int = 0
     missing: Tensor | None = None
+    fetched: int = 0
 
     @classmethod
     def like(cls, store: UniformPages, residency: Residency, batch: int, slots: int) -> "Resident":
@@ -74,7 +75,7 @@ class Resident:
         return self.page.shape[2]
 
     def selection(self, plan: Plan, index: Tensor, is_read: Tensor | None) -> Selection:
-        """Fetch the pages `index` [B, H, K] that are in no slot, and return the slots of all of them.
+        """Fetch the pages `index` [B, H, K] that are in no slot, and return the slots of all.
 
         K <= C. Pages that are not read, by `is_read` [B, H, K], are not fetched.
         """
@@ -89,7 +90,7 @@ class Resident:
         leaving = utility.argsort(dim=-1, stable=True)
         rank = (is_missing.cumsum(-1) - 1).clamp_min(0)
         slot = torch.where(is_missing, leaving.gather(2, rank), slot)
-        self._note(slot, is_held, is_used)
+        self._note(is_used)
         self._fetch(plan, index, slot, is_missing)
         tokens = None
         if is_read is not None or any(c.has_partial for c in plan.candidates):
@@ -98,7 +99,7 @@ class Resident:
             tokens = tokens if is_read is None else tokens * is_read
         return Selection(self.store, None, slot, tokens)
 
-    def _note(self, slot: Tensor, is_held: Tensor, is_used: Tensor) -> None:
+    def _note(self, is_used: Tensor) -> None:
         """Note that the pages in the slots `is_used` [B, H, C] are read in this step."""
         self.now += 1
         gap = torch.lerp(self.gap, self.now - self.last, NEWEST_GAP)
@@ -110,7 +111,8 @@ class Resident:
         """Copy the missing pages into their slots."""
         self.missing = is_missing
         row, head, place = is_missing.nonzero().unbind(1)  # waits for the device
-        if not len(row):
+        self.fetched = len(row)
+        if not self.fetched:
             return
         page, target = index[row, head, place], slot[row, head, place]
         self.page[row, head, target] = page

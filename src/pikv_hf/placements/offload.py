@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..storage.tiers import Disk, Near, Ram, Tier
-from ..validation import parse_bytes, resolve
+from ..validation import check_bytes, resolve
 from .local import Local
 from .residency import RESIDENCIES, Residency
 
@@ -44,7 +44,7 @@ class Offload(Local):
     def __post_init__(self) -> None:
         for name in ("device_bytes", "ram_bytes"):
             if (name, getattr(self, name)) != ("ram_bytes", None):
-                _bytes(name, getattr(self, name))
+                check_bytes(name, getattr(self, name))
         residency = resolve("residency", self.residency, RESIDENCIES, Residency)
         object.__setattr__(self, "residency", residency)
         folder = self.offload_folder
@@ -66,23 +66,14 @@ class Offload(Local):
     def copies(self, layers: int) -> tuple[Residency, int] | None:
         if not isinstance(self.residency, Residency):
             return None
-        return self.residency, _bytes("device_bytes", self.device_bytes) // layers
+        return self.residency, check_bytes("device_bytes", self.device_bytes) // layers
 
     def place(self, states: Tensor, layers: int) -> list[Tier]:
         device = states.device
         # Copies take the place of pages on the device.
-        near_bytes = 0 if self.residency else _bytes("device_bytes", self.device_bytes)
+        near_bytes = 0 if self.residency else check_bytes("device_bytes", self.device_bytes)
         near = Near(device, near_bytes // layers)
         if self.ram_bytes is None or self.offload_folder is None:
             return [near, Ram(device)]
-        ram = Ram(device, _bytes("ram_bytes", self.ram_bytes) // layers)
+        ram = Ram(device, check_bytes("ram_bytes", self.ram_bytes) // layers)
         return [near, ram, Disk(device, folder=os.fspath(self.offload_folder))]
-
-
-def _bytes(name: str, given: int | str) -> int:
-    nbytes = parse_bytes(given) if isinstance(given, str) else given
-    if not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes < 0:
-        raise ValueError(
-            f"`{name}` is {given!r}; it must be a number of bytes, 0 or more, or text such as '2GiB'."
-        )
-    return nbytes

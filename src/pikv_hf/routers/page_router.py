@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..validation import check_count, check_number, parse_bytes
+from ..validation import check_bytes, check_count, check_number
 from .base import Router
 
 SIZES = ("top_pages", "fraction", "top_p", "read_bytes")
@@ -24,8 +24,8 @@ class Query:
     """The newest queries of a layer, for which pages are selected.
 
     `states` [R, H, G, q, D] as attention has them, `scale` their factor; `positions()` [R or 1, q]
-    is the number of tokens of the row before each. `experts` and `weights` [R, q, k] foretell the choice of
-    the layer's gate for the queries' tokens; None = nothing is known, or the layer has no gate.
+    is the number of tokens of the row before each. `experts` and `weights` [R, q, k] foretell the
+    choice of the gate for their tokens; None = nothing is known, or the layer has no gate.
     `state` [R, ...] is what `PageRouter.updated` has returned before. `max_pages`: most pages that a
     KV head reads; `limits` [R, H]: those that each reads, None = `max_pages`.
     """
@@ -91,7 +91,7 @@ class PageRouter(Router):
             if getattr(self, name) is not None:
                 check_share(name, getattr(self, name))
         if self.read_bytes is not None:
-            _bytes(self.read_bytes)
+            check_bytes("read_bytes", self.read_bytes, 1)
 
     @property
     def needs_labels(self) -> bool:
@@ -161,7 +161,8 @@ class PageRouter(Router):
         elif self.top_p is not None:
             wanted = full
         elif self.read_bytes is not None:
-            wanted = torch.full_like(full, _bytes(self.read_bytes) // page_bytes)
+            nbytes = check_bytes("read_bytes", self.read_bytes, 1)
+            wanted = torch.full_like(full, nbytes // page_bytes)
         else:
             # Rounded first, as 0.07 * 100 is more than 7.
             share = DEFAULT_FRACTION if self.fraction is None else self.fraction
@@ -174,13 +175,3 @@ def check_share(name: str, value: Any) -> None:
     check_number(name, value, "(0, inf)")
     if value > 1:
         raise ValueError(f"`{name}` is {value!r}; it must be a number in (0, 1].")
-
-
-def _bytes(given: int | str) -> int:
-    nbytes = parse_bytes(given) if isinstance(given, str) else given
-    if not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes < 1:
-        raise ValueError(
-            f"`read_bytes` is {given!r}; it must be a positive number of bytes, or text such as "
-            "'64MiB'."
-        )
-    return nbytes

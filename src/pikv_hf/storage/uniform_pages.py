@@ -153,7 +153,7 @@ class UniformPages(PageStore):
         lengths: list[int],
         digests: TokenTable,
     ) -> None:
-        """Append pages `fields` [R, H, s, ...] with `meta` and `digests`: `lengths[r]` tokens of row r."""
+        """Append pages [R, H, s, ...] with other data of them: `lengths[r]` tokens of row r."""
         if self.is_even and min(lengths) == max(lengths):
             for name, tensor in fields.items():
                 self.fields[name].narrow(2, self.pages, tensor.shape[2]).copy_(tensor)
