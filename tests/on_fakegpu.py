@@ -84,5 +84,6 @@ def check_traffic(model, options) -> None:
 
 
 torch.set_num_threads(1)
-for case in sys.argv[1:]:
-    check(*case.split(":"))
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        check(*case.split(":"))

@@ -16,6 +16,7 @@ from .merge_segments import merge_segments, merge_segments_reference
 from .partial_attention import (
     merge_partial,
     merge_partials,
+    merge_with_lse,
     partial_attention,
     partial_attention_reference,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "merge_partials",
     "merge_segments",
     "merge_segments_reference",
+    "merge_with_lse",
     "new_mask",
     "pack_codes",
     "pack_indices",

@@ -100,6 +100,26 @@ def merge_partials(parts: Iterable[tuple[Tensor, Tensor]], sink: Tensor | None =
     return (torch.stack(outs) * shares).sum(0)
 
 
+def merge_with_lse(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge partial results over disjoint keys into one partial result.
+
+    Args:
+        parts: one or more outputs `[B, H, R, Dv]` and log-sum-exps `[B, H, R]`, as of
+            `partial_attention`. A row may be without keys (-inf) in any of them.
+
+    Returns:
+        `[B, H, R, Dv]` in float32 (float64 for float64), but of one result its output, and
+        `[B, H, R]`: zeros and -inf for a row without keys.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    total = lses.logsumexp(0)
+    shares = (lses - total.clamp_min(torch.finfo(total.dtype).min)).exp_()
+    outs = torch.stack([out for out, _ in parts]).to(total.dtype)
+    return (outs * shares[..., None]).sum(0), total
+
+
 def merge_partial(
     out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor
 ) -> tuple[Tensor, Tensor]:

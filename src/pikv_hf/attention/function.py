@@ -4,6 +4,7 @@ Shapes: B batch rows, Hq query heads, H KV heads, G query heads per KV head, q n
 queries of a KV head, n tail tokens (new tokens included), D key dim, Dv value dim.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -24,9 +25,10 @@ from ..storage.memory import on_device
 from ..storage.ragged_pages import RaggedPages
 from ..storage.row_map import Partial
 from ..storage.uniform_pages import UniformPages
+from .places import attend_places
 from .readable import SINKS, unpaged_reason
 from .recording import attend_counting, counted_slabs
-from .routed import attend_selected, selected, selecting_router
+from .routed import attend_selection, selected, selecting_router
 
 NAME = "pikv"
 
@@ -166,23 +168,37 @@ def _attend_all(
     covered, router = _covered(state, length, query), selecting_router(state, length)
     if router is None or (selections := selected(state, router, query, length, scale)) is None:
         state.routing.note(None)
-        for slab in state.pages.slabs:
-            yield from _attend_slab(slab, query, scale, covered)
+        yield from _attend_all_pages(state, query, scale, covered)
         return
-    parts = attend_selected(selections, query, length, scale, covered)
+    work = [
+        (each.store.tier, functools.partial(attend_selection, each, length, scale, covered))
+        for each in selections
+        if not each.store.tier.is_remote
+    ]
+    parts = attend_places(state, query, work)
     if state.settings.probe:
-        parts, slabs = list(parts), state.pages.slabs
-        whole = (part for slab in slabs for part in _attend_slab(slab, query, scale, covered))
+        parts, whole = list(parts), _attend_all_pages(state, query, scale, covered)
         read, of_all = ([tail[1], *(lse for _, lse in each)] for each in (parts, whole))
         state.routing.measure(torch.stack(read), torch.stack(of_all))
     yield from parts
 
 
+def _attend_all_pages(
+    state: LayerState, query: Tensor, scale: float, covered: Tensor | None
+) -> Iterator[Partial]:
+    """Yield partial results of `query` [B, H, R, D] over all pages."""
+    slabs = (slab for slab in state.pages.slabs if not slab.tier.is_remote)
+    work = [(slab.tier, functools.partial(_attend_slab, slab, scale, covered)) for slab in slabs]
+    if state.pages.slabs:
+        yield from attend_places(state, query, work)
+
+
 def _attend_slab(
-    slab: UniformPages | RaggedPages, query: Tensor, scale: float, covered: Tensor | None
+    slab: UniformPages | RaggedPages, scale: float, covered: Tensor | None, query: Tensor
 ) -> Iterator[Partial]:
     """Yield outputs [B, H, R, Dv] and log-sum-exps over pages, which are older than all queries."""
     batch = query.shape[0]
+    covered = None if covered is None else covered.to(query.device)
     if covered is None and slab.is_read_by_all(batch) and slab.is_in_order():
         yield from slab.attend(query, scale)
         return

@@ -28,7 +28,7 @@ def counted_slabs(state: LayerState, length: int) -> Slabs | None:
     observed, slabs = state.observed, state.pages.slabs
     if not observed.width or length > 1 or isinstance(state.settings.router, PageRouter):
         return None
-    if not state.pages.codec.gives_weights:
+    if not state.pages.codec.gives_weights or state.pages.places.count > 1:
         return None
     if observed.counted is None and observed.has_pending:
         return None  # the statistics would miss the pending queries

@@ -16,7 +16,6 @@ from ..layer.state import LayerState
 from ..routers import PageRouter, Query
 from ..storage.row_map import PageStore, Partial
 from ..storage.selected import Selection
-from ..storage.tiers import Near
 
 
 def selecting_router(state: LayerState, length: int) -> PageRouter | None:
@@ -59,25 +58,20 @@ def selected(
     return selections
 
 
-def attend_selected(
-    selections: list[Selection],
-    query: Tensor,
-    length: int,
-    scale: float,
-    covered: Tensor | None,
+def attend_selection(
+    selection: Selection, length: int, scale: float, covered: Tensor | None, query: Tensor
 ) -> Iterator[Partial]:
-    """Yield partial results [B, H, R, ...] of `query` [B, H, R, D] over the selected pages.
+    """Yield partial results [B, H, R, ...] of `query` [B, H, R, D] over selected pages of a store.
 
     `covered` [B, R, columns] bool is True at columns that a query may not see; None = it sees all.
     """
     batch, apart = query.shape[0], query.unflatten(2, (-1, length)).transpose(2, 3)
-    for selection in selections:
-        store, hidden = selection.store, None
-        if covered is not None:  # [B, R, c] to [n * q, G, c]
-            hidden = _apart(store, covered.unflatten(1, (-1, length)))
-        for both in selection.attend(_apart(store, apart), scale, hidden):
-            out, lse = (t.unflatten(0, (-1, length)).movedim(1, 3).flatten(2, 3) for t in both)
-            yield store.spread(out, lse, batch)
+    store, hidden = selection.store, None
+    if covered is not None:  # [B, R, c] to [n * q, G, c]
+        hidden = _apart(store, covered.to(query.device).unflatten(1, (-1, length)))
+    for both in selection.attend(_apart(store, apart), scale, hidden):
+        out, lse = (t.unflatten(0, (-1, length)).movedim(1, 3).flatten(2, 3) for t in both)
+        yield store.spread(out, lse, batch)
 
 
 def _query(
@@ -155,7 +149,7 @@ def _updated(
     if misses is None:
         misses = counts.clone()
         for candidates in plan.candidates:
-            if candidates.store.tier.name == Near.name:
+            if not candidates.store.tier.is_far:
                 misses.narrow(2, candidates.start, candidates.count).zero_()
     if plan.others is not None:
         counts, misses = (t.masked_fill(plan.others[:, :, 0], 0) for t in (counts, misses))

@@ -28,6 +28,7 @@ from .other_layers import release_prompt
 from .paged_cache import PagedCache
 from .passes import begin_forward, compress, end_forward, prompt_length
 from .repetition.checks import check_held
+from .site import site_of
 from .suitability import check_fit, unlabelled, warn_if_idle, warn_of_another_cache
 
 
@@ -73,6 +74,7 @@ class AttachedCache(PagedCache):
             binding = binding_of(model)
             check_fit(self, model, binding)
             if not hasattr(self, "layers"):
+                self.site = site_of(self.settings.placement, model, binding)
                 self.fill(model.config, binding)
             rotaries = binding.rotaries if self.settings.needs_rotary else {}
             binding.acquire(labels=self.settings.needs_labels)
@@ -106,7 +108,10 @@ class AttachedCache(PagedCache):
         for number, (idx, modules) in enumerate(sorted(attention.items())):
             assert binding is not None, "it knows the attention modules"
             has_gate = idx in binding.gate_of
-            counts_experts = has_gate and isinstance(self.settings.router, PageRouter)
+            settings = self.settings
+            counts_experts = has_gate and (
+                isinstance(settings.router, PageRouter) or settings.placement.needs_labels
+            )
             is_latent = hasattr(modules[0], "kv_b_proj")
             facts = LayerFacts(
                 layer_idx=idx,

@@ -11,6 +11,7 @@ from ..layer.reading import Reading
 from ..layer.settings import Settings
 from ..layer.state import CacheParts, LayerFacts, LayerState
 from ..layer.step import Step
+from ..placements.site import NO_SITE, Site
 from .finite_flags import FiniteFlags
 from .held_elsewhere import HeldElsewhere
 from .token_log import TokenLog, num_kept_ids
@@ -36,6 +37,8 @@ class PagedCache(Cache, AttachableCache):
     note: str | None = None
     # The cache class that the model insists on (MiniMax), mixed in as a second base; else None.
     native_class: type[DynamicCache] | None = None
+    # Where the model runs, if pages are dealt to places.
+    site: Site = NO_SITE
 
     def make_parts(self, settings: Settings) -> None:
         """Make the parts of a cache without layers and tokens."""
@@ -46,7 +49,7 @@ class PagedCache(Cache, AttachableCache):
 
     def paged_layer(self, facts: LayerFacts) -> PagedLayer:
         """Return a new paged layer of this cache."""
-        parts = (self.settings, self.step, self.reading, self.columns, self.elsewhere)
+        parts = (self.settings, self.step, self.reading, self.columns, self.elsewhere, self.site)
         state = LayerState(facts, self.config, CacheParts(*parts))
         self.elsewhere.paged.append(state)
         return PagedLayer(state)

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..layer.page_experts import pages_per_expert
 from ..layer.paged_layer import PagedLayer
 from ..storage.memory import storage_bytes, storages, tensors_in
-from ..storage.tiers import Near
 from .paged_cache import PagedCache
 
 HEADINGS = ("layers", "held as", "pages", "tokens\nheld", "MiB", "bytes/\ntoken", "bf16/\nheld")
 TIERS = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
+FAR = ("ram", "disk")
 
 
 @dataclass(frozen=True)
@@ -222,9 +222,9 @@ def _layer_report(idx: int, layer: Any, why: str | None) -> LayerReport:
     pages = sum(slab.page_count for slab in layer.state.pages.slabs)
     tiers = dict.fromkeys(TIERS, 0)
     for slab in layer.state.pages.slabs:
-        tiers[slab.tier.name] += slab.nbytes
+        tiers[slab.tier.name] += 0 if slab.tier.is_remote else slab.nbytes
     if (router := layer.state.settings.router) is not None:
-        is_far = any(tiers[name] for name in TIERS if name != Near.name)
+        is_far = any(tiers[name] for name in FAR)
         why = router.remark(has_gate=layer.state.facts.has_gate, has_far_pages=is_far)
         routing, num_paged = layer.state.routing, layer.state.facts.num_paged
         has_copies = layer.state.settings.placement.copies(num_paged) is not None
@@ -239,7 +239,7 @@ def _read(layer: PagedLayer) -> dict[str, Any]:
     state, routing = layer.state, layer.state.routing
     if routing.reads is None:
         counts = [
-            (s.page_count, 0 if s.tier.name == Near.name else s.page_count, s.page_bytes)
+            (s.page_count, s.page_count if s.tier.is_far else 0, s.page_bytes)
             for s in state.pages.slabs
         ]
         tokens = _row_tokens(layer) / state.tail.batch

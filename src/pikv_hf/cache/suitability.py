@@ -20,7 +20,9 @@ def check_fit(cache: PagedCache, model: PreTrainedModel, binding: Binding) -> No
     """Refuse a model that `cache` was not made for, or that lacks what its methods need."""
     settings = cache.settings
     if settings.needs_labels and not binding.gate_of:
-        name = "scheduler" if settings.router is None else "router"
+        asking = ("router", "placement", "scheduler")
+        needs = (settings.router and settings.router.needs_labels, settings.placement.needs_labels)
+        name = next((k for k, v in zip(asking, needs, strict=False) if v), "scheduler")
         raise ValueError(
             f"`{name}` is {getattr(settings, name)}, which needs the gates of an MoE model; "
             f"{type(model).__name__} {_why_no_labels(model, binding)}."

@@ -82,7 +82,7 @@ def _seals_together(state: LayerState) -> bool:
     Where bytes are limited, of the layer or of a tier, rows are sealed one after another.
     """
     codec = state.pages.codec
-    is_limited = any(tier.limit is not None for tier in state.pages.place(state.tail.keys))
+    is_limited = state.pages.is_limited(state.tail.keys.device)
     is_exact = (codec.is_lossless or codec.is_per_token) and not codec.is_mixed
     is_plain = not is_limited and page_bytes(state) is None and not moves(state.settings)
     return is_exact and is_plain and not codec.observed_queries

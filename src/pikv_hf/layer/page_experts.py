@@ -5,7 +5,7 @@ Shapes: R stored rows, H KV heads, M pages of P tokens, N pages of a pool, k exp
 
 import torch
 
-from ..routers.agreement import page_shares
+from ..model.gates import page_shares
 from ..storage.ragged_pages import RaggedPages
 from .state import LayerState
 

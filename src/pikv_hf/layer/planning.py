@@ -10,7 +10,6 @@ from ..storage.memory import on_device
 from ..storage.page_list import PageList
 from ..storage.ragged_pages import RaggedPages
 from ..storage.row_map import PageStore
-from ..storage.tiers import Near
 from ..storage.uniform_pages import UniformPages
 from .plan import Candidates, Plan
 from .resident import Resident
@@ -44,7 +43,7 @@ def resident_for(state: LayerState, plan: Plan, length: int, count: int) -> Resi
             for store in uniform
         )
     )
-    if not are_alike or all(store.tier.name == Near.name for store in stores):
+    if not are_alike or not any(store.tier.is_far for store in stores):
         return None
     residency, nbytes = copies
     pages = plan.bias.shape[-1]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..storage.page_list import PageList
 from ..storage.selected import Selection
-from ..storage.tiers import Near
 from .plan import Plan
 from .resident import Resident
 
@@ -31,7 +30,7 @@ class Read:
         """
         store = selection.store
         self.page_bytes, self.readers = store.page_bytes, store.readers
-        self._fetched = 0 if fetched is None and store.tier.name == Near.name else fetched
+        self._fetched = 0 if fetched is None and not store.tier.is_far else fetched
         self._page_size, self._store = store.page_size, weakref.ref(store)
         newest = slice(length - 1, None, length)
         self._index = selection.index[newest]
@@ -107,7 +106,7 @@ class Routing:
         `read` and `whole` [parts, B, H, R] are the log-sum-exps over what they read, and over all.
         """
         shares = (read.logsumexp(0) - whole.logsumexp(0)).exp()
-        new = torch.stack([shares.sum(), shares.new_tensor(shares.numel())])
+        new = torch.stack([shares.sum(), shares.new_full((), shares.numel())])
         self._recall = new if self._recall is None else self._recall + new
 
     @property

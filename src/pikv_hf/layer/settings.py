@@ -63,9 +63,8 @@ class Settings:
     @functools.cached_property
     def needs_labels(self) -> bool:
         """True if tokens carry the experts that the model's gates chose for them."""
-        return "experts" in self.needs.inputs or (
-            self.router is not None and self.router.needs_labels
-        )
+        is_asked = self.router is not None and self.router.needs_labels
+        return is_asked or "experts" in self.needs.inputs or self.placement.needs_labels
 
     @functools.cached_property
     def labels_by_earlier_gate(self) -> bool:

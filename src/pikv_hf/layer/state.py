@@ -4,6 +4,7 @@ import copy
 import functools
 import weakref
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..model.rotary import Rotary
+from ..placements.site import NO_SITE, PlacedLayer, Site
 from ..routers import PageRouter
 from ..schedulers import Needs
 from ..storage.page_table import PageTable
@@ -58,6 +60,7 @@ class CacheParts:
     reading: Reading
     columns: Columns
     neighbours: Neighbours
+    site: Site = NO_SITE
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class LayerState:
         is_first: True if the newest tokens are the first ones, and after `begin_compression`.
         geometry: heads, key dim, value dim and dtype of the tokens.
         awaits: the step needed before the next tokens: "attention", "experts" or None.
+        sent: bytes that attention over pages has moved, by device, or by "ranks" from this rank.
         is_drafting: True if sealing waits for the next `crop`, which may remove drafted tokens.
     """
 
@@ -114,11 +118,12 @@ class LayerState:
         self.module: Any = None
         self.rotary: Rotary | None = None
         self.compressor = settings.compressor.bind(config, facts.layer_idx)
-        place = functools.partial(settings.placement.place, layers=facts.num_paged)
+        layer = facts.layer_idx, facts.paged_index, facts.num_paged, facts.num_experts
+        places = settings.placement.places(PlacedLayer(*layer), parts.site)
         router, digest = settings.router, None
         if isinstance(router, PageRouter):
             digest = functools.partial(router.digest, num_experts=facts.num_experts)
-        self.pages = PageTable(self.compressor, settings.page_size, place, digest)
+        self.pages = PageTable(self.compressor, settings.page_size, places, digest)
         self.routing = Routing()
         self.guard, self.probe = Guard(), Probe(settings.probe)
         queries = max(self.compressor.observed_queries, self.probe.observed_queries)
@@ -134,6 +139,7 @@ class LayerState:
         self.is_first = self.is_drafting = False
         self.awaits: str | None = None
         self.geometry: tuple[Any, ...] = ()
+        self.sent: Counter[str] = Counter()
         self._labels: tuple[Tensor, Tensor] | None = None
         self._tail: Tail | None = None
 
@@ -319,6 +325,7 @@ class LayerState:
         self.guard.reset()
         self.probe.reset()
         self.is_drafting, self.awaits = False, None
+        self.sent.clear()
 
     def map_rows(self, source: list[int], index: Tensor, *, free: bool) -> None:
         """Let new batch row i continue old row `source[i]`; `index` is `source` as a tensor."""

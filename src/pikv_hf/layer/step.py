@@ -46,6 +46,8 @@ class Step:
         self._notes: dict[tuple[int, ...], dict[Any, Any]] = {}
         # Labels of the new tokens by the gates of paged layers, by the layer's number.
         self._labels: dict[int, TokenTable] = {}
+        # What has been done once in this pass.
+        self._done: set[str] = set()
         # True if the user's mask is per query: it may hide a token from some queries only.
         self._has_own_mask = False
         # Bytes of keys and values on the CPU that were sealed since the heap was trimmed.
@@ -99,6 +101,7 @@ class Step:
         self._memo.clear()
         self._notes.clear()
         self._labels.clear()
+        self._done.clear()
 
     def remember(self, name: str, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
         """Return `compute()`, or its last result under `name` if `key` has not changed.
@@ -114,6 +117,12 @@ class Step:
         value = compute()
         self._memo[name] = (key, value)
         return value
+
+    def is_first(self, name: str) -> bool:
+        """Return True if this is the first call with `name` in this forward pass."""
+        is_first = name not in self._done
+        self._done.add(name)
+        return is_first
 
     def notes(self, rows: list[int]) -> dict[Any, Any]:
         """Return the notes that earlier layers have left on these batch rows for later layers."""

@@ -214,3 +214,16 @@ def shares(weights: Tensor) -> Tensor:
     positive = weights.float().clamp_min(0)
     total = positive.sum(-1, keepdim=True)
     return torch.where(total > 0, positive / total, 1 / weights.shape[-1])
+
+
+def page_shares(
+    experts: Tensor, weights: Tensor, num_experts: int, is_token: Tensor | None = None
+) -> Tensor:
+    """Return the mean share of each expert in pages, [..., E] float32 of labels [..., P, k].
+
+    `is_token` [..., P] is True at places that hold a token; None = everywhere.
+    """
+    own = shares(weights)
+    own = own if is_token is None else own * is_token[..., None]
+    total = own.new_zeros(*own.shape[:-2], num_experts)
+    return total.scatter_add_(-1, experts.long().flatten(-2), own.flatten(-2)) / own.shape[-2]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from ..storage.tiers import Near, Tier
 from .base import Placement
@@ -16,5 +16,5 @@ class Local(Placement):
     offloaded layer does not run.
     """
 
-    def place(self, states: Tensor, layers: int) -> list[Tier]:
-        return [Near(states.device)]
+    def tiers(self, device: torch.device, layers: int) -> list[Tier]:
+        return [Near(device)]

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from ..storage.tiers import Disk, Near, Ram, Tier
 from ..validation import check_bytes, resolve
@@ -68,8 +68,7 @@ class Offload(Local):
             return None
         return self.residency, check_bytes("device_bytes", self.device_bytes) // layers
 
-    def place(self, states: Tensor, layers: int) -> list[Tier]:
-        device = states.device
+    def tiers(self, device: torch.device, layers: int) -> list[Tier]:
         # Copies take the place of pages on the device.
         near_bytes = 0 if self.residency else check_bytes("device_bytes", self.device_bytes)
         near = Near(device, near_bytes // layers)

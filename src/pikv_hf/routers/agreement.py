@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..model.gates import shares
+from ..model.gates import page_shares, shares
 from ..validation import check_number
 from .page_router import PageRouter, Pages, Query
 from .quest import bound_scores, page_bounds
@@ -179,10 +179,3 @@ class PiKVRouter(Agreement):
 
     penalty: float = 0.05
     bound: float = 1.0
-
-
-def page_shares(experts: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """Return the mean share of each expert in pages, [..., E] float32 of labels [..., P, k]."""
-    own = shares(weights).flatten(-2)
-    total = own.new_zeros(*own.shape[:-1], num_experts)
-    return total.scatter_add_(-1, experts.long().flatten(-2), own) / weights.shape[-2]

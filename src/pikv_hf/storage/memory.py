@@ -31,16 +31,19 @@ def is_on_disk(tensor: Tensor) -> bool:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Return the bytes of each storage behind `tensors` by address, mapped files left out."""
+    """Return the bytes of each storage behind `tensors` by address.
+
+    Mapped files, and shapes of what other ranks hold, are left out.
+    """
     return {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in tensors
-        if not is_on_disk(t)
+        if not (t.is_meta or is_on_disk(t))
     }
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of all storages behind `tensors`, each once, mapped files left out."""
+    """Return the bytes of all storages behind `tensors`, each once, as `storages` counts them."""
     return sum(storages(tensors).values())
 
 

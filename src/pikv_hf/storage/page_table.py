@@ -3,8 +3,11 @@
 Shapes: R rows, H KV heads, T tokens, S pages, P tokens a page, D head dim.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,36 +19,61 @@ from .finite import are_finite, refuse_if_not
 from .incoming_pages import IncomingPages
 from .page_list import Digest
 from .page_writer import PageWriter
+from .places import NewPages, OnePlace, Places
 from .ragged_pages import RaggedPages, together
 from .room import NO_ROOM, Room
-from .tiers import Tier, near
 from .token_table import TokenTable
 from .uniform_pages import UniformPages
+from .uniform_span import UniformSpan
 
+# What routers and placements read of the tokens of a page.
+LABELS = ("experts", "weights")
 # From this many pages of a KV head on, a pool has pages of full size, even if the last is partial.
 POOLED = 8
 
 
 class PageTable:
-    """The pages of one layer, in uniform slabs and ragged pools; codes are never changed."""
+    """The pages of one layer, in uniform slabs and ragged pools; codes are never changed.
+
+    Each of the `places` has slabs of its own, to which new pages are dealt.
+    """
 
     def __init__(
         self,
         codec: PageCodec,
         page_size: int,
-        place: Callable[[Tensor], list[Tier]] = near,
+        places: Places | None = None,
         digest: Digest | None = None,
     ) -> None:
-        """Make an empty table; `place(tensor)` lists the tiers that its pages fill in order.
+        """Make an empty table; None = its pages are on the device of the layer.
 
         `digest` makes what a router reads of pages; None = nothing.
         """
         self.codec = codec
         self.page_size = page_size
-        self.place = place
+        self.places = OnePlace() if places is None else places
         self.digest = digest
-        self.slabs: list[UniformPages | RaggedPages] = []
+        self._of_places: list[list[UniformPages | RaggedPages]] = [
+            [] for _ in range(self.places.count)
+        ]
+        # Pages of a KV head dealt so far, evicted ones included.
+        self._dealt = 0
         self._unread: list[Tensor] = []
+
+    @property
+    def slabs(self) -> list[UniformPages | RaggedPages]:
+        """The slabs of all places."""
+        if len(self._of_places) == 1:
+            return self._of_places[0]
+        return [slab for slabs in self._of_places for slab in slabs]
+
+    def of_place(self, place: int) -> list[UniformPages | RaggedPages]:
+        """Return the slabs of a place."""
+        return self._of_places[place]
+
+    def _drop_unless(self, keep: Callable[[UniformPages | RaggedPages], Any]) -> None:
+        """Drop the slabs for which `keep` is not true."""
+        self._of_places = [[slab for slab in slabs if keep(slab)] for slabs in self._of_places]
 
     def append(
         self,
@@ -75,15 +103,16 @@ class PageTable:
         codes = {name: paged(tensor, size) for name, tensor in span.codes().items()}
         states = {} if codes else self._states(span, size)
         sample = next(iter((codes or states).values()))
-        tiers = self.place(sample)
-        writer = PageWriter(self.codec, tiers, self.slabs, batch, room, self.digest)
         known = span.without_codes().without("keys", "values", "valid")
         positions = TokenTable({"positions": known["positions"].to(torch.int32)})
         known = positions.with_columns(known.without("positions"))
         choice = None if codes else self.codec.assign(**states, queries=queries)
         if choice is None and not in_pools:
             fields = codes or encoded(self.codec, **states, queries=queries)
-            return writer.write_uniform(fields, known, rows, lengths, size)
+            pages = UniformSpan(fields, known, lengths, size)
+            for place, part in self._dealt_uniform(pages, sample):
+                self._writer(place, sample, batch, room).write_uniform(part, rows)
+            return
         lead = sample.shape[:2]
         known = {
             name: paged(t.to(sample.device).expand(*lead, *t.shape[2:]), size)
@@ -95,7 +124,60 @@ class PageTable:
             valid = first_places(lengths, len(span), sample.device)[:, None]
         filled = paged(valid.expand(*lead, -1), size).sum(-1)
         new = IncomingPages(states, codes, known, filled, rows, queries)
-        writer.write_pooled(new, choice)
+        for place, part in self._dealt_pooled(new):
+            self._writer(place, sample, batch, room).write_pooled(part, choice)
+
+    def _writer(self, place: int, sample: Tensor, batch: int, room: Room) -> PageWriter:
+        """Return the writer of the pages of a place, for pages like `sample`."""
+        tiers = self.places.tiers(place, sample.device)
+        if room.tokens is not None:
+            room = replace(room, tokens=-(-room.tokens // self.places.count))
+        slabs = self._of_places[place]
+        return PageWriter(self.codec, tiers, slabs, batch, room, self.digest)
+
+    def _dealt_uniform(
+        self, pages: UniformSpan, sample: Tensor
+    ) -> Iterator[tuple[int, UniformSpan]]:
+        """Yield the places, and for each the pages that are dealt to it."""
+        if self.places.count == 1:
+            yield 0, pages
+            return
+        count = sample.shape[2]
+        filled = torch.full((1, 1, count), pages.size)
+        if self.places.by_experts:
+            counts = torch.tensor(pages.lengths)[:, None, None]
+            filled = (counts - pages.size * torch.arange(count)).clamp(0, pages.size)
+        labels = {k: paged(pages.known[k], pages.size) for k in LABELS if k in pages.known}
+        owner = self._deal(filled, labels, sample.shape[1]).cpu()
+        self._dealt += count
+        for place in range(self.places.count):
+            part = pages.select(owner[:, 0] == place)
+            if part is not None:
+                yield place, part
+
+    def _dealt_pooled(self, new: IncomingPages) -> Iterator[tuple[int, IncomingPages]]:
+        """Yield the places, and for each the pages with the `lengths` that are dealt to it."""
+        if self.places.count == 1:
+            yield 0, new
+            return
+        owner = self._deal(new.lengths, {k: new.known[k] for k in LABELS if k in new.known}, 1)
+        before = self._num_pages()
+        for place in range(self.places.count):
+            yield place, replace(new, lengths=new.lengths * (owner == place))
+        self._dealt += self._num_pages() - before
+
+    def _deal(self, filled: Tensor, labels: dict[str, Tensor], heads: int) -> Tensor:
+        """Deal pages, each entry of `filled` for the pages of `heads` KV heads."""
+        loads = tuple(sum(x.page_count for x in slabs) // heads for slabs in self._of_places)
+        return self.places.deal(NewPages(filled, self._dealt, loads, **labels))
+
+    def _num_pages(self) -> int:
+        return sum(slab.page_count for slab in self.slabs)
+
+    def is_limited(self, device: torch.device) -> bool:
+        """Return True if a tier for pages of a layer on `device` has a limit."""
+        tiers = (self.places.tiers(place, device) for place in range(self.places.count))
+        return any(tier.limit is not None for each in tiers for tier in each)
 
     def _size(self, tokens: int, *, in_pools: bool) -> int:
         """Return the page size for `tokens` tokens: smaller if the last page would not be full.
@@ -185,13 +267,37 @@ class PageTable:
         return (*uniform, in_pools)
 
     def spans(self, rows: list[int]) -> list[TokenTable]:
-        """Decode the tokens of batch rows of one signature, the oldest first."""
-        return [span.without_codes() for span in self._spans(rows, with_values=True)]
+        """Decode the tokens of batch rows of one signature, the oldest first.
+
+        All ranks that share the cache must call this together.
+        """
+        with self._fetched():
+            return [span.without_codes() for span in self._spans(rows, with_values=True)]
+
+    @contextlib.contextmanager
+    def _fetched(self) -> Generator[None, None, None]:
+        """Let slabs of other ranks have their encoded pages, which are fetched, within the block."""
+        exchange, slabs = self.places.exchange, self.slabs
+        if exchange is None or not slabs:
+            yield
+            return
+        held = [slab.fields for slab in slabs]
+        owners = [place for place, own in enumerate(self._of_places) for _ in own]
+        fetched = exchange.fields(held, owners, slabs[0].home)
+        for slab, fields in zip(slabs, fetched, strict=True):
+            slab.set_fields(fields)
+        try:
+            yield
+        finally:
+            for slab, fields in zip(slabs, held, strict=True):
+                slab.set_fields(fields)
 
     def _spans(self, rows: list[int], *, with_values: bool) -> list[TokenTable]:
         slabs = self._read_by(rows[0])
         uniform = [slab for slab in slabs if isinstance(slab, UniformPages)]
         spans = [slab.span(rows, with_values=with_values) for slab in uniform]
+        if len(spans) > 1 and self.places.count > 1:
+            spans = [functools.reduce(TokenTable.followed_by, spans).in_order()]
         # Rows that hold equally many tokens in pools may hold them in different pools.
         pools = [p for p in self.slabs if is_pool(p) and not set(rows).isdisjoint(p.readers)]
         if not pools:
@@ -204,15 +310,17 @@ class PageTable:
         """Remove and return the tokens of each group of batch rows, decoded and with codes.
 
         The rows of a group have one signature; None = they have no tokens. Values are decoded if
-        `with_values`, or if there are no codes from which to seal again.
+        `with_values`, or if there are no codes from which to seal again. All ranks that share the
+        cache must call this together.
         """
         taken, with_values = [], with_values or not self.codec.is_per_token
-        for rows in groups:
-            spans = self._spans(rows, with_values=with_values)
-            taken.append(functools.reduce(TokenTable.followed_by, spans) if spans else None)
+        with self._fetched():
+            for rows in groups:
+                spans = self._spans(rows, with_values=with_values)
+                taken.append(functools.reduce(TokenTable.followed_by, spans) if spans else None)
         for slab in self.slabs:
             slab.drop_readers({row for rows in groups for row in rows})
-        self.slabs = [slab for slab in self.slabs if slab.readers]
+        self._drop_unless(lambda slab: slab.readers)
         for slab in self.slabs:
             slab.forget_unread_rows()
         return taken
@@ -221,7 +329,7 @@ class PageTable:
         """Drop every token from column `position` on. Only for pages in order of position."""
         for slab in self.slabs:
             slab.crop(position)
-        self.slabs = [slab for slab in self.slabs if slab.page_count]
+        self._drop_unless(lambda slab: slab.page_count)
 
     def map_rows(self, source: list[int], *, free: bool) -> None:
         """Let new batch row i read the pages of old batch row `source[i]`, without a copy.
@@ -230,14 +338,15 @@ class PageTable:
         """
         for slab in self.slabs:
             slab.map_rows(source)
-        self.slabs = [slab for slab in self.slabs if slab.readers]
+        self._drop_unless(lambda slab: slab.readers)
         if free:
             for slab in self.slabs:
                 slab.forget_unread_rows()
 
     def clear(self) -> None:
         """Drop all pages."""
-        self.slabs, self._unread = [], []
+        self._of_places = [[] for _ in self._of_places]
+        self._dealt, self._unread = 0, []
 
     def mark_forked(self) -> None:
         """Mark the pages as shared with another table: new pages are then written to new memory."""

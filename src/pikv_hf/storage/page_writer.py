@@ -18,8 +18,8 @@ from .page_list import Digest, digested
 from .ragged_pages import RaggedPages
 from .room import MERGED, SPARE, Room, grown_pages
 from .tiers import Tier
-from .token_table import TokenTable
 from .uniform_pages import UniformPages
+from .uniform_span import UniformSpan
 
 # Pages encoded at a time for a pool; pages already encoded that are copied at a time, if no tier
 # has a limit.
@@ -43,18 +43,12 @@ class PageWriter:
     room: Room
     digest: Digest | None = None
 
-    def write_uniform(
-        self,
-        fields: dict[str, Tensor],
-        known: TokenTable,
-        rows: list[int],
-        lengths: list[int],
-        size: int,
-    ) -> None:
-        """Write pages of `size` tokens; each head of row r has `lengths[r]` tokens in them.
+    def write_uniform(self, new: UniformSpan, rows: list[int]) -> None:
+        """Write pages of the batch `rows`.
 
         Pages fill the last slab, then new slabs, one in each tier that has room.
         """
+        fields, known, lengths, size = new.fields, new.known, new.lengths, new.size
         slab = self.slabs[-1] if self.slabs else None
         heads, pages = next(iter(fields.values())).shape[1:3]
         digests = digested(self.digest, self.codec, fields, known, size)

@@ -54,6 +54,10 @@ class RaggedPages(PageStore):
     _list: PageList | None = field(default=None, repr=False)
 
     @property
+    def home(self) -> torch.device:
+        return self.owner.device
+
+    @property
     def rows(self) -> int:
         return self.stored_rows
 
@@ -175,12 +179,13 @@ class RaggedPages(PageStore):
         max_decoded = self.codec.tokens_per_block(len(queries), self.tier.device) * len(queries)
         step = min(step, max(1, max_decoded // self.page_size))
         for fields, (block, run) in self.tier.blocks(self._blocks(step)):
-            owner = self.owner[block][:: run.group]
+            owner = self._at("owner", queries.device)[block][:: run.group]
             query = queries.index_select(0, owner)[:, None]
             mask = self._mask(block, queries) if run.group == 1 else None
             tokens = run.group * self.page_size
             if covered is not None:
                 columns = self.meta["positions"][block].reshape(len(owner), 1, tokens)
+                columns = columns.to(queries.device)
                 mask = new_mask(queries, len(owner), 1, 1, tokens) if mask is None else mask
                 mask = cover(mask, columns, covered.index_select(0, owner // self.heads))
             # Over single undecoded pages, one fused kernel is faster than several operations.
@@ -202,10 +207,19 @@ class RaggedPages(PageStore):
 
     def _mask(self, block: slice, like: Tensor) -> Tensor:
         """Return the mask [n, 1, 1, P] that hides places without a token in the pages `block`."""
-        lengths = self.lengths[block, None]
+        lengths = self._at("lengths", like.device)[block, None]
         place = torch.arange(self.page_size, device=lengths.device)
         mask = new_mask(like, len(lengths), len(place))
         return mask.masked_fill_(place >= lengths, lowest_score(like.dtype))[:, None, None]
+
+    def _at(self, name: str, device: torch.device) -> Tensor:
+        """Return `owner` or `lengths` on `device`, copied once if that is not the layer's."""
+        tensor: Tensor = getattr(self, name)
+        if device == tensor.device:
+            return tensor
+        if (name, device) not in self._index:
+            self._index[name, device] = tensor[: self.page_count].to(device)
+        return self._index[name, device]
 
     def changed(self) -> None:
         super().changed()
@@ -238,7 +252,7 @@ class RaggedPages(PageStore):
         """
         used = self.page_count
         fields = {name: field[:used, None, None] for name, field in self.fields.items()}
-        fields = self.tier.bring(fields)
+        fields = self._brought(fields)
         states = decoded(self.codec, fields, with_values).items()
         meta = TokenTable({name: tensor[:used] for name, tensor in self.meta.tensors.items()})
         place = torch.arange(self.page_size, device=self.owner.device)

@@ -29,7 +29,7 @@ class PageStore(ABC):
     stored: list[int]
     # True if another cache shares the tensors: nothing may be written to them.
     is_forked: bool = field(default=False, kw_only=True)
-    _index: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _index: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     @abstractmethod
@@ -87,6 +87,20 @@ class PageStore(ABC):
         """Yield all tensors held."""
 
     @property
+    @abstractmethod
+    def home(self) -> torch.device:
+        """The device of the layer, where all tensors but the encoded pages are."""
+
+    def set_fields(self, fields: dict[str, Tensor]) -> None:
+        """Replace the encoded pages by equal ones in other memory."""
+        self.fields = fields
+        self.changed()
+
+    def _brought(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy `fields` to the device of the layer, if they are not there."""
+        return {name: tensor.to(self.home) for name, tensor in fields.items()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the encoded pages, including the room for more."""
         return sum(tensor.nbytes for tensor in self.fields.values())
@@ -140,10 +154,11 @@ class PageStore(ABC):
         so each stored row is read once. `places` [len(readers)] are the places of the readers in
         `queried`.
         """
-        if name not in self._index:
+        key = (name, device)
+        if key not in self._index:
             members = getattr(self, name) if hasattr(self, name) else self._sharing()[name]
-            self._index[name] = on_device(tuple(members), device)
-        return self._index[name]
+            self._index[key] = on_device(tuple(members), device)
+        return self._index[key]
 
     def _sharing(self) -> dict[str, list[int]]:
         readers_of: list[list[int]] = [[] for _ in range(self.rows)]

@@ -73,9 +73,10 @@ class Selection:
                 continue
             mask = new_mask(query, *index.shape[:2], tokens)[:, :, None]
             if self.tokens is not None:
-                held = self.tokens[:, :, start : start + step, None]
+                held = self.tokens[:, :, start : start + step, None].to(query.device)
                 is_behind = torch.arange(size, device=held.device) >= held
                 mask.masked_fill_(is_behind.flatten(2)[:, :, None], lowest_score(query.dtype))
             if covered is not None:
-                mask = cover(mask, store.columns_at(index, self.rows).flatten(2), covered)
+                columns = store.columns_at(index, self.rows).to(query.device)
+                mask = cover(mask, columns.flatten(2), covered)
             yield attend_masked(codec, query, fields, tokens, scale, mask)

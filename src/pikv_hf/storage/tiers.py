@@ -31,6 +31,10 @@ class Tier(ABC):
     name: ClassVar[str]
     #: True if unused room for more pages takes no memory.
     is_roomy: ClassVar[bool] = False
+    #: True if pages are fetched from there to be read by the device.
+    is_far: ClassVar[bool] = False
+    #: True if the pages are in the memory of another rank.
+    is_remote: ClassVar[bool] = False
 
     @property
     def merges(self) -> bool:
@@ -100,10 +104,38 @@ class Near(Tier):
 
 
 @dataclass(frozen=True)
+class Elsewhere(Tier):
+    """The memory of another device of this process, which attends to the pages itself."""
+
+    name: ClassVar[str] = "device"
+
+    def has(self, tensor: Tensor) -> bool:
+        return tensor.device == self.device
+
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=like.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Remote(Tier):
+    """The memory of another rank, which attends to the pages itself: only shapes are known here."""
+
+    name: ClassVar[str] = "ranks"
+    is_remote: ClassVar[bool] = True
+
+    def has(self, tensor: Tensor) -> bool:
+        return tensor.is_meta
+
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
+@dataclass(frozen=True)
 class Ram(Tier):
     """The CPU's memory, pinned if the layer runs on CUDA."""
 
     name: ClassVar[str] = "ram"
+    is_far: ClassVar[bool] = True
 
     def has(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu" and (not self._pins or tensor.is_pinned())
@@ -169,8 +201,3 @@ class Disk(Ram):
                 storage = tensor.untyped_storage()
                 place = ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes())
                 ctypes.CDLL(None).madvise(*place, mmap.MADV_WILLNEED)
-
-
-def near(like: Tensor) -> list[Tier]:
-    """Return the memory of the device of `like` as the only tier."""
-    return [Near(like.device)]

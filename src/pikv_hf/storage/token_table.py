@@ -120,6 +120,16 @@ class TokenTable:
             return self
         return self.gather(self["valid"].int().argsort(dim=-1, descending=True, stable=True))
 
+    def in_order(self) -> "TokenTable":
+        """Return these tokens with the tokens of each row and head in order of position."""
+        order = self["positions"].argsort(dim=-1)
+
+        def sort(t: Tensor) -> Tensor:
+            lead = map(max, zip(order.shape[:2], t.shape[:2], strict=True))
+            return taken(t, order.expand(*lead, -1).to(t.device))
+
+        return self._map(sort)
+
     def with_room(self, tokens: int) -> "TokenTable":
         """Copy the tokens into tensors for `tokens` tokens; the rest is unwritten."""
 

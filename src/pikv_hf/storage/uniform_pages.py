@@ -62,6 +62,10 @@ class UniformPages(PageStore):
         return next(iter(self.fields.values()))
 
     @property
+    def home(self) -> torch.device:
+        return self.meta["positions"].device
+
+    @property
     def rows(self) -> int:
         return self._sample.shape[0]
 
@@ -176,7 +180,7 @@ class UniformPages(PageStore):
         size = self.page_size
         held, new = ([n // size for n in each] for each in (self.lengths, lengths))
         exposed = slice(self.pages, max(map(sum, zip(held, new, strict=True))))
-        places = _places(tuple(held), tuple(new), self._sample.device)
+        places = _places(tuple(held), tuple(new), self.home)
         paged = {k: t.unflatten(2, (-1, size)) for k, t in self.meta.tensors.items()}
         more = {k: t.unflatten(2, (-1, size)) for k, t in meta.tensors.items()}
         pairs = (self.fields, fields), (paged, more), (self.digests.tensors, digests.tensors)
@@ -215,7 +219,7 @@ class UniformPages(PageStore):
                 continue
             mask = self._mask(query)[..., start : start + tokens]
             if covered is not None:
-                columns = self.meta["positions"].narrow(2, start, tokens)
+                columns = self.meta["positions"].narrow(2, start, tokens).to(query.device)
                 mask = cover(mask, columns.expand(self.rows, -1, -1), covered)
             yield attend_masked(self.codec, query, fields, tokens, scale, mask)
 
@@ -308,7 +312,7 @@ class UniformPages(PageStore):
         """Return the tokens of batch rows that have equally many, decoded; views if possible."""
         stored = self.stored_of(rows)
         length = self.lengths[stored[0]]
-        views = ((self.tier.bring(fields), tokens) for fields, (tokens, _) in self._views())
+        views = ((self._brought(fields), tokens) for fields, (tokens, _) in self._views())
         parts = [
             {k: flat_tokens(t, tokens) for k, t in decoded(self.codec, fields, with_values).items()}
             for fields, tokens in views
@@ -320,7 +324,7 @@ class UniformPages(PageStore):
             else parts[0]
         )
         if self.codec.is_per_token:
-            codes = self.tier.bring(self.fields)
+            codes = self._brought(self.fields)
             codes = {name: flat_tokens(t, self.length) for name, t in codes.items()}
             states = states.with_codes(codes)
         tokens = states.with_columns(self.meta.narrow(0, self.length)).narrow(0, length)

@@ -1,0 +1,49 @@
+"""The places that a cache may use: devices that a model runs on, or ranks that share its cache."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+from ..attach.binding import Binding
+from ..placements import Placement, Sharding
+from ..placements.ranks import Ranks
+from ..placements.sharding import checked_devices
+from ..placements.site import NO_SITE, Site
+
+
+def site_of(placement: Placement, model: Any, binding: Binding) -> Site:
+    """Return the places that `placement` deals the pages of `model` to.
+
+    Raises:
+        ValueError: there is one place only, or pages cannot be dealt to so many.
+    """
+    if not isinstance(placement, Sharding):
+        return NO_SITE
+    ranks = ranks_of(placement, model)
+    if ranks is not None:
+        site = Site(exchange=ranks, rank=ranks.rank, size=ranks.size)
+    elif placement.devices is not None:
+        site = Site(devices=checked_devices(placement.devices))
+    else:
+        layers = [modules[0] for modules in binding.attention.values()]
+        found = dict.fromkeys(next(m.parameters()).device for m in layers)
+        site = Site(devices=tuple(found))
+    if site.count < 2:
+        raise ValueError(
+            f"`placement` is {placement}, but there is nothing to spread over: the attention of the "
+            f"model runs on {', '.join(map(str, site.devices)) or 'no device'} in one process. Give "
+            "`devices` or `process_group`, load the model with a `device_map`, or start it with "
+            "torchrun."
+        )
+    placement.check(site.count)
+    return site
+
+
+def ranks_of(placement: Sharding, model: Any) -> Ranks | None:
+    """Return the ranks that share the cache of `model`; None = this process alone."""
+    if placement.process_group is not None:
+        return Ranks.of(placement.process_group)
+    is_launched = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if placement.devices is None and is_launched:
+        return Ranks.of(dist.group.WORLD)
+    return None

@@ -1,0 +1,71 @@
+"""Encoded pages of rows whose KV heads have equally many tokens, on their way into a store.
+
+Shapes: R rows, H KV heads, S pages, T tokens of the longest row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cutting import paged
+from .gather import taken
+from .memory import on_device
+from .token_table import TokenTable
+
+
+@dataclass(frozen=True)
+class UniformSpan:
+    """Pages of `size` tokens: `fields` [R, H, S, ...], and `known`, other data of their T tokens.
+
+    Each KV head of row r has `lengths[r]` tokens in them.
+    """
+
+    fields: dict[str, Tensor]
+    known: TokenTable
+    lengths: list[int]
+    size: int
+
+    def select(self, is_chosen: Tensor) -> "UniformSpan | None":
+        """Copy the pages marked in `is_chosen` [R or 1, S] bool, on the CPU; None = there are none."""
+        pages = is_chosen.shape[1]
+        columns = [tuple(row.nonzero().flatten().tolist()) for row in is_chosen]
+        width = max(map(len, columns))
+        counts = self._counts(columns, pages)
+        if not width or not any(counts):
+            return None
+        if len(columns) == 1:
+            fields = {name: self._of_columns(t, columns[0]) for name, t in self.fields.items()}
+            known = {
+                name: self._of_columns(paged(t, self.size), columns[0]).flatten(2, 3)
+                for name, t in self.known.tensors.items()
+            }
+        else:
+            rows = len(columns)
+            padded = tuple(
+                n for row in columns for n in (*row, *(0 for _ in range(width - len(row))))
+            )
+
+            def of_rows(tensor: Tensor) -> Tensor:
+                keep = on_device(padded, tensor.device).view(rows, 1, width)
+                return taken(tensor, keep.expand(-1, tensor.shape[1], -1))
+
+            fields = {name: of_rows(tensor) for name, tensor in self.fields.items()}
+            known = {
+                name: of_rows(paged(tensor, self.size)).flatten(2, 3)
+                for name, tensor in self.known.tensors.items()
+            }
+        tokens = max(counts)
+        return UniformSpan(fields, TokenTable(known).narrow(0, tokens), counts, self.size)
+
+    def _counts(self, columns: list[tuple[int, ...]], pages: int) -> list[int]:
+        """Count the tokens of each row in its pages `columns`."""
+        per_row = columns if len(columns) == len(self.lengths) else columns * len(self.lengths)
+        starts = self.size * torch.arange(pages)
+        filled = (torch.tensor(self.lengths)[:, None] - starts).clamp(0, self.size)
+        pairs = zip(filled, per_row, strict=True)
+        return [int(row[list(chosen)].sum()) for row, chosen in pairs]
+
+    @staticmethod
+    def _of_columns(tensor: Tensor, columns: tuple[int, ...]) -> Tensor:
+        return tensor.index_select(2, on_device(columns, tensor.device))
