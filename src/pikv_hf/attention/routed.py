@@ -115,8 +115,11 @@ def _selected(router: PageRouter, plan: Plan, query: Query) -> tuple[Tensor, Ten
     of_heads = router.over_group(joined)
     biased = torch.where(plan.is_free, of_heads, plan.bias)
     if router.has_ties:  # the newest of equal pages first
-        order = biased.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+        by_age = None if plan.by_age is None else plan.by_age.expand_as(biased)
+        aged = biased if by_age is None else biased.gather(3, by_age)
+        order = aged.flip(-1).sort(dim=-1, descending=True, stable=True).indices
         index = biased.shape[-1] - 1 - order[..., : plan.slots]
+        index = index if by_age is None else by_age.gather(3, index)
     else:
         index = biased.topk(plan.slots, dim=-1).indices
     if router.top_p is None:

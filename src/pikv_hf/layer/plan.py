@@ -45,6 +45,8 @@ class Plan:
     infinity for pages that are always read, and minus infinity where there is no page. `others`
     [B, H, 1, M] is True where there is no full page; None = nowhere. A KV head reads up to `slots`
     pages, or `limits` [B, H]; None = all heads read `slots`. `reads_all`: every page is to be read.
+    `by_age` [B, H, 1, M] lists the pages of several stores, the oldest first; None = they are in this
+    order.
     """
 
     candidates: list[Candidates]
@@ -54,9 +56,10 @@ class Plan:
     slots: int
     limits: Tensor | None
     reads_all: bool
+    by_age: Tensor | None
 
     def tensors(self) -> Iterator[Tensor]:
         for candidates in self.candidates:
             yield from candidates.tensors()
         yield from (self.bias, self.is_free)
-        yield from (tensor for tensor in (self.others, self.limits) if tensor is not None)
+        yield from (tensor for tensor in (self.others, self.limits, self.by_age) if tensor is not None)

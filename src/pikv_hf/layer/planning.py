@@ -101,6 +101,10 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
     slots = int(counts.max())
     is_even = bool((counts == slots).all())
     bias, other = (torch.cat(parts, dim=-1)[:, :, None] for parts in (biases, others))
+    by_age = None
+    if router.has_ties and len(candidates) > 1:
+        numbers = [c.pages.numbers.expand(batch, heads, -1) for c in candidates]
+        by_age = torch.cat(numbers, dim=-1).argsort(dim=-1, stable=True)[:, :, None]
     is_sized = router.top_p in (None, 1)  # a part that rounds to 1 is not all
     return Plan(
         candidates=candidates,
@@ -110,6 +114,7 @@ def _plan(state: LayerState, router: PageRouter, lists: list[PageList]) -> Plan:
         slots=slots,
         limits=None if is_even else counts.to(biases[0].device),
         reads_all=is_sized and bool((wanted == full).all()),
+        by_age=by_age,
     )
 
 
