@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +32,7 @@ from zoo import prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.placements import Offload
+from pikv_hf.placements.base import Alone
 from pikv_hf.storage.page_table import PageTable
 
 METHODS = {
@@ -85,7 +85,7 @@ class OffloadedOperations(CacheOperations):
     def make(self, page_size, window, router, compressor) -> None:
         super().make(page_size, window, router, compressor)
         for state in self.cache.states:
-            state.pages.place = partial(Offload(400, 400, "/tmp").place, layers=1)
+            state.pages.places = Alone(Offload(400, 400, "/tmp"), layers=1)
 
 
 TestOffloadedOperations = OffloadedOperations.TestCase

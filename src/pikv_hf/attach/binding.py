@@ -146,6 +146,8 @@ class Binding:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Clear `RUNNING` after a forward pass, also after a failed one."""
+        if RUNNING.cache is not None:
+            _left()
         RUNNING.cache = RUNNING.ids = RUNNING.binding = None
 
     @torch.compiler.disable
@@ -170,6 +172,12 @@ class Binding:
 def _end() -> None:
     assert RUNNING.cache is not None, "a forward pass with it has begun"
     RUNNING.cache.end_forward(RUNNING.ids)
+
+
+@torch.compiler.disable
+def _left() -> None:
+    assert RUNNING.cache is not None, "a forward pass with it has begun"
+    RUNNING.cache.leave_forward()
 
 
 def _label(idx: int, choose: Callable[[], Choice]) -> None:

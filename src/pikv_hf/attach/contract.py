@@ -56,5 +56,9 @@ class AttachableCache(ABC):
         """
 
     @abstractmethod
+    def leave_forward(self) -> None:
+        """Note that the forward pass is over, also if it has failed."""
+
+    @abstractmethod
     def skip_forward(self) -> None:
         """Note that a forward pass of `generate` did not use this cache, which it was given."""

@@ -7,7 +7,7 @@ from typing import Any
 from ..compressors import COMPRESSORS, Compressor, Identity
 from ..layer.budget import ACCEPTED, Budget, make_budget
 from ..layer.settings import Settings
-from ..placements import PLACEMENTS, Local, Placement
+from ..placements import PLACEMENTS, Local, Placement, Sharding, Spread
 from ..routers import ROUTERS, PageRouter, Router
 from ..schedulers import SCHEDULERS, Scheduler
 from ..validation import check_count, check_flag, check_whole, resolve
@@ -76,6 +76,20 @@ def best_page_size(config: Any, router: Router | None) -> int:
     return 2 ** min(max(round(math.log2(longest / pages) / 2), 4), 6)
 
 
+def check_placement(given: Any, process_group: Any) -> Placement:
+    """Return the placement that `given` and `process_group` stand for."""
+    placement = resolve("placement", given, PLACEMENTS, Placement)
+    if process_group is None:
+        return placement or Local()
+    placement = placement or Spread()
+    if isinstance(placement, Sharding) and placement.process_group in (None, process_group):
+        return replace(placement, process_group=process_group)
+    raise ValueError(
+        f"`process_group` is given, but `placement` is {placement}, which keeps pages in one process or has "
+        "a group of its own: use 'spread', 'experts' or 'pikv_xor'."
+    )
+
+
 def make_settings(given: dict[str, Any], config: Any) -> Settings:
     """Return the arguments of `PiKVCache`, by name, as settings: checked, with names resolved.
 
@@ -92,7 +106,7 @@ def make_settings(given: dict[str, Any], config: Any) -> Settings:
     if interval is not None:
         check_count("interval", interval)
     _check_together(scheduler, compressor)
-    placement = resolve("placement", given["placement"], PLACEMENTS, Placement) or Local()
+    placement = check_placement(given["placement"], given["process_group"])
     if placement.copies(1) is not None and not isinstance(router, PageRouter):
         raise ValueError(
             f"`placement` is {placement}, whose `residency` is for pages that a router selects, but "

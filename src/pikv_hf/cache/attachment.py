@@ -216,6 +216,10 @@ class AttachedCache(PagedCache):
             self._has_warned = True
             warn_if_idle(self, stacklevel=3)
 
+    def leave_forward(self) -> None:
+        if self.site.exchange is not None and self.step.change is not None:
+            self.site.exchange.note_failure()
+
     def skip_forward(self) -> None:
         """Note that a forward pass of `generate` did not use this cache, which it was given.
 

@@ -17,12 +17,14 @@ from ..placements import Placement
 from ..routers import Router
 from ..schedulers import Scheduler
 from ..validation import check_count
-from .arguments import make_settings
+from .agreement import agreed
+from .arguments import check_placement, make_settings
 from .attachment import AttachedCache
 from .checks import check_whole
 from .cropping import crop
 from .plot import draw
 from .report import Report, cache_bytes
+from .site import ranks_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +68,11 @@ class PiKVCache(AttachedCache):
             for the model's dtype.
         router: which pages a generated token reads: a name of `ROUTERS`, a `Router`, or None for
             all. Routers that compare experts need a model with gates.
-        placement: where pages live: a name of `PLACEMENTS` or a `Placement`.
+        placement: where pages live: a name of `PLACEMENTS` or a `Placement`. "spread" deals them to
+            all devices that the model runs on, or under torchrun to all ranks that run its attention
+            on one batch.
+        process_group: the ranks that share the cache: a `ProcessGroup`, or a `DeviceMesh` of one
+            dimension or two (node, rank). All ranks must make the cache, and use it, together.
         page_size: tokens of a page; "auto" = the size with which a router reads least, 16 to 64.
         window: newest tokens that are not sealed (so neither compressed nor evicted); None = 128,
             or 512 if nothing is compressed or evicted, and at most half of a budget given in tokens
@@ -93,6 +99,7 @@ class PiKVCache(AttachedCache):
         compressor: str | Compressor | None = None,
         router: str | Router | None = None,
         placement: str | Placement | None = None,
+        process_group: Any = None,
         page_size: int | str = 64,
         window: int | None = None,
         probe: bool = False,
@@ -115,6 +122,7 @@ class PiKVCache(AttachedCache):
             "compressor": compressor,
             "router": router,
             "placement": placement,
+            "process_group": process_group,
             "page_size": page_size,
             "window": window,
             "probe": probe,
@@ -125,13 +133,20 @@ class PiKVCache(AttachedCache):
                 f"`{chosen[0]}` needs an attached cache: pass the model, `PiKVCache(model, ...)`, "
                 "instead of its config."
             )
-        settings = make_settings(options, unwrap(model).config if config is None else config)
-        self.make_parts(settings)
         self._budget = budget
         if config is not None:
+            self.make_parts(make_settings(options, config))
             self.fill(config)
-        else:
-            self.attach(model)
+            return
+        inner = unwrap(model)
+        try:
+            with agreed(ranks_of(check_placement(placement, process_group), inner), inner, options):
+                self.make_parts(make_settings(options, inner.config))
+                self.attach(model)
+        except BaseException:
+            if self.binding is not None:
+                self.detach()
+            raise
 
     # ---- the Cache interface ----------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def draw(cache: PagedCache, row: int) -> "Figure":
         )
     if not (isinstance(row, int) and 0 <= row < states[0].tail.batch):
         raise ValueError(f"`row` is {row!r}; it must be from 0 to {states[0].tail.batch - 1}.")
-    experts = [pages_per_expert(state) for state in states]
+    experts = [pages_per_expert(state.pages.slabs) for state in states]
     recalls = [state.routing.recall for state in states]
     panels = ["tokens"]
     panels += ["experts"] if any(counts is not None for counts in experts) else []

@@ -14,6 +14,7 @@ from ..layer.page_experts import pages_per_expert
 from ..layer.paged_layer import PagedLayer
 from ..storage.memory import storage_bytes, storages, tensors_in
 from .paged_cache import PagedCache
+from .place_report import PlaceReport, imbalance
 
 HEADINGS = ("layers", "held as", "pages", "tokens\nheld", "MiB", "bytes/\ntoken", "bf16/\nheld")
 TIERS = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
@@ -63,7 +64,8 @@ class Report:
     `full_nbytes`: bytes of a full cache: in paged layers all tokens seen in the model's dtype,
     padding included; other layers as they are. `full_bf16_nbytes`: as `full_nbytes`, with paged
     layers in bfloat16. `tiers`: sums over layers. `note`: why the model stopped using the cache.
-    `fork_nbytes`: bytes that `cache.fork()` copies; `fork(n)` copies n times as many.
+    `fork_nbytes`: bytes that `cache.fork()` copies; `fork(n)` copies n times as many. `places`: what
+    each place holds, if pages are dealt to places; `nbytes` counts what this process holds.
     """
 
     seen_tokens: int
@@ -76,6 +78,7 @@ class Report:
     layers: list[LayerReport]
     note: str | None
     fork_nbytes: int
+    places: list[PlaceReport]
 
     @classmethod
     def of(cls, cache: PagedCache) -> "Report":
@@ -88,7 +91,9 @@ class Report:
             settings[name] = _shown(getattr(cache.settings, name))
         tiers = {name: sum(row.tiers.get(name, 0) for row in layers) for name in TIERS}
         numbers = cache.get_seq_length(), cache_bytes(cache), full, full_bf16, cache.settings.probe
-        return cls(*numbers, settings, tiers, layers, cache.note, fork_bytes(cache))
+        paged = [state for state in cache.states if state.unpaged_reason is None]
+        places = PlaceReport.of(paged)
+        return cls(*numbers, settings, tiers, layers, cache.note, fork_bytes(cache), places)
 
     @property
     def ratio(self) -> float:
@@ -110,8 +115,13 @@ class Report:
         """Root mean square of the layers' errors; None if there is none."""
         return _rms([row.error for row in self.layers if row.error is not None])
 
+    @property
+    def imbalance(self) -> float:
+        """Pages of the fullest place over the mean of all places; 1.0 if there is one place."""
+        return imbalance(self.places)
+
     def to_dict(self) -> dict[str, Any]:
-        names = ("ratio", "bf16_ratio", "bytes_per_token", "error")
+        names = ("ratio", "bf16_ratio", "bytes_per_token", "error", "imbalance")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
     def __rich__(self) -> Table:
@@ -123,6 +133,11 @@ class Report:
         if self.tiers["ram"] or self.tiers["disk"]:
             places = (f"{_mib(self.tiers[name])} {place}" for name, place in TIERS.items())
             title += f"\npages: {', '.join(places)}; files are not counted as held"
+        if self.places:
+            held = (f"{x.device} {x.pages} pages, {_mib(x.bytes_held)}" for x in self.places)
+            sent = sum(place.bytes_sent for place in self.places)
+            title += f"\n{'; '.join(held)}\nfullest place {self.imbalance:.2f} times the mean; "
+            title += f"{_mib(sent)} sent"
         has_remark = any(row.why for row in self.layers)
         selects = self.settings["router"] not in ("None", "All()")
         has_recall = any(row.recall is not None for row in self.layers)
@@ -253,7 +268,7 @@ def _read(layer: PagedLayer) -> dict[str, Any]:
         "misses": sum(misses for _, misses, _ in counts),
         "bytes_fetched": sum(misses * nbytes for _, misses, nbytes in counts),
         "recall": routing.recall,
-        "pages_per_expert": pages_per_expert(state),
+        "pages_per_expert": pages_per_expert(state.pages.slabs),
     }
 
 

@@ -39,8 +39,10 @@ def site_of(placement: Placement, model: Any, binding: Binding) -> Site:
     return site
 
 
-def ranks_of(placement: Sharding, model: Any) -> Ranks | None:
+def ranks_of(placement: Placement, model: Any) -> Ranks | None:
     """Return the ranks that share the cache of `model`; None = this process alone."""
+    if not isinstance(placement, Sharding):
+        return None
     if placement.process_group is not None:
         return Ranks.of(placement.process_group)
     is_launched = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

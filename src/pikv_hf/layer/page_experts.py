@@ -7,16 +7,16 @@ import torch
 
 from ..model.gates import page_shares
 from ..storage.ragged_pages import RaggedPages
-from .state import LayerState
+from ..storage.uniform_pages import UniformPages
 
 
-def pages_per_expert(state: LayerState) -> list[int] | None:
+def pages_per_expert(stores: list[UniformPages | RaggedPages]) -> list[int] | None:
     """Count the full pages of all rows and KV heads by the expert with the largest share in them.
 
     None = no tokens in pages, or they have no labels.
     """
     chosen = []
-    for store in state.pages.slabs:
+    for store in stores:
         if "experts" not in store.meta:
             return None
         size, labels = store.page_size, (store.meta["experts"], store.meta["weights"])

@@ -62,4 +62,6 @@ class Plan:
         for candidates in self.candidates:
             yield from candidates.tensors()
         yield from (self.bias, self.is_free)
-        yield from (tensor for tensor in (self.others, self.limits, self.by_age) if tensor is not None)
+        yield from (
+            tensor for tensor in (self.others, self.limits, self.by_age) if tensor is not None
+        )

@@ -119,37 +119,38 @@ class Ranks(Exchange):
             found.append(own)
         return found
 
-    def agree(self, text: str, what: str) -> None:
-        """Raise ValueError on all ranks unless `text`, which describes `what`, is equal on all.
+    def agree(self, text: str, unshown: str = "") -> None:
+        """Raise ValueError on all ranks unless `text` and `unshown` are equal on all.
 
         A `text` that begins with "error: " is raised on all ranks.
         """
-        texts: list[Any] = [[text]]
+        found = [(text, unshown)]
         for group in self.groups:
-            found: list[Any] = [None] * dist.get_world_size(group)
+            gathered: list[Any] = [None] * dist.get_world_size(group)
             try:
-                dist.all_gather_object(found, [t for each in texts for t in each], group=group)
+                dist.all_gather_object(gathered, found, group=group)
             except RuntimeError as error:
                 self._fail(error)
-            texts = found
-        each_text = [t for each in texts for t in each]
-        failed = [rank for rank, t in enumerate(each_text) if t.startswith("error: ")]
-        if failed:
+            found = [each for some in gathered for each in some]
+        texts = [each for each, _ in found]
+        failed = next((rank for rank, t in enumerate(texts) if t.startswith("error: ")), None)
+        if failed is not None:
             raise ValueError(
-                f"rank {failed[0]} of the ranks that share this PiKVCache could not make it: "
-                f"{each_text[failed[0]].removeprefix('error: ')}"
+                f"rank {failed} cannot make its part of this PiKVCache: "
+                f"{texts[failed].removeprefix('error: ')}"
             )
-        other = next((rank for rank, t in enumerate(each_text) if t != each_text[0]), None)
+        other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
         if other is not None:
-            raise ValueError(
-                f"the ranks that share this PiKVCache differ in their {what}: rank 0 has "
-                f"{each_text[0]}, but rank {other} has {each_text[other]}."
-            )
+            what = f"has {texts[other]}, but rank 0 has {texts[0]}"
+            if texts[other] == texts[0]:
+                what = "has a model with another config than rank 0"
+            raise ValueError(f"the ranks of this PiKVCache differ: rank {other} {what}.")
 
     def note_failure(self) -> None:
         """Let other ranks know, when they ask, that this rank has failed in a forward pass."""
         self._roll_call.note_failure()
 
+    @torch.no_grad()
     def _gathered(self, message: Tensor, group: Any) -> Tensor:
         """Return the messages [n, ...] of the n ranks of a group."""
         self._read_checks()
@@ -198,8 +199,9 @@ def _refuse_if_apart(checks: Tensor) -> None:
     numbers = checks.contiguous().view(torch.int32 if checks.itemsize == 4 else torch.int64)
     apart = (numbers != numbers.mode().values).nonzero().flatten().tolist()
     if apart:
+        who = f"rank {apart[0]} sees" if len(apart) == 1 else f"ranks {apart} see"
         raise RuntimeError(
-            f"the ranks that share this PiKVCache have drifted apart: rank "
-            f"{' and '.join(map(str, apart))} of {len(numbers)} sees other tokens than the rest. Give "
-            "all ranks the same inputs and weights, and the same seed if tokens are sampled."
+            f"the ranks that share this PiKVCache have drifted apart: {who} other tokens than the rest of "
+            f"{len(numbers)}. Give all ranks the same inputs and weights, and the same seed if tokens "
+            "are sampled."
         )

@@ -84,18 +84,15 @@ class RollCall:
         self._is_decided.set()
 
     def _heard(self, store: dist.TCPStore) -> str | None:
-        end, failed, silent = time.monotonic() + PATIENCE, [], []
-        for rank in range(self.size):
-            key = f"answer {rank}"
-            try:
-                left = max(end - time.monotonic(), 0.1)
-                store.wait([key], timedelta(seconds=left))
-            except dist.DistStoreError:
-                silent.append(rank)
-                continue
-            if store.get(key) == b"failed":
-                failed.append(rank)
-        parts = [(failed, "failed"), (silent, "stopped")]
+        """Return which ranks have failed, or do not answer in time; None = all run."""
+        keys = [f"answer {rank}" for rank in range(self.size)]
+        end = time.monotonic() + PATIENCE
+        while not store.check(keys) and time.monotonic() < end:
+            time.sleep(PAUSE / 5)
+        silent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        heard = ((rank, key) for rank, key in enumerate(keys) if rank not in silent)
+        failed = [rank for rank, key in heard if store.get(key) == b"failed"]
+        parts = ((failed, "failed"), (silent, "stopped"))
         return " and ".join(f"{_named(ranks)} {what}" for ranks, what in parts if ranks) or None
 
 

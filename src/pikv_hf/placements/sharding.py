@@ -84,6 +84,9 @@ class Dealt(Places):
     def count(self) -> int:
         return self.site.count
 
+    def name(self, place: int) -> str:
+        return f"rank {place}" if self.exchange else str(self.site.devices[place])
+
     @property
     def by_experts(self) -> bool:
         return self.method.needs_labels

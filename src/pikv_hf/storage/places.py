@@ -49,6 +49,10 @@ class Exchange(ABC):
         """
 
     @abstractmethod
+    def note_failure(self) -> None:
+        """Let the other ranks know, when they ask, that this rank has failed."""
+
+    @abstractmethod
     def fields(
         self, fields: list[dict[str, Tensor]], owners: list[int], device: torch.device
     ) -> list[dict[str, Tensor]]:
@@ -65,6 +69,10 @@ class Places(ABC):
     @abstractmethod
     def count(self) -> int:
         """Number of places."""
+
+    def name(self, place: int) -> str | None:
+        """Return the name of a place in reports; None if it is the only one."""
+        return None
 
     @property
     def by_experts(self) -> bool:
