@@ -6,6 +6,7 @@ seals a page; the median step does not.
 
 from typing import Any
 
+import torch
 from append_cpu import DTYPE, SHAPE, one_layer_model
 from common import Result, fill, interleaved, random_states, start
 from torch import Tensor
@@ -29,11 +30,11 @@ ROUTERS: dict[str, PageRouter] = {
 class Step:
     """A step of a cache of one layer that holds `tokens` random tokens."""
 
-    def __init__(self, tokens: int, **methods: Any) -> None:
+    def __init__(self, tokens: int, dtype: torch.dtype = DTYPE, **methods: Any) -> None:
         self.model = one_layer_model(SHAPE)
-        self.cache = fill(PiKVCache(self.model, **methods), tokens, SHAPE, DTYPE)
-        self.query = random_states(2, 1, (HEADS * GROUPS, DIM, 0), DTYPE)[0]
-        self.states = random_states(1, 1, SHAPE, DTYPE)
+        self.cache = fill(PiKVCache(self.model, **methods), tokens, SHAPE, dtype)
+        self.query = random_states(2, 1, (HEADS * GROUPS, DIM, 0), dtype)[0]
+        self.states = random_states(1, 1, SHAPE, dtype)
 
     def __call__(self) -> Tensor:
         self.cache.layers[0].update(*self.states)

@@ -25,7 +25,7 @@ from ..storage.memory import on_device
 from ..storage.ragged_pages import RaggedPages
 from ..storage.row_map import Partial
 from ..storage.uniform_pages import UniformPages
-from .places import attend_places
+from .places import Expand, attend_places
 from .readable import SINKS, unpaged_reason
 from .recording import attend_counting, counted_slabs
 from .routed import attend_selection, selected, selecting_router
@@ -123,25 +123,41 @@ def attend(
     `query` [B, Hq, q, D]; `mask` as the model made it, whose last columns are the tail tokens;
     `sink` [Hq]: logits of a key without a value.
     """
-    dtype, latent = query.dtype, None
+    dtype, length = query.dtype, query.shape[2]
+    expand: Expand | None = None
     if state.latent_rank is not None:
         latent = LatentQuery(module, query, state.latent_rank)
         query = latent.absorb(query)
-    batch, heads, length, _ = query.shape
-    out = _attend(state, query.to(state.tail.keys.dtype), mask, scale, sink)
-    if latent is None:
-        out = out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
-        out = out.to(dtype, memory_format=torch.contiguous_format).flatten(2, 3)
-    else:
-        out = latent.expand(out.to(dtype).reshape(batch, heads, length, -1)).transpose(1, 2)
+        expand = functools.partial(_expanded, latent, query.shape[:3], dtype)
+    # Ranks send values, which are smaller than latents.
+    early = expand if state.pages.places.exchange is not None else None
+    out = _attend(state, query.to(state.tail.keys.dtype), mask, scale, sink, early)
+    out = out if early is not None or expand is None else expand(out)
+    out = out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
+    out = out.to(dtype, memory_format=torch.contiguous_format).flatten(2, 3)
     return out.contiguous()  # models may call `view` on it
+
+
+def _expanded(
+    latent: LatentQuery, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor
+) -> Tensor:
+    """Project outputs [B, 1, Hq * q, r + dr] over latents, of queries [B, Hq, q], to values."""
+    return latent.expand(out.to(dtype).view(*shape, -1)).flatten(1, 2)[:, None]
 
 
 @without_autocast
 def _attend(
-    state: LayerState, query: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None
+    state: LayerState,
+    query: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sink: Tensor | None,
+    expand: Expand | None,
 ) -> Tensor:
-    """Compute `attend` in the space of the cached keys, from [B, Hq, q, D] to [B, H, G * q, Dv]."""
+    """Compute `attend` in the space of the cached keys, from [B, Hq, q, D] to [B, H, G * q, Dv].
+
+    `expand` projects partial outputs to the space of the values.
+    """
     batch, _, length, _ = query.shape
     # Grouped by KV head: each key is then read once for all query heads of its group.
     packed = query.reshape(batch, state.tail.keys.shape[1], -1, query.shape[3])
@@ -150,7 +166,7 @@ def _attend(
     slabs = counted_slabs(state, length)
     if slabs is None:
         state.observed.forget_counted()
-        parts = _attend_all(state, packed, length, mask, scale)
+        parts = _attend_all(state, packed, length, mask, scale, expand)
     else:
         additive = _tail_mask(state, packed, mask, length)
         parts = iter([attend_counting(state, slabs, packed, additive, scale)])
@@ -160,37 +176,46 @@ def _attend(
 
 
 def _attend_all(
-    state: LayerState, query: Tensor, length: int, mask: Tensor | None, scale: float
+    state: LayerState,
+    query: Tensor,
+    length: int,
+    mask: Tensor | None,
+    scale: float,
+    expand: Expand | None,
 ) -> Iterator[Partial]:
     """Yield partial results of `query` [B, H, G * q, D]: the tail's, then of pages."""
     tail = _attend_tail(state, query, length, mask, scale)
-    yield tail
+    yield tail if expand is None else (expand(tail[0]), tail[1])
     covered, router = _covered(state, length, query), selecting_router(state, length)
     if router is None or (selections := selected(state, router, query, length, scale)) is None:
         state.routing.note(None)
-        yield from _attend_all_pages(state, query, scale, covered)
+        yield from _attend_all_pages(state, query, scale, covered, expand)
         return
     work = [
         (each.store.tier, functools.partial(attend_selection, each, length, scale, covered))
         for each in selections
         if not each.store.tier.is_remote
     ]
-    parts = attend_places(state, query, work)
+    parts = attend_places(state, query, work, expand)
     if state.settings.probe:
-        parts, whole = list(parts), _attend_all_pages(state, query, scale, covered)
+        parts, whole = list(parts), _attend_all_pages(state, query, scale, covered, expand)
         read, of_all = ([tail[1], *(lse for _, lse in each)] for each in (parts, whole))
         state.routing.measure(torch.stack(read), torch.stack(of_all))
     yield from parts
 
 
 def _attend_all_pages(
-    state: LayerState, query: Tensor, scale: float, covered: Tensor | None
+    state: LayerState,
+    query: Tensor,
+    scale: float,
+    covered: Tensor | None,
+    expand: Expand | None,
 ) -> Iterator[Partial]:
     """Yield partial results of `query` [B, H, R, D] over all pages."""
     slabs = (slab for slab in state.pages.slabs if not slab.tier.is_remote)
     work = [(slab.tier, functools.partial(_attend_slab, slab, scale, covered)) for slab in slabs]
     if state.pages.slabs:
-        yield from attend_places(state, query, work)
+        yield from attend_places(state, query, work, expand)
 
 
 def _attend_slab(

@@ -16,12 +16,18 @@ from ..storage.tiers import Tier
 # A tier, and a function that attends to pages in it with queries on the tier's device.
 Work = tuple[Tier, Callable[[Tensor], Iterator[Partial]]]
 
+# Projects outputs of attention over latents to the space of the values.
+Expand = Callable[[Tensor], Tensor]
 
-def attend_places(state: LayerState, query: Tensor, work: Sequence[Work]) -> Iterator[Partial]:
+
+def attend_places(
+    state: LayerState, query: Tensor, work: Sequence[Work], expand: Expand | None = None
+) -> Iterator[Partial]:
     """Yield partial results of `query` [B, H, R, D] over disjoint pages, on its device.
 
     Each device attends to its own pages with a copy of the queries. Each rank attends to its own
     pages, and receives the results of all; if the layer has pages, all ranks must call this together.
+    Ranks send what `expand` makes of their outputs.
     """
     here, exchange = query.device, state.pages.places.exchange
     elsewhere: dict[torch.device, list[Callable[[Tensor], Iterator[Partial]]]] = {}
@@ -42,6 +48,7 @@ def attend_places(state: LayerState, query: Tensor, work: Sequence[Work]) -> Ite
             yield out.to(here), lse.to(here)
         return
     out, lse = merge_with_lse(list(own) or [_nothing(state, query)])
+    out = out if expand is None else expand(out)
     check = None
     if state.step.is_first("exchange"):  # a rank that has drifted apart sees other tokens
         check = state.tail.view()[0][:, :, -1].to(lse.dtype).sum()
