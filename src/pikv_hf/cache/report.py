@@ -237,7 +237,8 @@ def _layer_report(idx: int, layer: Any, why: str | None) -> LayerReport:
     pages = sum(slab.page_count for slab in layer.state.pages.slabs)
     tiers = dict.fromkeys(TIERS, 0)
     for slab in layer.state.pages.slabs:
-        tiers[slab.tier.name] += 0 if slab.tier.is_remote else slab.nbytes
+        if not slab.tier.is_remote:
+            tiers[slab.tier.name] += slab.nbytes
     if (router := layer.state.settings.router) is not None:
         is_far = any(tiers[name] for name in FAR)
         why = router.remark(has_gate=layer.state.facts.has_gate, has_far_pages=is_far)

@@ -51,7 +51,7 @@ class Ranks(Exchange):
         self.rank = ranks[0] + sum(n * size for n, size in zip(ranks[1:], sizes, strict=False))
         self.bytes_sent = 0
         self._sent: list[Sent] = []
-        self._roll_call = RollCall(self)
+        self._roll_call = RollCall(self.rank, self._all)
 
     @classmethod
     def of(cls, given: Any) -> "Ranks":
@@ -124,14 +124,10 @@ class Ranks(Exchange):
 
         A `text` that begins with "error: " is raised on all ranks.
         """
-        found = [(text, unshown)]
-        for group in self.groups:
-            gathered: list[Any] = [None] * dist.get_world_size(group)
-            try:
-                dist.all_gather_object(gathered, found, group=group)
-            except RuntimeError as error:
-                self._fail(error)
-            found = [each for some in gathered for each in some]
+        try:
+            found = self._all((text, unshown))
+        except RuntimeError as error:
+            self._fail(error)
         texts = [each for each, _ in found]
         failed = next((rank for rank, t in enumerate(texts) if t.startswith("error: ")), None)
         if failed is not None:
@@ -149,6 +145,15 @@ class Ranks(Exchange):
     def note_failure(self) -> None:
         """Let other ranks know, when they ask, that this rank has failed in a forward pass."""
         self._roll_call.note_failure()
+
+    def _all(self, value: Any) -> list[Any]:
+        """Return the values that all ranks call this with, in order of rank."""
+        found = [value]
+        for group in self.groups:
+            gathered: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, found, group=group)
+            found = [each for some in gathered for each in some]
+        return found
 
     @torch.no_grad()
     def _gathered(self, message: Tensor, group: Any) -> Tensor:
