@@ -19,9 +19,9 @@ SIXTEEN_BITS, FLOAT32 = 2, 4  # bytes
 class Geometry:
     """The attention and the experts of a model, from the `config.json` of its Hub repository.
 
-    `token_bytes` are the bfloat16 keys and values of a token in one layer, `out_dim` is the dim of the
-    attention output that ranks exchange. The first `dense_layers` have no experts. Sliding layers are
-    never spread: each rank holds `sliding_window` tokens of them.
+    `token_bytes` are the bfloat16 keys and values of a token in one layer, `out_dim` is the dim of
+    the attention output that ranks exchange. The first `dense_layers` have no experts. Sliding
+    layers are never spread: each rank holds `sliding_window` tokens of them.
     """
 
     name: str
@@ -99,8 +99,9 @@ def sent_all_gather(model: Geometry, ranks: int, tokens: int = 0) -> float:
 def sent_two_collectives(model: Geometry, ranks: int, tokens: int = 0) -> float:
     """Return L ((R - 1) Hq 4 + 2 (R - 1) / R Hq Dv 4): ring costs of two collectives.
 
-    They are an all-gather of log-sum-exps and an all-reduce of rescaled float32 outputs. Ring costs:
-    Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.
+    They are an all-gather of log-sum-exps and an all-reduce of rescaled float32 outputs. Source of
+    ring costs: Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
+    workstations", 2009.
     """
     heads, out_dim = model.query_heads, model.out_dim
     all_gather = (ranks - 1) * heads * FLOAT32
@@ -111,11 +112,11 @@ def sent_two_collectives(model: Geometry, ranks: int, tokens: int = 0) -> float:
 def sent_dcp(model: Geometry, ranks: int, tokens: int = 0) -> float | None:
     """Return L (R - 1) / R Hq (2 Dk + 4 R + 2 Dv): vLLM's decode context parallelism (DCP).
 
-    Each rank has Hq / R query heads, by tensor parallelism. Queries are all-gathered over heads in 16
-    bits, log-sum-exps in float32, and rescaled outputs reduce-scattered over heads in 16 bits
-    (`cp_lse_ag_out_rs` in vllm/v1/attention/ops/common.py, vLLM #23734 and #24864). All ranks are taken
-    as one DCP group, as with MLA; with H KV heads vLLM's groups have R / H ranks at most. None = R
-    ranks cannot share the heads equally.
+    Each rank has Hq / R query heads, by tensor parallelism. Queries are all-gathered over heads in
+    16 bits, log-sum-exps in float32, and rescaled outputs reduce-scattered over heads in 16 bits
+    (`cp_lse_ag_out_rs` in vllm/v1/attention/ops/common.py, vLLM #23734 and #24864). All ranks are
+    taken as one DCP group, as with MLA; with H KV heads vLLM's groups have R / H ranks at most.
+    None = R ranks cannot share the heads equally.
     """
     heads = model.query_heads
     if heads % ranks:

@@ -1,8 +1,8 @@
 """Simulate a KV cache that is spread over 1 to 64 ranks: python scripts/simulate_sharding.py
 
 Nothing is measured: bytes are formulas, the balance of placements is simulated page by page, and
-times follow from assumed speeds, which the output names. Writes docs/benchmarks/sharding_simulated.json
-and docs/sharding.png; `sharding_model.py` has the formulas and their sources.
+times follow from assumed speeds, which the output names. Writes docs/sharding.png and
+docs/benchmarks/sharding_simulated.json; `sharding_model.py` has the formulas and their sources.
 """
 
 import json
@@ -142,7 +142,7 @@ class Simulation:
 
 
 def held_table(done: Simulation) -> Table:
-    title = f"KV of the fullest rank, placement 'spread', {tokens_text(TOKENS)} tokens a row"
+    title = f"1. KV of the fullest rank, placement 'spread', {tokens_text(TOKENS)} tokens a row"
     table = Table("model", *(f"R = {ranks}" for ranks in done.grid.ranks), title=title)
     for model in GEOMETRIES:
         wanted = {"model": model.name, "placement": "spread", "tokens": TOKENS, "zipf": 0.0}
@@ -153,7 +153,7 @@ def held_table(done: Simulation) -> Table:
 
 def sent_table(done: Simulation) -> Table:
     names = [*(exchange.name for exchange in EXCHANGES[1:]), "in one process"]
-    title = f"Bytes that a rank sends in a decode step, one row ({tokens_text(TOKENS)} tokens)"
+    title = f"2. Bytes that a rank sends in a decode step, one row ({tokens_text(TOKENS)} tokens)"
     caption = "in one process: over all links together"
     table = Table("model", "R", *names, title=title, caption=caption)
     for model in (*GEOMETRIES, EXPANDED):
@@ -165,7 +165,7 @@ def sent_table(done: Simulation) -> Table:
 
 
 def balance_table(done: Simulation) -> Table:
-    title = f"Pages of the fullest of {RANKS} ranks / mean: in a layer, over all layers"
+    title = f"3. Pages of the fullest of {RANKS} ranks / mean: in a layer, over all layers"
     caption = "at home: share of pages on the rank that owns their most frequent expert"
     columns = [tokens_text(n) for n in done.grid.tokens if n <= TOKENS]
     headings = ["model", "placement", "Zipf", *columns, f"at home, {tokens_text(TOKENS)}"]
@@ -185,7 +185,7 @@ def balance_table(done: Simulation) -> Table:
 
 def time_table(done: Simulation) -> Table:
     names = [exchange.name for exchange in EXCHANGES]
-    title = f"ASSUMED ms for the KV cache in a decode step, {RANKS} ranks, 'spread'"
+    title = f"4. ASSUMED ms for the KV cache in a decode step, {RANKS} ranks, 'spread'"
     table = Table("model", "tokens", *names, title=title)
     for model in GEOMETRIES:
         for tokens in done.grid.tokens:
@@ -195,7 +195,7 @@ def time_table(done: Simulation) -> Table:
 
 
 def break_even_table(done: Simulation) -> Table:
-    title = "ASSUMED tokens from which one all-gather is faster than all KV on each rank"
+    title = "5. ASSUMED tokens from which one all-gather is faster than all KV on each rank"
     table = Table("model", *(f"R = {ranks}" for ranks in done.grid.ranks[1:]), title=title)
     for model in GEOMETRIES:
         rows = done.break_even.where(model=model.name)
@@ -240,10 +240,11 @@ def main(
     done.run()
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(
-        f"[bold]ASSUMPTIONS[/] (nothing is measured on a GPU): a rank reads {hbm:g} TB/s and sends "
-        f"{link:g} GB/s, a collective costs {latency:g} us beside its bytes, batch {batch}, pages of "
-        f"{given.page} tokens, {given.window} newest tokens on every rank, KV in bfloat16, capacity "
-        f"factor {capacity_factor:g}, tokens choose experts independently, seed {seed}.",
+        f"[bold]ASSUMPTIONS[/] (nothing is measured on a GPU): a rank reads {hbm:g} TB/s and "
+        f"sends {link:g} GB/s, a collective costs {latency:g} us beside its bytes, batch {batch}, "
+        f"pages of {given.page} tokens, {given.window} newest tokens on every rank, KV in "
+        f"bfloat16, capacity factor {capacity_factor:g}, tokens choose experts independently, "
+        f"seed {seed}.",
         highlight=False,
     )
     for table in (held_table, sent_table, balance_table, time_table, break_even_table):

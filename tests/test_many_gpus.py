@@ -69,7 +69,7 @@ def test_python_blocks_are_python():
 )
 def test_the_configuration_can_be_made_as_printed():
     (script,) = [block for block in blocks() if "DistributedConfig(" in block]
-    made = re.search(r"^whole = .*?^\)", script, re.MULTILINE | re.DOTALL)
+    made = re.search(r"^whole = .*?^config = .*?$", script, re.MULTILINE | re.DOTALL)
     names = {"DistributedConfig": DistributedConfig, "ranks": 8}
     exec(made.group(), names)  # noqa: S102  our own text
     config = names["config"]
