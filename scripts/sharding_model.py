@@ -38,7 +38,8 @@ class Geometry:
 
 
 GEOMETRIES = (
-    # Keys and values of 4, 8 and 8 heads; MLA has one latent of 512 and 64 rotary dims.
+    # Keys and values of 4, 8 and 8 heads; MLA holds one latent of 512 and 64 rotary dims, and projects
+    # its outputs to values before they are sent.
     Geometry("Qwen3-30B-A3B", 48, 32, 2 * 4 * 128 * SIXTEEN_BITS, 128, 128, 128, 8),
     Geometry("Mixtral-8x7B", 32, 32, 2 * 8 * 128 * SIXTEEN_BITS, 128, 128, 8, 2),
     Geometry(
@@ -47,10 +48,8 @@ GEOMETRIES = (
         sliding_layers=18,
         sliding_window=128,
     ),
-    Geometry("DeepSeek-V3", 61, 128, 576 * SIXTEEN_BITS, 576, 512, 256, 8, dense_layers=3),
+    Geometry("DeepSeek-V3", 61, 128, 576 * SIXTEEN_BITS, 576, 128, 256, 8, dense_layers=3),
 )
-# The value up-projection is linear, so MLA could apply it before outputs are sent. No code does.
-EXPANDED = Geometry("DeepSeek-V3, expanded", 61, 128, 576 * SIXTEEN_BITS, 576, 128, 256, 8, 3)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from rich.progress import track
 from rich.table import Table
 from sharding_model import (
     EXCHANGES,
-    EXPANDED,
     GEOMETRIES,
     PLACEMENTS,
     Assumptions,
@@ -89,7 +88,7 @@ class Simulation:
             if ranks > 1:
                 count = break_even_tokens(model, ranks, self.given)
                 self.break_even.add(model=model.name, ranks=ranks, tokens=round(count))
-        for model in (*GEOMETRIES, EXPANDED):
+        for model in GEOMETRIES:
             for ranks in self.grid.ranks:
                 self._add_sent(model, ranks)
 
@@ -133,7 +132,7 @@ class Simulation:
             "setting": f"bytes sent are of one row and, where KV is gathered, {TOKENS} tokens; "
             "held is in bytes, on the fullest rank; per_layer and over_layers are maximum / mean",
             "assumptions": asdict(self.given),
-            "geometries": [asdict(model) for model in (*GEOMETRIES, EXPANDED)],
+            "geometries": [asdict(model) for model in GEOMETRIES],
             "placed": self.placed.rows,
             "sent": self.sent.rows,
             "time": self.time.rows,
@@ -156,7 +155,7 @@ def sent_table(done: Simulation) -> Table:
     title = f"2. Bytes that a rank sends in a decode step, one row ({tokens_text(TOKENS)} tokens)"
     caption = "in one process: over all links together"
     table = Table("model", "R", *names, title=title, caption=caption)
-    for model in (*GEOMETRIES, EXPANDED):
+    for model in GEOMETRIES:
         for ranks in done.grid.ranks[1:]:
             wanted = {"model": model.name, "ranks": ranks}
             cells = [done.sent.cell("bytes", exchange=name, **wanted) for name in names]

@@ -14,7 +14,7 @@ from zoo import build, prompt
 
 from pikv_hf import PiKVCache
 from pikv_hf.model.versions import with_cache
-from pikv_hf.placements import Experts, Offload, Spread
+from pikv_hf.placements import DeviceMap, Experts, Offload, Spread
 
 DEVICES = ("fakegpu:0", "fakegpu:1", "fakegpu:2", "cpu")
 METHODS = {
@@ -63,6 +63,11 @@ if __name__ == "__main__":
         "spread": Spread(devices=DEVICES),
         "two": Spread(),
         "experts": Experts(devices=DEVICES),
+        "layers": DeviceMap(kv_device_map={"layers.0": "fakegpu:2", "": "cpu"}),
+        "map": DeviceMap(
+            kv_device_map={"": "fakegpu:2", "layers.0.experts.0-2": "cpu", "layers.1": "fakegpu:0"},
+            max_memory={"cpu": 3000},
+        ),
         "offload": Spread(devices=DEVICES[:2], offload=Offload(device_bytes=2000)),
     }
     for case in sys.argv[1:]:

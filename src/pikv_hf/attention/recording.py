@@ -34,11 +34,14 @@ def counted_slabs(state: LayerState, length: int) -> Slabs | None:
         return None  # the statistics would miss the pending queries
     if state.columns.hidden is not None or state.columns.covered is not None:
         return None  # rows hold different numbers of tokens, or a mask hides some
-    batch = state.tail.batch
+    batch, here = state.tail.batch, state.tail.keys.device
     readable = [
         slab
         for slab in slabs
-        if isinstance(slab, UniformPages) and slab.is_read_by_all(batch) and slab.is_in_order()
+        if isinstance(slab, UniformPages)
+        and slab.is_read_by_all(batch)
+        and slab.is_in_order()
+        and slab.tier.device == here
     ]
     return readable if slabs and len(readable) == len(slabs) else None
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..compressors import COMPRESSORS, Compressor, Identity
 from ..layer.budget import ACCEPTED, Budget, make_budget
 from ..layer.settings import Settings
-from ..placements import PLACEMENTS, Local, Placement, Sharding, Spread
+from ..placements import PLACEMENTS, DeviceMap, Local, Placement, Sharding, Spread
 from ..routers import ROUTERS, PageRouter, Router
 from ..schedulers import SCHEDULERS, Scheduler
 from ..validation import check_count, check_flag, check_whole, resolve
@@ -76,9 +76,16 @@ def best_page_size(config: Any, router: Router | None) -> int:
     return 2 ** min(max(round(math.log2(longest / pages) / 2), 4), 6)
 
 
-def check_placement(given: Any, process_group: Any) -> Placement:
-    """Return the placement that `given` and `process_group` stand for."""
+def check_placement(given: Any, process_group: Any, kv_device_map: Any) -> Placement:
+    """Return the placement that the arguments of these names stand for."""
     placement = resolve("placement", given, PLACEMENTS, Placement)
+    if kv_device_map is not None:
+        if not (placement in (None, Local()) and process_group is None):
+            raise ValueError(
+                f"`kv_device_map` is given with `placement` {placement} or `process_group`, but each names "
+                "the places of pages: give one of them."
+            )
+        return DeviceMap(kv_device_map=kv_device_map)
     if process_group is None:
         return placement or Local()
     placement = placement or Spread()
@@ -106,7 +113,8 @@ def make_settings(given: dict[str, Any], config: Any) -> Settings:
     if interval is not None:
         check_count("interval", interval)
     _check_together(scheduler, compressor)
-    placement = check_placement(given["placement"], given["process_group"])
+    places = (given[name] for name in ("placement", "process_group", "kv_device_map"))
+    placement = check_placement(*places)
     if placement.copies(1) is not None and not isinstance(router, PageRouter):
         raise ValueError(
             f"`placement` is {placement}, whose `residency` is for pages that a router selects, but "

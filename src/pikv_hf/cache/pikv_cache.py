@@ -73,6 +73,9 @@ class PiKVCache(AttachedCache):
             on one batch.
         process_group: the ranks that share the cache: a `ProcessGroup`, or a `DeviceMesh` of one
             dimension or two (node, rank). All ranks must make the cache, and use it, together.
+        kv_device_map: devices of pages by prefixes of modules, as `device_map` in accelerate:
+            `{"layers.0-11": "cuda:0", "layers.12.experts.0-31": "cuda:1", "": "cpu"}`. See `DeviceMap`,
+            which also takes `max_memory`.
         page_size: tokens of a page; "auto" = the size with which a router reads least, 16 to 64.
         window: newest tokens that are not sealed (so neither compressed nor evicted); None = 128,
             or 512 if nothing is compressed or evicted, and at most half of a budget given in tokens
@@ -100,6 +103,7 @@ class PiKVCache(AttachedCache):
         router: str | Router | None = None,
         placement: str | Placement | None = None,
         process_group: Any = None,
+        kv_device_map: Mapping[str, Any] | None = None,
         page_size: int | str = 64,
         window: int | None = None,
         probe: bool = False,
@@ -123,6 +127,7 @@ class PiKVCache(AttachedCache):
             "router": router,
             "placement": placement,
             "process_group": process_group,
+            "kv_device_map": kv_device_map,
             "page_size": page_size,
             "window": window,
             "probe": probe,
@@ -140,7 +145,8 @@ class PiKVCache(AttachedCache):
             return
         inner = unwrap(model)
         try:
-            with agreed(ranks_of(check_placement(placement, process_group), inner), inner, options):
+            placed = check_placement(placement, process_group, kv_device_map)
+            with agreed(ranks_of(placed, inner), inner, options):
                 self.make_parts(make_settings(options, inner.config))
                 self.attach(model)
         except BaseException:

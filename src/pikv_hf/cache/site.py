@@ -5,7 +5,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ..attach.binding import Binding
-from ..placements import Placement, Sharding
+from ..model.gates import num_experts
+from ..placements import DeviceMap, Placement, Sharding
 from ..placements.ranks import Ranks
 from ..placements.sharding import checked_devices
 from ..placements.site import NO_SITE, Site
@@ -19,6 +20,12 @@ def site_of(placement: Placement, model: Any, binding: Binding) -> Site:
     """
     if not isinstance(placement, Sharding):
         return NO_SITE
+    if isinstance(placement, DeviceMap):
+        total = model.config.get_text_config(decoder=True).num_hidden_layers
+        without = binding.attention.keys() - binding.gate_of.keys()
+        experts = num_experts(model.config) if binding.gate_of else None
+        of_layers = {idx: None if idx in without else experts for idx in range(total)}
+        return placement.site(sorted(binding.attention), of_layers)
     ranks = ranks_of(placement, model)
     if ranks is not None:
         site = Site(exchange=ranks, rank=ranks.rank, size=ranks.size)
@@ -41,7 +48,7 @@ def site_of(placement: Placement, model: Any, binding: Binding) -> Site:
 
 def ranks_of(placement: Placement, model: Any) -> Ranks | None:
     """Return the ranks that share the cache of `model`; None = this process alone."""
-    if not isinstance(placement, Sharding):
+    if not isinstance(placement, Sharding) or isinstance(placement, DeviceMap):
         return None
     if placement.process_group is not None:
         return Ranks.of(placement.process_group)

@@ -1,6 +1,7 @@
 """Placements, which choose the memory of pages; `PLACEMENTS` has the names for users."""
 
 from .base import Placement
+from .device_map import DeviceMap
 from .experts import Experts
 from .local import Local
 from .offload import Offload
@@ -21,6 +22,7 @@ PLACEMENTS: dict[str, type[Placement]] = {
 __all__ = [
     "PLACEMENTS",
     "RESIDENCIES",
+    "DeviceMap",
     "Experts",
     "Local",
     "Offload",

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from .site import NO_SITE, PlacedLayer, Site
 class Placement(ABC):
     """Chooses the memory of a layer's pages. A frozen dataclass without run state."""
 
-    #: True if pages are dealt by the experts of their tokens.
-    needs_labels: ClassVar[bool] = False
-    #: True if pages are dealt to several places.
-    is_spread: ClassVar[bool] = False
+    @property
+    def needs_labels(self) -> bool:
+        """True if pages are dealt by the experts of their tokens."""
+        return False
 
     @abstractmethod
     def tiers(self, device: torch.device, layers: int) -> list[Tier]:

@@ -5,7 +5,6 @@ Shapes: R rows, H KV heads, S new pages of P tokens, k experts of a token, E exp
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,11 +29,14 @@ class Experts(Sharding):
     """
 
     capacity_factor: float = 1.1
-    needs_labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("capacity_factor", self.capacity_factor, "[1, inf)")
+
+    @property
+    def needs_labels(self) -> bool:
+        return True
 
     def deal(self, new: NewPages, places: Dealt) -> Tensor:
         experts = top_experts(new, places)

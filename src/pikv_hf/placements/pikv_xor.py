@@ -4,7 +4,6 @@ Shapes: R rows, H KV heads, S new pages.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,14 +22,16 @@ class PiKVXor(Sharding):
     empty or uneven. Pages without labels (dense layers) have e = 0.
     """
 
-    needs_labels: ClassVar[bool] = True
-
     def check(self, count: int) -> None:
         if count & (count - 1):
             raise ValueError(
                 f"`placement` is {self}, which needs a power of two of places, but there are {count}: use "
                 "'spread'."
             )
+
+    @property
+    def needs_labels(self) -> bool:
+        return True
 
     def deal(self, new: NewPages, places: Dealt) -> Tensor:
         device = new.filled.device

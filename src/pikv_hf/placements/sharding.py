@@ -6,7 +6,7 @@ Shapes: R rows, H KV heads, S new pages.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ class Sharding(Placement):
     devices: Sequence[str | int | torch.device] | None = None
     process_group: Any = field(default=None, repr=False)
     offload: Offload | None = None
-    is_spread: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.offload, Offload | None):
@@ -65,7 +64,7 @@ class Sharding(Placement):
         return (self.offload or Local()).tiers(device, layers)
 
     def places(self, layer: PlacedLayer, site: Site = NO_SITE) -> Places:
-        return Dealt(self, layer, site)
+        return Dealt(self, layer, site.of_layer(layer))
 
     @property
     def reads_ahead(self) -> bool:
@@ -100,7 +99,7 @@ class Dealt(Places):
             own = place == self.site.rank
             return self.method.tiers(device, self.layer.count) if own else [Remote(device)]
         there = self.site.devices[place]
-        tiers = self.method.tiers(there, self.layer.count)
+        tiers = self.method.tiers(there, self.site.sharing(there, self.layer))
         if there == device:
             return tiers
         return [Elsewhere(t.device, t.limit) if isinstance(t, Near) else t for t in tiers]
