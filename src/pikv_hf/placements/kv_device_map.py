@@ -1,7 +1,7 @@
 """Reads `kv_device_map`, which names the devices of cached keys and values as accelerate does."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,7 +153,7 @@ def _check(entry: _Entry, known: set[int], num_experts: Mapping[int, int | None]
     if entry.layers[-1] > max(known, default=-1) or not known.issuperset(entry.layers):
         raise ValueError(
             f"`kv_device_map` has the key {entry.key!r}, but the layers of the model are "
-            f"{_ranges(known)}."
+            f"{', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs(known))}."
         )
     for layer in entry.layers if entry.experts is not None else ():
         count = num_experts.get(layer)
@@ -168,12 +168,11 @@ def _check(entry: _Entry, known: set[int], num_experts: Mapping[int, int | None]
             )
 
 
-def _ranges(numbers: set[int]) -> str:
-    """Return `numbers` as text such as "0-3, 7"."""
+def runs(numbers: Collection[int]) -> list[tuple[int, int]]:
+    """Return the first and the last number of each run of consecutive `numbers`."""
     firsts = [n for n in sorted(numbers) if n - 1 not in numbers]
     lasts = [n for n in sorted(numbers) if n + 1 not in numbers]
-    pairs = zip(firsts, lasts, strict=True)
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+    return list(zip(firsts, lasts, strict=True))
 
 
 def _device(key: str, given: Any) -> torch.device:
