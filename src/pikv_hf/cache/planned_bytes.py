@@ -37,9 +37,9 @@ def planned_bytes(
 
     Counted are tails with their room, encoded pages of the tokens within the budget (as
     `Compressor.bytes_per_token` says), positions, labels, statistics and digests, queries that
-    methods keep, weights of methods, and layers that are not paged. Not counted are pages in RAM
-    or in files (`Offload`), room for pages of later tokens (up to 1/18 of the pages), and
-    activations of the model.
+    methods keep, weights of methods, and layers that are not paged. A held prompt (`hold_prompt`)
+    is counted whole. Not counted are pages in RAM or in files (`Offload`), room for pages of later
+    tokens (up to 1/18 of the pages), and activations of the model.
 
     A copy of `model` without weights runs a short forward pass, whose keys, queries and labels have
     all shapes.
@@ -77,23 +77,32 @@ def _traced(model: PreTrainedModel, batch: int, tokens: int, settings: dict[str,
 
 def _paged_bytes(state: LayerState, seen: int) -> int:
     """Return the bytes of a paged layer after `seen` tokens like the tokens in its tail."""
-    tail, observed = state.tail, state.observed
-    if state.unpaged_reason is not None:
-        return seen * tail.token_bytes
-    queries, record, traced = observed.queries, observed.record, tail.length
+    observed, traced, rows = state.observed, state.tail.length, state.tail.batch
+    queries, record = observed.queries, observed.record
     _lengthen(state, seen)
-    departed = departure(state).lengths[0]
+    is_whole = state.unpaged_reason is not None or state.settings.holds_prompts
+    departed = 0 if is_whole else departure(state).lengths[0]
     opened = seen - departed
-    room = min(capacity(state, opened), opened + state.settings.page_size)
-    total = room * state.tail.token_bytes + opened * tail.batch * _label_bytes(state)
+    room = seen if is_whole else min(capacity(state, opened), opened + state.settings.page_size)
+    total = room * state.tail.token_bytes + opened * rows * _label_bytes(state)
     if queries is not None:
         total += queries.nbytes * min(observed.max_queries, seen) // queries.shape[3]
     if record is not None:
         total += record.nbytes * opened // traced
     others = (*state.pages.codec.tensors(), *state.scheduler_tensors(), *state.probe.tensors())
-    kept = sealed_tokens(state, seen, departed)
-    pages = _page_bytes(state, departed if kept is None else min(kept, departed))
-    return total + sum(tensor.nbytes for tensor in others) + pages
+    total += sum(tensor.nbytes for tensor in others)
+    return total + _page_bytes(state, _tokens_in_pages(state, seen, departed))
+
+
+def _tokens_in_pages(state: LayerState, seen: int, departed: int) -> int:
+    """Return how many of the `departed` tokens of a row its pages hold: the mean of the KV heads."""
+    scheduler, tokens = state.settings.scheduler, sealed_tokens(state, seen, departed)
+    if scheduler is None or tokens is None:
+        return departed
+    if not state.settings.traits.has_lengths:
+        return min(tokens, departed)
+    lengths = scheduler.lengths(state.layer_idx, departed, tokens)
+    return math.ceil(lengths.clamp_max(departed).double().mean())
 
 
 def _lengthen(state: LayerState, seen: int) -> None:
