@@ -79,11 +79,19 @@ def test_plan_of_ragged_pages_and_lists_is_near(settings, bound):
     assert planned(model, length, rows, **settings) == pytest.approx(expected, rel=bound)
 
 
-def test_budget_in_bytes_is_the_limit():
-    model, settings = tiny("gpt_oss"), {**SMALL, "scheduler": "keydiff", "budget": "120KB"}
-    nbytes = planned(model, 600, 1, **settings)
-    assert 0.9 * 120_000 < nbytes <= 120_000
-    assert nbytes == held(model, 600, 1, **settings).nbytes
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_next"])
+def test_budget_in_bytes_is_the_limit(family):
+    fields = {"sliding_window": 200} if family == "gpt_oss" else {}
+    model, settings = tiny(family, **fields), {**SMALL, "scheduler": "keydiff", "budget": "300KB"}
+    nbytes = planned(model, 900, 1, **settings)
+    assert nbytes <= 300_000
+    assert nbytes == pytest.approx(held(model, 900, 1, **settings).nbytes, rel=0.05)
+
+
+def test_budget_in_bytes_that_other_layers_exceed_is_refused():
+    model = tiny("gpt_oss", sliding_window=400)
+    with pytest.raises(ValueError, match="`budget` is 150000 bytes, of which layers that are not"):
+        planned_bytes(model, 900, 1, **SMALL, scheduler="keydiff", budget="150KB")
 
 
 def test_calibrated_weights_count(tmp_path):

@@ -120,7 +120,7 @@ def test_plan_of_the_bundled_model_reads_no_weights(monkeypatch):
         (("--gpus", "1GiB", "--compressor", "int5"), "`compressor` is 'int5'"),
         (("--gpus", "1GiB", "--scheduler", "snapkv"), "needs a budget"),
         (("--gpus", "2x1MB"), "do not fit: each device lacks"),
-        (("--gpus", "1GiB", "--model", "/nowhere"), "--model: /nowhere has no config of a model"),
+        (("--gpus", "1GiB", "--model", "/nowhere"), "--model: /nowhere could not be loaded"),
         (("--gpus", "1GiB", "--json", "/nowhere/plan.json"), "--json: /nowhere/plan.json cannot"),
     ],
 )

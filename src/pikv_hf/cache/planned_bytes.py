@@ -56,10 +56,13 @@ def planned_bytes(
             with _traced(copied, batch_size, MANY, settings) as longer:
                 pairs = {i: (x, longer.layers_to_be[i]) for i, x in others.items()}
                 sizes = {i: _extrapolated(*pair, max_cache_len) for i, pair in pairs.items()}
-        for state in cache.states:
-            sizes[state.layer_idx] = _paged_bytes(state, max_cache_len)
         ids = log_bytes(batch_size, max_cache_len, num_kept_ids(cache.settings))
-    return PlannedBytes(dict(sorted(sizes.items())), ids)
+        paged = {s.layer_idx: _paged_bytes(s, max_cache_len) for s in cache.states}
+        budget = cache.settings.budget
+        limit = None if budget is None else budget.bytes_in_force(0)
+        if limit is not None:
+            paged = _within(limit, ids + sum(sizes.values()), paged)
+    return PlannedBytes(dict(sorted((sizes | paged).items())), ids)
 
 
 def _traced(model: PreTrainedModel, batch: int, tokens: int, settings: dict[str, Any]) -> PiKVCache:
@@ -92,6 +95,22 @@ def _paged_bytes(state: LayerState, seen: int) -> int:
     others = (*state.pages.codec.tensors(), *state.scheduler_tensors(), *state.probe.tensors())
     total += sum(tensor.nbytes for tensor in others)
     return total + _page_bytes(state, _tokens_in_pages(state, seen, departed))
+
+
+def _within(limit: int, elsewhere: int, paged: dict[int, int]) -> dict[int, int]:
+    """Return the bytes of `paged` layers, reduced equally if they exceed what `limit` leaves.
+
+    A layer cannot see the bytes `elsewhere`, of layers that are not paged and of token ids, exactly
+    on the meta device.
+    """
+    excess = max(sum(paged.values()) + elsewhere - limit, 0)
+    less = -(-excess // max(len(paged), 1))
+    if excess and less >= min(paged.values(), default=0):
+        raise ValueError(
+            f"`budget` is {limit} bytes, of which layers that are not paged and token ids take "
+            f"{elsewhere}: give more."
+        )
+    return {layer: nbytes - less for layer, nbytes in paged.items()}
 
 
 def _tokens_in_pages(state: LayerState, seen: int, departed: int) -> int:

@@ -92,7 +92,7 @@ def _from_config(name: str | None, dtype: str) -> "PreTrainedModel":
         return from_config(name or str(NEEDLE_MODEL), dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        fail(f"--model: {name or NEEDLE_MODEL} has no config of a model that generates: {reason}")
+        fail(f"--model: {name or NEEDLE_MODEL} could not be loaded: {reason}")
 
 
 def _table(plan: "DevicePlan", title: str) -> Table:
