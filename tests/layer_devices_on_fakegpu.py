@@ -1,4 +1,7 @@
-"""Run by test_devices.py in a process of its own: where layers run on logical devices."""
+"""Run by test_devices.py in a process of its own: where layers run on logical devices.
+
+Models are dispatched by hand, and as `infer_kv_device_map` plans them.
+"""
 
 import fakegpu  # first: before any model is built
 import torch
@@ -8,9 +11,11 @@ from on_fakegpu import device_map
 from transformers import DynamicCache
 from zoo import build, prompt
 
+from pikv_hf import infer_kv_device_map
 from pikv_hf.model.devices import layer_devices
 from pikv_hf.model.modules import attention_modules
 from pikv_hf.model.versions import with_cache
+from pikv_hf.placements.kv_device_map import device_of_layers
 
 
 def spread(model):
@@ -67,3 +72,22 @@ for name in ("mixtral", "deepseek_v3", "gpt_oss"):
         moved,
     ):
         check(name, how)
+
+
+def check_plan(name) -> None:
+    """Layers of a planned model run where its `kv_device_map` says."""
+    model = build(name)
+    layers = range(model.config.num_hidden_layers)
+    size = sum(weight.nbytes for weight in model.parameters())
+    memory = {0: size, 1: size, 3: size}
+    device_map, kv_device_map = infer_kv_device_map(model, memory, max_cache_len=500)
+    named = device_of_layers(kv_device_map, layers, dict.fromkeys(layers))
+    model = dispatch_model(model, device_map, force_hooks=True)
+    attention = attention_modules(model)
+    found = layer_devices(attention, model)
+    assert found == {layer: named[layer].device for layer in attention}
+    assert len({devices.device for devices in named.values()}) == 3
+
+
+for name in ("mixtral", "deepseek_v3", "gpt_oss"):
+    check_plan(name)
