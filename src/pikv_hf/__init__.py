@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import requirements  # imported first: it refuses versions that are too old
 
 if TYPE_CHECKING:
+    from .cache.device_plan import infer_kv_device_map
     from .cache.pikv_cache import PiKVCache
     from .compressors import COMPRESSORS
     from .layer.loss_guard import LossWarning
@@ -23,6 +24,7 @@ __all__ = [
     "LossWarning",
     "PiKVCache",
     "__version__",
+    "infer_kv_device_map",
 ]
 
 _HOMES = {
@@ -32,6 +34,7 @@ _HOMES = {
     "PLACEMENTS": "placements",
     "ROUTERS": "routers",
     "SCHEDULERS": "schedulers",
+    "infer_kv_device_map": "cache.device_plan",
 }
 
 

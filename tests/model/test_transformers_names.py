@@ -15,7 +15,9 @@ FILES = sorted([*SRC.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 # Public classes of the top-level package: any file may import them.
 PUBLIC = {
+    "AutoConfig": "`pikv plan` reads configs by name",
     "AutoModelForCausalLM": "the commands load models by name",
+    "AutoModelForImageTextToText": "`pikv plan` makes models that read images, too",
     "AutoTokenizer": "the commands load tokenizers by name",
     "Cache": "the base class of PiKVCache",
     "DynamicCache": "layers as transformers makes them, and the peer of the demo",
@@ -45,9 +47,11 @@ PRIVATE = {
     "_attn_implementation_internal": ("model/versions.py", "to set it on a copied config"),
     "_can_record_outputs": ("model/versions.py", "declares the gates of a model"),
     "_hf_hook": (
-        "model/output_projection.py",
-        "accelerate brings the weights of a module when it is called",
+        "model/output_projection.py model/devices.py",
+        "accelerate brings the weights of a module when it is called, to the device that it names",
     ),
+    "_no_split_modules": ("model/blocks.py", "the classes of modules that stay on one device"),
+    "_local_scalar_dense": ("model/without_weights.py", "reads a number of a tensor"),
     "_prefill": ("model/versions.py", "reads the prompt: how long it is, also in pieces"),
     "_orig_mod": ("attach/binding.py", "the module inside of a compiled one"),
     "_sliding_window_tensor": (

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "Hide needles in a haystack and find them with several caches: accuracy, memory, "
     "speed.",
     "generate": "Continue the text of a file greedily, and report what the cache holds afterwards.",
+    "plan": "Spread the weights of a model and its KV cache over GPUs; no weights are loaded.",
     "methods": "List compressors, schedulers, routers and placements, with a sentence on each.",
 }
 
