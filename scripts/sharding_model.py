@@ -35,6 +35,8 @@ class Geometry:
     dense_layers: int = 0
     sliding_layers: int = 0
     sliding_window: int = 0
+    #: Dim of the outputs that devices of one process send back; None = `out_dim`.
+    back_dim: int | None = None
 
 
 GEOMETRIES = (
@@ -48,7 +50,7 @@ GEOMETRIES = (
         sliding_layers=18,
         sliding_window=128,
     ),
-    Geometry("DeepSeek-V3", 61, 128, 576 * SIXTEEN_BITS, 576, 128, 256, 8, dense_layers=3),
+    Geometry("DeepSeek-V3", 61, 128, 576 * SIXTEEN_BITS, 576, 128, 256, 8, dense_layers=3, back_dim=576),
 )
 
 
@@ -140,8 +142,9 @@ def moved_in_one_process(model: Geometry, devices: int) -> float:
     """Return L (R - 1) Hq (2 Dk + 2 Dv + 4): queries to R - 1 devices, outputs and lse back.
 
     Queries and outputs are of 16 bits, log-sum-exps float32. The sum over all links of the process.
+    Of MLA, outputs are over latents and their rotary dims: the projection to values is on one device.
     """
-    back = model.out_dim * SIXTEEN_BITS + FLOAT32
+    back = (model.back_dim or model.out_dim) * SIXTEEN_BITS + FLOAT32
     there = model.key_dim * SIXTEEN_BITS
     return model.layers * (devices - 1) * model.query_heads * (there + back)
 

@@ -152,7 +152,9 @@ def _page_bytes(state: LayerState, tokens: int) -> int:
     dims = keys.shape[3], values.shape[3], keys.element_size(), size
     encoded = tokens * owners * state.compressor.bytes_per_token(*dims)
     copies = state.settings.placement.copies(state.facts.num_paged)
-    near = [tier.limit for tier in state.pages.place(keys) if tier.name == Near.name]
+    near = [
+        tier.limit for tier in state.pages.places.tiers(0, keys.device) if tier.name == Near.name
+    ]
     limit = math.inf if None in near else sum(limit or 0 for limit in near)
     far = max(encoded - limit, 0)
     return round(total - far + min(far, 0 if copies is None else copies[1]))

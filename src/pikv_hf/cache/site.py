@@ -5,6 +5,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..attach.binding import Binding
+from ..model.devices import layer_devices
 from ..model.gates import num_experts
 from ..placements import DeviceMap, Placement, Sharding
 from ..placements.ranks import Ranks
@@ -32,9 +33,8 @@ def site_of(placement: Placement, model: Any, binding: Binding) -> Site:
     elif placement.devices is not None:
         site = Site(devices=checked_devices(placement.devices))
     else:
-        layers = [modules[0] for modules in binding.attention.values()]
-        found = dict.fromkeys(next(m.parameters()).device for m in layers)
-        site = Site(devices=tuple(found))
+        found = dict.fromkeys(layer_devices(binding.attention, model).values())
+        site = Site(devices=checked_devices(found))
     if site.count < 2:
         raise ValueError(
             f"`placement` is {placement}, but there is nothing to spread over: the attention of the "
