@@ -14,14 +14,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from helpers import PADDED, SMALL, dynamic, generate
+from helpers import BUDGETED, ONE_ROW, PADDED, SMALL, dynamic, generate
 from transformers import Cache
 from zoo import prompt
 
-from pikv_hf import PiKVCache
-from pikv_hf.model.parallel import parallelism, without_ddp
+from pikv_hf import COMPRESSORS, ROUTERS, PiKVCache
+from pikv_hf.model.parallel import parallelism
+from pikv_hf.model.wrappers import unwrap
+from pikv_hf.routers import Quest, TopK
+from pikv_hf.schedulers import AdaKV, KeyDiff, PyramidKV, Tova
 
 Result = dict[str, Any]
+UNCALIBRATED = [name for name, method in COMPRESSORS.items() if not method.needs_calibration]
 # Arguments of PiKVCache that make no method of it.
 PLAIN = {"placement", "page_size", "window"}
 
@@ -53,14 +57,14 @@ class Side:
             return PiKVCache(self.model, **{**SMALL, **options})
         options.pop("placement", None)
         if not options.keys() - PLAIN:
-            return dynamic(without_ddp(self.model))
+            return dynamic(unwrap(self.model))
         return PiKVCache(self.model, **{**SMALL, **options})
 
     def generate(
         self, *, lengths: Sequence[int] = PADDED, seed: int = 0, mode: Any = None, **options: Any
     ) -> Result:
         """Tokens and logits of a left-padded prompt; `mode`: arguments of the model's `generate`."""
-        model = without_ddp(self.model)
+        model = unwrap(self.model)
         inputs, cache = prompt(model, lengths, seed), self.cache(**options)
         tokens, logits = generate(model, inputs, cache, **(mode or {}))
         return {"tokens": tokens.tolist(), "logits": logits.tolist()}
@@ -98,6 +102,111 @@ def case(
         return run
 
     return register
+
+
+SHARED = ("ep", "plain", "pp")  # each rank has all heads of its layers
+HEADS = ("tp", "tp_ep")  # each rank has one of two KV heads
+OWN = ("dp_ep", "ddp")  # each rank reads other texts
+
+
+@case(*SHARED, *HEADS)
+@case("ep", "tp", "pp", families=("gpt_oss", "deepseek_v3"))
+@case("tp_of_latents", families=("deepseek_v3",))
+def lossless(side: Side) -> Result:
+    return side.generate()
+
+
+@case(*SHARED, *HEADS)
+@case("tp_of_latents", families=("deepseek_v3",))
+def int8(side: Side) -> Result:
+    return side.generate(compressor="int8")
+
+
+@case(*HEADS, "pp")
+def streaming_llm(side: Side) -> Result:
+    return side.generate(scheduler="streaming_llm", budget=16)
+
+
+@case("ep", *HEADS, "pp")
+def h2o(side: Side) -> Result:
+    return side.generate(scheduler="h2o", budget=16)
+
+
+@case(*HEADS, "pp")
+@case("tp_of_latents", families=("deepseek_v3",))
+def keydiff(side: Side) -> Result:
+    return side.generate(scheduler="keydiff", budget=16)
+
+
+@case(*SHARED, *HEADS)
+@case("tp", "pp", families=("deepseek_v3",))
+def snapkv(side: Side) -> Result:
+    return side.generate(scheduler="snapkv", budget=0.5)
+
+
+@case("ep", *HEADS, "pp")
+def expert(side: Side) -> Result:
+    return side.generate(scheduler="expert", budget=16)
+
+
+@case("tp")
+def kvzip(side: Side) -> Result:
+    return side.generate(scheduler="kvzip", budget=16, hold_prompt=True)
+
+
+@case("tp", "pp")
+def quest(side: Side) -> Result:
+    return side.generate(router=Quest(top_pages=2))
+
+
+@case("tp", "ep")
+def agreement(side: Side) -> Result:
+    return side.generate(router=TopK(top_pages=2))
+
+
+@case("ep")
+def adakv(side: Side) -> Result:
+    """Heads share a budget, as every rank has all of them."""
+    return side.generate(scheduler="adakv", budget=16)
+
+
+@case("ep", "pp")
+def beams(side: Side) -> Result:
+    return side.generate(mode={"num_beams": 3})
+
+
+@case("ep", "tp", "pp")
+def prompt_lookup(side: Side) -> Result:
+    return side.generate(lengths=ONE_ROW, mode={"prompt_lookup_num_tokens": 3})
+
+
+@case("pp")
+def chunked_prefill(side: Side) -> Result:
+    return side.generate(mode={"prefill_chunk_size": 7})
+
+
+@case(*OWN)
+def texts_of_their_own(side: Side) -> Result:
+    return side.generate(seed=side.rank)
+
+
+@case(*OWN)
+def h2o_on_texts_of_their_own(side: Side) -> Result:
+    return side.generate(seed=side.rank, scheduler="h2o", budget=16)
+
+
+@case("tp", "pp", "ep", compare=False)
+@case("tp_of_latents", families=("deepseek_v3",), compare=False)
+def refused(side: Side) -> Result:
+    """The sentences with which methods are refused; empty where they are accepted."""
+    methods: dict[str, dict[str, Any]] = {
+        **{name: {"scheduler": name, "budget": 0.5} for name in BUDGETED},
+        **{f"compressor {name}": {"compressor": name} for name in UNCALIBRATED},
+        **{f"router {name}": {"router": name} for name in ROUTERS},
+        "AdaKV(KeyDiff())": {"scheduler": AdaKV(KeyDiff()), "budget": 0.5},
+        "PyramidKV(Tova())": {"scheduler": PyramidKV(Tova()), "budget": 0.5},
+    }
+    return {name: side.refusal(**options) for name, options in methods.items()}
 
 
 @case("ep", "tp", "tp_ep", "pp", "dp_ep", "plain", "ddp", compare=False)

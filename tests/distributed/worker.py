@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
                     loaded = job.family, job.loading
                 importlib.import_module(job.module)
                 outcome["result"] = CASES[job.case].run(Side(model, rank, ranks))
-            except Exception:
+            except Exception:  # noqa: BLE001 - any error of a case is told
                 outcome["error"] = traceback.format_exc(limit=-4)
             print(json.dumps(outcome), file=results, flush=True)
             meet(store, number, "error" in outcome)
@@ -48,7 +48,7 @@ def meet(store: dist.Store, number: int, has_failed: bool) -> None:
     keys = [f"{number}/{other}" for other in range(ranks)]
     try:
         store.wait(keys, timedelta(seconds=MEET))
-    except Exception:
+    except RuntimeError:  # some rank has not come
         os._exit(1)
     if len({store.get(key) for key in keys}) > 1:
         os._exit(1)

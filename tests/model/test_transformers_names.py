@@ -49,7 +49,7 @@ PRIVATE = {
         "accelerate brings the weights of a module when it is called",
     ),
     "_prefill": ("model/versions.py", "reads the prompt: how long it is, also in pieces"),
-    "_orig_mod": ("attach/binding.py", "the module inside of a compiled one"),
+    "_orig_mod": ("model/wrappers.py", "the module inside of a compiled one"),
     "_sliding_window_tensor": (
         "cache/pikv_cache.py",
         "`iter(cache)` yields what DynamicCache yields",

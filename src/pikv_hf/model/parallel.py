@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .gates import num_experts
 from .modules import attention_modules
+from .wrappers import unwrap
 
 # Dims of device meshes along which ranks read batches of their own, as transformers names them.
 DATA_DIMS = ("fsdp", "dp_replicate", "efsdp")
@@ -72,23 +73,18 @@ class Parallelism:
         )
 
 
-def without_ddp(model: Any) -> Any:
-    """Return the model inside a DistributedDataParallel wrapper, or `model` itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def parallelism(model: Any) -> Parallelism:
     """Return how `model` is divided, by what torch and transformers have left on it.
 
-    `model` may be wrapped by `DistributedDataParallel`. Of a model that is not divided, in a launch
+    `model` may be wrapped, as `PiKVCache` accepts it. Of a model that is not divided, in a launch
     of several ranks, nothing tells whether the ranks read the same batch.
     """
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world == 1:
         return Parallelism()
-    inner = without_ddp(model)
-    if inner is not model:
+    if isinstance(model, DistributedDataParallel):
         return Parallelism(dp=world, shares_batch=False)
+    inner = unwrap(model)
     mesh = getattr(inner, "_device_mesh", None)
     if mesh is not None:
         return _of_transformers(inner, mesh)
