@@ -6,11 +6,12 @@
 
 A case returns what JSON can hold. `test_ranks.py` compares every rank with the whole model alone,
 where a cache without methods is a `DynamicCache`, and no `placement` is given; with `compare=False`
-it only runs, and a test reads what the ranks return.
+it only runs, and a test reads what the ranks return. With `by_rank=True` the result depends on
+`side.rank`, which the whole model alone is given, too.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -21,11 +22,10 @@ from zoo import prompt
 from pikv_hf import COMPRESSORS, ROUTERS, PiKVCache
 from pikv_hf.model.parallel import parallelism
 from pikv_hf.model.wrappers import unwrap
-from pikv_hf.routers import Quest, TopK
+from pikv_hf.routers import TopK
 from pikv_hf.schedulers import AdaKV, KeyDiff, PyramidKV, Tova
 
 Result = dict[str, Any]
-UNCALIBRATED = [name for name, method in COMPRESSORS.items() if not method.needs_calibration]
 # Arguments of PiKVCache that make no method of it.
 PLAIN = {"placement", "page_size", "window"}
 
@@ -81,6 +81,7 @@ class Side:
 class Case(NamedTuple):
     run: Callable[[Side], Result]
     compare: bool
+    by_rank: bool
 
 
 CASES: dict[str, Case] = {}
@@ -88,12 +89,16 @@ JOBS: list[Job] = []
 
 
 def case(
-    *loadings: str, families: Sequence[str] = ("qwen3_moe",), ranks: int = 2, compare: bool = True
+    *loadings: str,
+    families: Sequence[str] = ("qwen3_moe",),
+    ranks: int = 2,
+    compare: bool = True,
+    by_rank: bool = False,
 ) -> Callable[[Callable[[Side], Result]], Callable[[Side], Result]]:
     """Register a case under the name of its function, for each of `loadings` and `families`."""
 
     def register(run: Callable[[Side], Result]) -> Callable[[Side], Result]:
-        CASES[run.__name__] = Case(run, compare)
+        CASES[run.__name__] = Case(run, compare, by_rank)
         JOBS.extend(
             Job(run.__module__, run.__name__, family, loading, ranks)
             for family in families
@@ -112,6 +117,7 @@ OWN = ("dp_ep", "ddp")  # each rank reads other texts
 @case(*SHARED, *HEADS)
 @case("ep", "tp", "pp", families=("gpt_oss", "deepseek_v3"))
 @case("tp_of_latents", families=("deepseek_v3",))
+@case("ep", ranks=4)
 def lossless(side: Side) -> Result:
     return side.generate()
 
@@ -122,44 +128,23 @@ def int8(side: Side) -> Result:
     return side.generate(compressor="int8")
 
 
-@case(*HEADS, "pp")
-def streaming_llm(side: Side) -> Result:
-    return side.generate(scheduler="streaming_llm", budget=16)
-
-
-@case("ep", *HEADS, "pp")
+@case("ep", "tp_ep")
 def h2o(side: Side) -> Result:
     return side.generate(scheduler="h2o", budget=16)
 
 
-@case(*HEADS, "pp")
-@case("tp_of_latents", families=("deepseek_v3",))
-def keydiff(side: Side) -> Result:
-    return side.generate(scheduler="keydiff", budget=16)
-
-
-@case(*SHARED, *HEADS)
+@case("ep", "plain", "tp_ep")
 @case("tp", "pp", families=("deepseek_v3",))
 def snapkv(side: Side) -> Result:
     return side.generate(scheduler="snapkv", budget=0.5)
 
 
-@case("ep", *HEADS, "pp")
-def expert(side: Side) -> Result:
-    return side.generate(scheduler="expert", budget=16)
+@case("tp_of_latents", families=("deepseek_v3",))
+def keydiff(side: Side) -> Result:
+    return side.generate(scheduler="keydiff", budget=16)
 
 
-@case("tp")
-def kvzip(side: Side) -> Result:
-    return side.generate(scheduler="kvzip", budget=16, hold_prompt=True)
-
-
-@case("tp", "pp")
-def quest(side: Side) -> Result:
-    return side.generate(router=Quest(top_pages=2))
-
-
-@case("tp", "ep")
+@case("ep")
 def agreement(side: Side) -> Result:
     return side.generate(router=TopK(top_pages=2))
 
@@ -185,28 +170,42 @@ def chunked_prefill(side: Side) -> Result:
     return side.generate(mode={"prefill_chunk_size": 7})
 
 
-@case(*OWN)
+@case(*OWN, by_rank=True)
 def texts_of_their_own(side: Side) -> Result:
     return side.generate(seed=side.rank)
 
 
-@case(*OWN)
+@case(*OWN, by_rank=True)
 def h2o_on_texts_of_their_own(side: Side) -> Result:
     return side.generate(seed=side.rank, scheduler="h2o", budget=16)
 
 
-@case("tp", "pp", "ep", compare=False)
-@case("tp_of_latents", families=("deepseek_v3",), compare=False)
-def refused(side: Side) -> Result:
-    """The sentences with which methods are refused; empty where they are accepted."""
-    methods: dict[str, dict[str, Any]] = {
-        **{name: {"scheduler": name, "budget": 0.5} for name in BUDGETED},
-        **{f"compressor {name}": {"compressor": name} for name in UNCALIBRATED},
-        **{f"router {name}": {"router": name} for name in ROUTERS},
-        "AdaKV(KeyDiff())": {"scheduler": AdaKV(KeyDiff()), "budget": 0.5},
-        "PyramidKV(Tova())": {"scheduler": PyramidKV(Tova()), "budget": 0.5},
-    }
-    return {name: side.refusal(**options) for name, options in methods.items()}
+def every_method() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names of methods that need no file, and the arguments of `PiKVCache` with each."""
+    for name in BUDGETED:
+        yield f"scheduler_{name}", {"scheduler": name, "budget": 16, "hold_prompt": name == "kvzip"}
+    for name, compressor in COMPRESSORS.items():
+        if not compressor.needs_calibration:
+            yield f"compressor_{name}", {"compressor": name}
+    for name in ROUTERS:
+        yield f"router_{name}", {"router": name}
+    yield "scheduler_adakv_of_keydiff", {"scheduler": AdaKV(KeyDiff()), "budget": 16}
+    yield "scheduler_pyramidkv_of_tova", {"scheduler": PyramidKV(Tova()), "budget": 16}
+
+
+def _register(name: str, options: dict[str, Any]) -> None:
+    def run(side: Side) -> Result:
+        refusal = side.refusal(**options) if side.ranks > 1 else ""
+        few = {"max_new_tokens": 6}
+        return {"refused": refusal} if refusal else side.generate(mode=few, **options)
+
+    run.__name__ = name
+    case(*("tp",) if name.startswith("compressor") else ("tp", "pp"))(run)
+    case("tp_of_latents", families=("deepseek_v3",))(run)
+
+
+for method in every_method():
+    _register(*method)
 
 
 @case("ep", "tp", "tp_ep", "pp", "dp_ep", "plain", "ddp", compare=False)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 WORKER = Path(__file__).with_name("worker.py")
 # Seconds that a collective waits for other ranks, that a rank waits for others at the end of a job,
 # and after which ranks that have returned nothing are ended.
-WAIT, MEET, IDLE = 20, 25, 60
-# Launches of the jobs that are left when a job has failed on some ranks alone.
-MOST_LAUNCHES = 3
+WAIT, MEET, IDLE = 15, 20, 60
+# Launches until all jobs have run, if some fail.
+MOST_LAUNCHES = 4
 LAST_LINES = 25
 
 
@@ -37,7 +37,7 @@ def environment(**more: str) -> dict[str, str]:
 def launch(jobs: Sequence[Any], ranks: int, folder: Path) -> dict[Any, list[dict[str, Any]]]:
     """Run `jobs` under torchrun; return, by job, a dict of each rank: its `result` or `error`.
 
-    A job that fails on some ranks alone ends the launch: the jobs after it get another one.
+    A job that fails ends the launch: the jobs after it get another one.
     """
     found: dict[Any, list[dict[str, Any]]] = {}
     left = list(jobs)

@@ -44,6 +44,9 @@ PRIVATE = {
     "_attn_implementation": ("model/versions.py", "which attention function a module calls"),
     "_attn_implementation_internal": ("model/versions.py", "to set it on a copied config"),
     "_can_record_outputs": ("model/versions.py", "declares the gates of a model"),
+    "_device_mesh": ("model/parallel.py", "over which ranks transformers has divided a model"),
+    "_mesh_manager": ("model/parallel.py", "the mesh of its experts"),
+    "_pp_stage": ("model/parallel.py", "the layers that this rank of a pipeline runs"),
     "_hf_hook": (
         "model/output_projection.py",
         "accelerate brings the weights of a module when it is called",

@@ -74,8 +74,8 @@ class AttachedCache(PagedCache):
         division, model = parallelism(model), unwrap(model)
         with LOCK:
             binding = binding_of(model)
-            check_fit(self, model, binding)
             check_division(self.settings, division, binding.attention)
+            check_fit(self, model, binding)
             if not hasattr(self, "layers"):
                 self.fill(model.config, binding, division.layers)
             rotaries = binding.rotaries if self.settings.needs_rotary else {}

@@ -21,14 +21,14 @@ def check_division(
         parts = f"the attention heads of the model are divided over {division.tp} ranks"
         for name in _needing_all_heads(settings):
             raise ValueError(
-                f"`{name}` is {getattr(settings, name)}, whose choice for a KV head depends on the "
+                f"`{name}` is {getattr(settings, name)}, whose result for a KV head depends on the "
                 f"other heads or on its number, but {parts}: use a method whose KV heads choose "
                 "independently, or load the model with whole attention on every rank."
             )
         is_latent = any(hasattr(modules[0], "kv_b_proj") for modules in attention.values())
         for name in _reading_queries(settings) if is_latent else ():
             raise ValueError(
-                f"`{name}` is {getattr(settings, name)}, which reads queries, but {parts}, so that each "
+                f"`{name}` is {getattr(settings, name)}, which may read queries, but {parts}, so that each "
                 "would choose differently among the latents that all share: use a method that reads "
                 "no queries, or load the model with whole attention on every rank."
             )
