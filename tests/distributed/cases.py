@@ -14,8 +14,19 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
-from helpers import BUDGETED, ONE_ROW, PADDED, SMALL, dynamic, generate
+from helpers import (
+    BUDGETED,
+    ONE_ROW,
+    PADDED,
+    SMALL,
+    chunks,
+    dynamic,
+    forward,
+    generate,
+    padded_prompt,
+)
 from transformers import Cache
 from zoo import prompt
 
@@ -178,6 +189,16 @@ def texts_of_their_own(side: Side) -> Result:
 @case(*OWN, by_rank=True)
 def h2o_on_texts_of_their_own(side: Side) -> Result:
     return side.generate(seed=side.rank, scheduler="h2o", budget=16)
+
+
+@case("ddp", by_rank=True)
+def forward_of_the_wrapper(side: Side) -> Result:
+    """A prompt in two pieces through the wrapper itself, which has no `generate`."""
+    ids, mask = padded_prompt(unwrap(side.model), [length + side.rank for length in PADDED])
+    cache = side.cache()
+    steps = chunks(ids.shape[1], 20, 5)
+    logits = [forward(side.model, ids[:, a:b], mask[:, :b], cache)[:, -1] for a, b in steps]
+    return {"tokens": [], "logits": torch.stack(logits).tolist()}
 
 
 def every_method() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from zoo import build
 
+# As few as divide; two on each stage of a pipeline where sliding and full attention alternate.
+LAYERS = {"gpt_oss": 4}
 PROJECTIONS = {
     "deepseek_v3": ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
 }
@@ -51,7 +53,7 @@ def save(family: str, folder: Path) -> None:
 
 def whole(family: str) -> PreTrainedModel:
     """The tiny model of `family` in one process."""
-    return build(family, "eager")
+    return build(family, "eager", num_hidden_layers=LAYERS.get(family, 2))
 
 
 def load(family: str, loading: str, folder: Path) -> Any:

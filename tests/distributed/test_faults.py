@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-dist.init_process_group("gloo", timeout=timedelta(seconds=10))
+dist.init_process_group("gloo", timeout=timedelta(seconds=8))
 if dist.get_rank() == 1:
     raise RuntimeError("this rank has failed")
 if sys.argv[1] == "waits":
@@ -35,5 +35,5 @@ def test_a_rank_outlives_another_and_tells_its_own_error(tmp_path: Path):
 def test_a_rank_that_hangs_is_killed(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    hanging, failed = run_ranks(script, 2, "waits", seconds=15)
+    hanging, failed = run_ranks(script, 2, "waits", seconds=12)
     assert (hanging.code, failed.code) == (-9, 1)
