@@ -191,6 +191,15 @@ def h2o_on_texts_of_their_own(side: Side) -> Result:
     return side.generate(seed=side.rank, scheduler="h2o", budget=16)
 
 
+@case("pp", families=("gpt_oss",), compare=False)
+def stage(side: Side) -> Result:
+    """Why layers are not paged, and how many tokens each holds after a text."""
+    cache = PiKVCache(side.model, **SMALL)
+    generate(side.model, prompt(side.model, PADDED), cache)
+    layers = cache.report().to_dict()["layers"]
+    return {name: [layer[name] for layer in layers] for name in ("why", "tokens_held")}
+
+
 @case("ddp", by_rank=True)
 def forward_of_the_wrapper(side: Side) -> Result:
     """A prompt in two pieces through the wrapper itself, which has no `generate`."""

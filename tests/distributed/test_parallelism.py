@@ -79,3 +79,12 @@ def test_one_process():
     assert Parallelism().group is None
     with pytest.raises(ValueError, match="`placement` is Spread.*the only rank: start several"):
         Parallelism().sharing_group("Spread()")
+
+
+def test_a_stage_reports_layers_of_other_ranks(returned):
+    sliding, other = "a sliding window, which is bounded already", "a layer of another rank"
+    first, second = returned(Job("cases", "stage", "gpt_oss", "pp", 2))
+    assert first["why"] == [sliding, None, other, other]
+    assert second["why"] == [other, other, sliding, None]
+    assert first["tokens_held"] == second["tokens_held"][2:] + second["tokens_held"][:2]
+    assert first["tokens_held"][2:] == [0, 0]

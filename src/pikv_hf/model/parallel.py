@@ -25,7 +25,7 @@ class Parallelism:
     Attributes:
         tp, ep, pp, dp: ranks that divide matrices, experts and layers; ranks that divide the data.
         shards_heads: the attention heads of a layer are divided over ranks.
-        shares_batch: False if ranks are known to read different batches.
+        shares_batch: False if every rank reads a batch of its own, as far as the model tells.
         group: ranks that run the same layers on the same batch, each with all attention heads; all
             ranks of the launch if the model is not divided. None = there are no such ranks.
         experts: the experts whose weights this rank holds; None = all.
