@@ -46,6 +46,9 @@ PRIVATE = {
     "_attn_implementation": ("model/versions.py", "which attention function a module calls"),
     "_attn_implementation_internal": ("model/versions.py", "to set it on a copied config"),
     "_can_record_outputs": ("model/versions.py", "declares the gates of a model"),
+    "_device_mesh": ("model/parallel.py", "over which ranks transformers has divided a model"),
+    "_mesh_manager": ("model/parallel.py", "the mesh of its experts"),
+    "_pp_stage": ("model/parallel.py", "the layers that this rank of a pipeline runs"),
     "_hf_hook": (
         "model/output_projection.py model/devices.py",
         "accelerate brings the weights of a module when it is called, to the device that it names",
@@ -53,7 +56,7 @@ PRIVATE = {
     "_no_split_modules": ("model/blocks.py", "the classes of modules that stay on one device"),
     "_local_scalar_dense": ("model/without_weights.py", "reads a number of a tensor"),
     "_prefill": ("model/versions.py", "reads the prompt: how long it is, also in pieces"),
-    "_orig_mod": ("attach/binding.py", "the module inside of a compiled one"),
+    "_orig_mod": ("model/wrappers.py", "the module inside of a compiled one"),
     "_sliding_window_tensor": (
         "cache/pikv_cache.py",
         "`iter(cache)` yields what DynamicCache yields",

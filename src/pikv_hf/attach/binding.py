@@ -31,19 +31,6 @@ _BINDINGS: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDict
 LOCK = threading.RLock()
 
 
-def unwrap(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside a PEFT wrapper or a `torch.compile`d module."""
-    inner = getattr(model, "_orig_mod", model)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(
-            f"`model` is a {type(model).__name__}; it must be a transformers PreTrainedModel, or one "
-            "wrapped by PEFT or torch.compile."
-        )
-    return inner
-
-
 def binding_of(model: PreTrainedModel) -> "Binding":
     """Return or make the binding of `model`; the caller holds `LOCK` until a cache acquires it."""
     return _BINDINGS.get(model) or Binding(model)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from typing_extensions import Self
 
-from ..attach.binding import LOCK, Binding, binding_of, unwrap
+from ..attach.binding import LOCK, Binding, binding_of
 from ..attach.forward import RUNNING
 from ..layer.paged_layer import PagedLayer
 from ..layer.state import LayerFacts
@@ -20,10 +20,13 @@ from ..model.head_dims import head_dims
 from ..model.masks import check_masks
 from ..model.modules import unpaged_reasons
 from ..model.own_cache import model_cache_class, with_native
+from ..model.parallel import parallelism
 from ..model.rotary import check_axes
 from ..model.versions import is_tested, unsupported
+from ..model.wrappers import unwrap
 from ..routers import PageRouter
 from .checks import check_forward, check_generate, num_new_tokens
+from .division import check_division
 from .other_layers import release_prompt
 from .paged_cache import PagedCache
 from .passes import begin_forward, compress, end_forward, prompt_length
@@ -69,13 +72,14 @@ class AttachedCache(PagedCache):
         """
         if self.binding is not None:
             raise RuntimeError("this PiKVCache is attached already: call `cache.detach()` first.")
-        model = unwrap(model)
+        division, model = parallelism(model), unwrap(model)
         with LOCK:
             binding = binding_of(model)
+            check_division(self.settings, division, binding.attention)
             check_fit(self, model, binding)
             if not hasattr(self, "layers"):
-                self.site = site_of(self.settings.placement, model, binding)
-                self.fill(model.config, binding)
+                self.site = site_of(self.settings.placement, model, binding, division)
+                self.fill(model.config, binding, division.layers)
             rotaries = binding.rotaries if self.settings.needs_rotary else {}
             binding.acquire(labels=self.settings.needs_labels)
         self.binding = binding
@@ -99,12 +103,18 @@ class AttachedCache(PagedCache):
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def fill(self, config: Any, binding: Binding | None = None) -> None:
-        """Make the layers: paged if `binding` has their attention, else transformers' own."""
-        self.config = config
+    def fill(self, config: Any, binding: Binding | None = None, stage: range | None = None) -> None:
+        """Make the layers: paged if `binding` has their attention, else transformers' own.
+
+        This rank runs the layers in `stage`; None = all.
+        """
+        self.config, self.stage = config, stage
         layers: list[Any] = DynamicCache(config=config).layers
         attention = {} if binding is None else binding.attention
         self.unpaged_from_start = {} if binding is None else unpaged_reasons(config, attention)
+        self.unpaged_from_start |= {
+            idx: "a layer of another rank" for idx in range(len(layers)) if not self.runs(idx)
+        }
         for number, (idx, modules) in enumerate(sorted(attention.items())):
             assert binding is not None, "it knows the attention modules"
             has_gate = idx in binding.gate_of

@@ -7,8 +7,8 @@ from typing import Any
 from accelerate.utils import get_max_memory
 from transformers import PreTrainedModel
 
-from ..attach.binding import unwrap
 from ..model.blocks import Block, blocks
+from ..model.wrappers import unwrap
 from ..placements.kv_device_map import runs
 from ..validation import check_bytes, check_count
 from .partition import lacking, partition

@@ -11,6 +11,7 @@ from ..layer.reading import Reading
 from ..layer.settings import Settings
 from ..layer.state import CacheParts, LayerFacts, LayerState
 from ..layer.step import Step
+from ..model.versions import CacheLayerMixin
 from ..placements.site import NO_SITE, Site
 from .finite_flags import FiniteFlags
 from .held_elsewhere import HeldElsewhere
@@ -29,11 +30,13 @@ class PagedCache(Cache, AttachableCache):
         log: the token ids that the cache has seen.
         finite: whether sealed keys and values are finite, as an accelerator tells later.
         config: the config of its model.
+        stage: the layers that this rank runs, if others run the rest; None = all.
         note: why the model no longer uses the cache; None if it does.
     """
 
     config: Any
     layers: list[Any]  # PagedLayer, and any layer class of transformers
+    stage: range | None = None
     note: str | None = None
     # The cache class that the model insists on (MiniMax), mixed in as a second base; else None.
     native_class: type[DynamicCache] | None = None
@@ -64,7 +67,7 @@ class PagedCache(Cache, AttachableCache):
         types = getattr(self.config.get_text_config(decoder=True), "layer_types", None) or ()
         empty = {idx for idx, layer_type in enumerate(types) if layer_type in ("moe", "mlp")}
         paged = {state.layer_idx for state in self.states}
-        others = [x for i, x in enumerate(layers) if i not in empty | paged]
+        others = [x for i, x in enumerate(layers) if i not in empty | paged and self.runs(i)]
         native: Any = self.native_class
         if native is not None:
             native.__init__(self)
@@ -73,6 +76,31 @@ class PagedCache(Cache, AttachableCache):
         ours = {id(self.layers), id(self._unwritten)}
         others += [v for v in vars(self).values() if isinstance(v, list) and id(v) not in ours]
         self.elsewhere.others = others
+
+    def runs(self, layer_idx: int) -> bool:
+        """Return whether this rank runs the layer."""
+        return self.stage is None or layer_idx in self.stage
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens ever seen; of a layer of this rank if another runs the layer."""
+        return super().get_seq_length(self._like(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the length and offset of the mask of a layer, or of one like it on this rank."""
+        return super().get_mask_sizes(query_length, self._like(layer_idx))
+
+    def _like(self, layer_idx: int) -> int:
+        """Return the index of a layer on this rank that has the same lengths.
+
+        Every rank of a pipeline makes positions and masks, and asks the first layers of the model.
+        """
+        if self.stage is None or layer_idx in self.stage:
+            return layer_idx
+        is_sliding = getattr(self.layers[layer_idx], "is_sliding", False)
+        layers = [(i, self.layers[i]) for i in self.stage]
+        sized = [(i, layer) for i, layer in layers if isinstance(layer, CacheLayerMixin)]
+        alike = [i for i, layer in sized if layer.is_sliding == is_sliding]
+        return next(iter(alike or [i for i, _ in sized]), layer_idx)
 
     def layer_at(self, layer_idx: int) -> Any:
         """Return the layer that is written to next; add it first if `start` has not."""

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from typing_extensions import Self
 
-from ..attach.binding import unwrap
 from ..compressors import Compressor, Identity
 from ..layer.paged_layer import PagedLayer
+from ..model.parallel import parallelism
+from ..model.wrappers import unwrap
 from ..placements import Placement
 from ..routers import Router
 from ..schedulers import Scheduler
@@ -48,7 +49,7 @@ class PiKVCache(AttachedCache):
     Args:
         model: the model that will use the cache, which attaches to it. The model is restored by
             `detach()`, at the end of a `with` block, or when its last cache is collected. A model
-            wrapped by PEFT or torch.compile is accepted.
+            wrapped by PEFT, torch.compile or DistributedDataParallel is accepted.
         config: a model's config instead of the model: a lossless cache without paged layers.
         scheduler: which tokens are kept: a name of `SCHEDULERS`, a `Scheduler`, or None for all.
         budget: how much the scheduler keeps: a number of tokens of each row and KV head (int), a
@@ -146,7 +147,7 @@ class PiKVCache(AttachedCache):
         inner = unwrap(model)
         try:
             placed = check_placement(placement, process_group, kv_device_map)
-            with agreed(ranks_of(placed, inner), inner, options):
+            with agreed(ranks_of(placed, parallelism(model)), inner, options):
                 self.make_parts(make_settings(options, inner.config))
                 self.attach(model)
         except BaseException:

@@ -2,19 +2,18 @@
 
 from typing import Any
 
-import torch.distributed as dist
-
 from ..attach.binding import Binding
 from ..model.devices import layer_devices
 from ..model.gates import num_experts
+from ..model.parallel import Parallelism
 from ..placements import DeviceMap, Placement, Sharding
 from ..placements.ranks import Ranks
 from ..placements.sharding import checked_devices
 from ..placements.site import NO_SITE, Site
 
 
-def site_of(placement: Placement, model: Any, binding: Binding) -> Site:
-    """Return the places that `placement` deals the pages of `model` to.
+def site_of(placement: Placement, model: Any, binding: Binding, division: Parallelism) -> Site:
+    """Return the places that `placement` deals the pages of `model`, so divided, to.
 
     Raises:
         ValueError: there is one place only, or pages cannot be dealt to so many.
@@ -27,9 +26,10 @@ def site_of(placement: Placement, model: Any, binding: Binding) -> Site:
         experts = num_experts(model.config) if binding.gate_of else None
         of_layers = {idx: None if idx in without else experts for idx in range(total)}
         return placement.site(sorted(binding.attention), of_layers)
-    ranks = ranks_of(placement, model)
+    ranks = ranks_of(placement, division)
     if ranks is not None:
-        site = Site(exchange=ranks, rank=ranks.rank, size=ranks.size)
+        owns = division.experts is not None
+        site = Site(exchange=ranks, rank=ranks.rank, size=ranks.size, owns_experts=owns)
     elif placement.devices is not None:
         site = Site(devices=checked_devices(placement.devices))
     else:
@@ -46,13 +46,16 @@ def site_of(placement: Placement, model: Any, binding: Binding) -> Site:
     return site
 
 
-def ranks_of(placement: Placement, model: Any) -> Ranks | None:
-    """Return the ranks that share the cache of `model`; None = this process alone."""
+def ranks_of(placement: Placement, division: Parallelism) -> Ranks | None:
+    """Return the ranks that share the cache of a model; None = this process alone.
+
+    Raises:
+        ValueError: ranks read different batches, or run other heads or layers.
+    """
     if not isinstance(placement, Sharding) or isinstance(placement, DeviceMap):
         return None
-    if placement.process_group is not None:
-        return Ranks.of(placement.process_group)
-    is_launched = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if placement.devices is None and is_launched:
-        return Ranks.of(dist.group.WORLD)
-    return None
+    group = None
+    if placement.devices is None and division != Parallelism():
+        group = division.sharing_group(placement)
+    group = placement.process_group or group
+    return None if group is None else Ranks.of(group)

@@ -28,6 +28,14 @@ class Compressor(PageCodec):
         """True if decoded pages can be encoded again, as eviction does, with little more loss."""
         return True
 
+    @property
+    def is_splittable(self) -> bool:
+        """True if some of a layer's KV heads alone are stored as they are among all.
+
+        Weights of a calibration are of numbered heads, and mixed encodings share bytes among heads.
+        """
+        return not self.needs_calibration and not self.is_mixed
+
     def check(self, model: PreTrainedModel) -> None:
         """Check `model` once, before a cache is made for it.
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..attach.binding import LOCK, binding_of, unwrap
+from ..attach.binding import LOCK, binding_of
 from ..model.loading import check_length
 from ..model.rotary import Rotary
+from ..model.wrappers import unwrap
 from .calibration_job import METHODS, PIKV_QUEST, Job
 from .calibration_state import Progress
 from .capture import Observer

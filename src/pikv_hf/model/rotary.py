@@ -170,6 +170,11 @@ def _keys_by_position(
         states = kwargs["hidden_states"]
         return args, kwargs | {"hidden_states": states[:1].expand_as(states)}
 
+    states = decoder.get_input_embeddings()(torch.ones_like(probed))
+    if not states.is_floating_point():  # a later stage of a pipeline has no embeddings
+        size = decoder.config.hidden_size
+        states = torch.linspace(-1, 1, size, dtype=decoder.dtype, device=device)
+        states = states.expand(*probed.shape, -1)
     attending = [module for modules in attention.values() for module in modules]
     hooks = [m.register_forward_pre_hook(move, with_kwargs=True) for m in rotary]
     hooks += [m.register_forward_pre_hook(repeat, with_kwargs=True) for m in attending]
@@ -177,7 +182,7 @@ def _keys_by_position(
         # Autocast would round keys more than `_fit` expects from their dtype.
         with torch.autocast(probed.device.type, enabled=False):
             out = decoder(
-                inputs_embeds=decoder.get_input_embeddings()(torch.ones_like(probed)),
+                inputs_embeds=states,
                 position_ids=torch.zeros_like(probed) if rotary else probed,
                 use_cache=True,
             )

@@ -19,8 +19,9 @@ from .sharding import Dealt, Sharding, in_turn
 class Experts(Sharding):
     """Deals a page to the place that owns the expert with the largest share in its tokens.
 
-    Place e * R // E owns expert e of E, turned by one place in each layer, so that a popular expert
-    does not burden one place in all layers. A place takes no more than `capacity_factor` times its
+    Place e * R // E owns expert e of E. Unless ranks hold the weights of these experts (expert
+    parallelism), owners are turned by one place in each layer, so that a popular expert does not burden
+    one place in all layers. A place takes no more than `capacity_factor` times its
     equal share of the pages; what is beyond spills to the places with fewest pages. Pages without
     labels (dense layers) are dealt in turn.
 
@@ -43,7 +44,8 @@ class Experts(Sharding):
         if experts is None:
             return in_turn(new, places)
         count, layer = places.count, places.layer
-        owner = (experts * count // (layer.num_experts or 1) + layer.number) % count
+        turn = 0 if places.site.owns_experts else layer.number
+        owner = (experts * count // (layer.num_experts or 1) + turn) % count
         return within_capacity(owner, new, count, self.capacity_factor)
 
 

@@ -24,13 +24,15 @@ class Site:
 
     `devices` are devices of this process; `of_layers` names the devices for each paged layer, if not all
     layers use all devices, and `of_experts` the device of each expert of a layer. If `exchange` is not None, the places are the `size` ranks that share the
-    cache, of which this process is number `rank`.
+    cache, of which this process is number `rank`; it `owns_experts` if rank e * size // E holds the
+    weights of expert e of E.
     """
 
     devices: tuple[torch.device, ...] = ()
     exchange: Exchange | None = None
     rank: int = 0
     size: int = 1
+    owns_experts: bool = False
     of_layers: Mapping[int, tuple[torch.device, ...]] = field(default_factory=dict)
     of_experts: Mapping[int, tuple[torch.device, ...]] = field(default_factory=dict)
 

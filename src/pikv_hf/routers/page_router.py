@@ -103,6 +103,11 @@ class PageRouter(Router):
         return "previous_layer"
 
     @property
+    def is_splittable(self) -> bool:
+        """True if some of a layer's KV heads alone read what they read among all."""
+        return not self.has_state
+
+    @property
     def has_state(self) -> bool:
         """True if `updated` is to be called."""
         return False

@@ -21,6 +21,10 @@ class RandomPages(PageRouter):
         super().__post_init__()
         check_whole("seed", self.seed)
 
+    @property
+    def is_splittable(self) -> bool:
+        return False  # scores depend on the number of a KV head
+
     def scores(self, query: Query, pages: Pages) -> Tensor:
         heads = torch.arange(query.states.shape[1], device=query.states.device)
         stream = (self.seed * 1009 + query.layer_idx) * 4099 + heads[:, None, None, None]

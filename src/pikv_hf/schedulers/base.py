@@ -171,6 +171,8 @@ class Traits:
         decides_by_scores: a KV head keeps its highest scores and `protected` tokens, nothing else.
         exceeds_budget: some layers keep more than their share, on top of the budget.
         has_lengths: KV heads have `lengths` of their own; a cache is given no budget.
+        numbers_heads: the scores of a KV head depend on its number in the layer.
+        links_layers: the choice of a layer depends on other layers, or on its number among them.
     """
 
     is_ragged: bool = False
@@ -178,6 +180,13 @@ class Traits:
     decides_by_scores: bool = True
     exceeds_budget: bool = False
     has_lengths: bool = False
+    numbers_heads: bool = False
+    links_layers: bool = False
+
+    @property
+    def is_splittable(self) -> bool:
+        """True if some of a layer's KV heads alone keep what they keep among all."""
+        return self.is_per_head and not self.is_ragged and not self.numbers_heads
 
 
 class Scheduler(ABC):

@@ -67,7 +67,7 @@ class CriticalKV(Wrapper, TokenConstants):
 
     @property
     def traits(self) -> Traits:
-        return replace(super().traits, decides_by_scores=False)
+        return replace(super().traits, decides_by_scores=False, numbers_heads=True)
 
     def reranked(self, tokens: Candidates, ranked: Tensor, counts: Tensor) -> Tensor:
         first = (counts.double() * self.first_stage_ratio).long()

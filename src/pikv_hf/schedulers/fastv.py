@@ -33,7 +33,7 @@ class FastV(Scheduler):
 
     @property
     def traits(self) -> Traits:
-        return Traits(is_per_head=False, exceeds_budget=True)
+        return Traits(is_per_head=False, exceeds_budget=True, links_layers=True)
 
     @property
     def needs(self) -> Needs:

@@ -30,7 +30,7 @@ class PiKVLayerSum(Scheduler):
 
     @property
     def traits(self) -> Traits:
-        return Traits(is_per_head=False)
+        return Traits(is_per_head=False, links_layers=True)
 
     @property
     def needs(self) -> Needs:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..model.artifact import check_method, read_factors, read_metadata
 from ..model.rotary import Rotary
-from .base import Candidates, Needs, Scheduler, TokenConstants
+from .base import Candidates, Needs, Scheduler, TokenConstants, Traits
 
 NAME = "pikv_quest"
 # Candidates whose keys and values are copied to float32 at a time.
@@ -63,6 +63,10 @@ class PiKVQuest(Scheduler, TokenConstants):
     @property
     def needs(self) -> Needs:
         return Needs(inputs=frozenset({"rotary"}), constants=self)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(numbers_heads=True)
 
     def tensors(self, layer_idx: int) -> Iterator[Tensor]:
         yield from self._networks.get(layer_idx, {}).values()

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class PyramidKV(Wrapper):
 
     @property
     def traits(self) -> Traits:
-        return self.scorer.traits
+        return replace(self.scorer.traits, links_layers=True)
 
     def layer_budget(self, budget: int, available: int, layer: int, layers: int) -> int:
         if layers == 1:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..storage.hashing import hashed
 from ..validation import check_whole
-from .base import Candidates, Scheduler
+from .base import Candidates, Scheduler, Traits
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class Random(Scheduler):
 
     def __post_init__(self) -> None:
         check_whole("seed", self.seed)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(numbers_heads=True)
 
     def scores(self, tokens: Candidates) -> Tensor:
         heads = torch.arange(tokens.positions.shape[1], device=tokens.positions.device)
