@@ -121,8 +121,10 @@ def traffic(side: Side) -> Result:
             "layers": sum(layer.paged for layer in report.layers),
         }
     config = side.model.config
-    dim = getattr(config, "v_head_dim", None) or config.head_dim
-    found["formula"] = (side.ranks - 1) * 2 * config.num_attention_heads * (dim + 1) * 4
+    heads = config.num_attention_heads
+    dims = (getattr(config, name, None) for name in ("v_head_dim", "head_dim"))
+    dim = next(filter(None, dims), config.hidden_size // heads)
+    found["formula"] = (side.ranks - 1) * 2 * heads * (dim + 1) * 4
     return found
 
 
