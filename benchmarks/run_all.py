@@ -29,6 +29,7 @@ SCRIPTS = [
     "routed_cpu",
     "routers_cpu",
     "offload_cpu",
+    "places_cpu",
     "launches/steps",
     "launches/growth",
     "launches/moved",
