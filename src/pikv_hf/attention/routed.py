@@ -19,13 +19,17 @@ from ..storage.selected import Selection
 from ..storage.tiers import Near
 
 
-def selecting_router(state: LayerState, length: int) -> PageRouter | None:
-    """Return the router if it selects pages for `length` new tokens; a prompt reads all pages."""
+def selecting_router(state: LayerState, length: int, seen: int | None = None) -> PageRouter | None:
+    """Return the router if it selects pages for `length` new tokens; a prompt reads all pages.
+
+    `seen`: number of tokens before them; None = they are the newest tokens of the layer.
+    """
     router = state.settings.router
     if not isinstance(router, PageRouter) or not state.pages.slabs:
         return None
     is_draft = state.is_drafting and state.reading.prompt_length is None
-    if state.reading.is_prompt(state.num_seen - length, length) and not is_draft:
+    seen = state.num_seen - length if seen is None else seen
+    if state.reading.is_prompt(seen, length) and not is_draft:
         return None
     return router
 

@@ -242,10 +242,15 @@ class LayerState:
     def foretold(self, source: str, length: int) -> TokenTable | None:
         """Return labels [B, 1, length, k] that foretell the experts of the newest `length` tokens.
 
-        `source` is "previous_layer", the choice of the nearest earlier gate for the tokens, or
-        "previous_token", the labels of the token before them, which also serve where there is no
-        earlier gate. None = neither is there.
+        `source` is "early_gate", the choice of the layer's gate before attention; "previous_layer",
+        the choice of the nearest earlier gate for the tokens; or "previous_token", the labels of the
+        token before them, which also serve where there is no earlier gate. None = there are none.
+
+        Raises:
+            RuntimeError: the early gate of a layer with a gate did not run.
         """
+        if source == "early_gate" and self.facts.has_gate:
+            return self.step.foretold(self.facts.paged_index, self.layer_idx)
         labels = None
         if source == "previous_layer":
             labels = self.step.labels_before(self.facts.paged_index, self.tail.keys.device)
