@@ -41,7 +41,8 @@ def selected(
     plan = planned(state, router)
     if plan.reads_all and not router.has_state:
         return None
-    asked = _query(state, router, plan, query.unflatten(2, (-1, length)), scale)
+    states = query[:, :, :, None] if length == 1 else query.unflatten(2, (-1, length))
+    asked = _query(state, router, plan, states, scale)
     if plan.reads_all:
         everything = (plan.bias[:, :, 0] != -torch.inf).float()
         state.routing.set_state(_updated(router, plan, asked, everything, None))
@@ -74,14 +75,14 @@ def attend_selected(
 
     `covered` [B, R, columns] bool is True at columns that a query may not see; None = it sees all.
     """
-    batch, apart = query.shape[0], query.unflatten(2, (-1, length)).transpose(2, 3)
+    batch = query.shape[0]
+    apart = query[:, :, None] if length == 1 else query.unflatten(2, (-1, length)).transpose(2, 3)
     for selection in selections:
         store, hidden = selection.store, None
         if covered is not None:  # [B, R, c] to [n * q, G, c]
             hidden = _apart(store, covered.unflatten(1, (-1, length)))
-        for both in selection.attend(_apart(store, apart), scale, hidden):
-            out, lse = (t.unflatten(0, (-1, length)).movedim(1, 3).flatten(2, 3) for t in both)
-            yield store.spread(out, lse, batch)
+        for out, lse in selection.attend(_apart(store, apart), scale, hidden):
+            yield store.spread(_together(out, length), _together(lse, length), batch)
 
 
 def _query(
@@ -202,6 +203,13 @@ def _selection(
 
 def _apart(store: PageStore, each: Tensor) -> Tensor:
     """Return the entries [n * q, H, ...] of the n readers of a store, of `each` [B, H, q, ...]."""
-    if not store.is_read_by_all(len(each)):
+    if not store.is_read_by_all(each.shape[0]):
         each = each.index_select(0, store.index("readers", each.device))
-    return each.transpose(1, 2).flatten(0, 1)
+    return each[:, :, 0] if each.shape[2] == 1 else each.transpose(1, 2).flatten(0, 1)
+
+
+def _together(each: Tensor, length: int) -> Tensor:
+    """Return [n, H, G * q, ...] of `each` [n * q, H, G, ...], for q = `length` new tokens."""
+    if length == 1:
+        return each
+    return each.unflatten(0, (-1, length)).movedim(1, 3).flatten(2, 3)
