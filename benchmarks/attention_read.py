@@ -213,8 +213,7 @@ class Labels:
 class Heard:
     """What all gates of a model choose for the tokens of `rows` texts: `own` by layer.
 
-    `early` is what the same gates would choose from the input of their layer, before attention: it
-    could be known in time. Only for models built like the bundled one.
+    `early` is what the same gates choose for the input of their layer, before attention.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int) -> None:
@@ -222,25 +221,18 @@ class Heard:
         self._own: dict[int, list[Labels]] = {}
         self._early: dict[int, list[Labels]] = {}
         self.handles = []
-        for idx, gate in binding_of(model).gate_of.items():
+        binding = binding_of(model)
+        for idx, gate in binding.gate_of.items():
             self.handles.append(gate.hook(self._listener(self._own.setdefault(idx, []))))
-            block = model.get_decoder().layers[idx]
-            early = self._early_hook(self._early.setdefault(idx, []))
-            self.handles.append(block.register_forward_pre_hook(early))
+            early = self._listener(self._early.setdefault(idx, []))
+            gate_before = binding.early_gate_of[idx]
+            self.handles.append(gate_before.hook(lambda _, choose, early=early: early(choose)))
 
     def _listener(self, found: list[Labels]) -> Callable[[Callable[[], Choice]], None]:
         def listen(choice: Callable[[], Choice]) -> None:
             found.append(Labels(*(t.unflatten(0, (self.rows, -1)) for t in choice())))
 
         return listen
-
-    def _early_hook(self, found: list[Labels]) -> Callable[..., None]:
-        def hook(block: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            hidden = block.post_attention_layernorm(args[0])
-            scores = (hidden @ block.mlp.gate.weight.mT).float().softmax(-1)
-            found.append(Labels(*reversed(scores.topk(block.mlp.gate.top_k, dim=-1))))
-
-        return hook
 
     def close(self) -> None:
         for handle in self.handles:

@@ -47,6 +47,7 @@ LEFT_OUT = {"all": "reads all pages", "cache_aware": "equals topk where the devi
 GOALS = ((0.25, 1.0), (0.125, 3.0))  # share of pages, points of answers that may be lost
 HALF, HALVING = "keydiff keeps half", {"scheduler": "keydiff", "budget": 0.5}
 LABELS = "labels exchanged"
+EARLY = "topk, experts_from early_gate"
 # Experts of pages differ little: their agreement moves a choice by bounds only if it is multiplied.
 STRENGTHS = (4, 16)
 STRONGER = "pikv, agreement=16"
@@ -70,9 +71,9 @@ class Exchanged:
         digests = super().digest(keys, known | mixed, num_experts)  # ty: ignore[unresolved-attribute]
         return {"mixed" if name == "shares" else name: t for name, t in digests.items()}
 
-    def prepared(self, digests: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepared(self, digests: dict[str, Tensor], is_full: Tensor) -> dict[str, Tensor]:
         named = digests | ({"shares": digests["mixed"]} if "mixed" in digests else {})
-        return super().prepared(named)  # ty: ignore[unresolved-attribute]
+        return super().prepared(named, is_full)  # ty: ignore[unresolved-attribute]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def all_rows() -> dict[str, Row]:
     }
     rows |= {
         "topk, experts_from previous_token": Row(of_share(TopK, experts_from="previous_token")),
+        EARLY: Row(of_share(TopK, experts_from="early_gate")),
         f"topk, {LABELS}": Row(of_share(ExchangedTopK)),
         **{f"pikv, agreement={n}": Row(of_share(PiKVRouter, agreement=n)) for n in STRENGTHS},
         f"{STRONGER}, {LABELS}": Row(of_share(ExchangedPiKV, agreement=16)),
@@ -126,14 +128,14 @@ def all_rows() -> dict[str, Row]:
 
 
 UNLIKE = "previous_layer, pages by their own gate"
-EARLY = "early gate, pages too"
+BOTH_EARLY = "early gate, pages too"
 
 
 def imagined() -> dict[str, tuple[Imagined, str]]:
     """Rows that no cache can have yet, and from where each takes the experts of queries and pages."""
     found = {
         f"topk, experts from {source}": (Imagined(TopK()), source)
-        for source in (UNLIKE, "translated", "early gate", EARLY, "hindsight")
+        for source in (UNLIKE, "translated", BOTH_EARLY, "hindsight")
     }
     rules = {"random": RandomPages(), "quest": Quest(), "clusters": Clusters(), "oracle": Oracle()}
     for group in ("expert", "nothing"):
@@ -236,7 +238,7 @@ def imagine(
         sources[UNLIKE] = sources["previous_layer"]
         if before is not None:
             sources["previous_layer"] = before, before
-        sources[EARLY] = heard.early[layer], heard.early[layer]
+        sources[BOTH_EARLY] = heard.early[layer], heard.early[layer]
         for name, (rule, source) in imagined().items():
             totals = {share: masses.setdefault(title(name, share), Mass()) for share in SHARES}
             rule.measure(asked, layer, *sources[source], PAGE, heard.count, totals)
@@ -417,7 +419,7 @@ def main() -> None:
         text = given.text.read_text() if given.text else None
         return on_text(given.model or str(NEEDLE_MODEL), text, given.length or LENGTH)
     count, rows = (
-        (16, {n: all_rows()[n] for n in ("quest", "pikv", "random")})
+        (16, {n: all_rows()[n] for n in ("quest", "pikv", "random", EARLY)})
         if given.quick
         else (COUNT, all_rows())
     )

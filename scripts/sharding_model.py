@@ -50,7 +50,9 @@ GEOMETRIES = (
         sliding_layers=18,
         sliding_window=128,
     ),
-    Geometry("DeepSeek-V3", 61, 128, 576 * SIXTEEN_BITS, 576, 128, 256, 8, dense_layers=3, back_dim=576),
+    Geometry(
+        "DeepSeek-V3", 61, 128, 576 * SIXTEEN_BITS, 576, 128, 256, 8, dense_layers=3, back_dim=576
+    ),
 )
 
 

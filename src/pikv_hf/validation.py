@@ -72,6 +72,14 @@ def check_whole(argument: str, value: Any, minimum: int = 0) -> None:
         )
 
 
+def check_seed(argument: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a whole number in [0, 2**63)."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ValueError(
+            f"`{argument}` is {value!r}; it must be a whole number, 0 or more and below 2**63."
+        )
+
+
 def check_flag(argument: str, value: Any) -> None:
     """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):

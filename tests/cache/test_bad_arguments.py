@@ -130,6 +130,7 @@ def test_a_scheduler_without_a_budget() -> None:
         (PyramidKV, {"beta": 1}),
         (PyramidKV, {"scorer": None}),
         (Random, {"seed": -1}),
+        (Random, {"seed": 2**63}),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """What routers refuse: one sentence that names the argument, the value and what is accepted."""
 
 import pytest
+import torch
 from helpers import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -10,7 +11,9 @@ from pikv_hf.routers import (
     Clusters,
     Hash,
     Hierarchical,
+    Pages,
     PiKVRouter,
+    Query,
     Quest,
     RandomPages,
     TopK,
@@ -42,6 +45,8 @@ OTHERS = [
     (PiKVRouter, {"beta": "much"}, "'much'; it must be a number, 0 or more"),
     (PiKVRouter, {"bound": None}, "None; it must be a number, 0 or more"),
     (RandomPages, {"seed": -1}, "-1; it must be a whole number, 0 or more"),
+    (RandomPages, {"seed": 2**63}, f"{2**63}; it must be a whole number, 0 or more and below"),
+    (Hash, {"seed": 2**64}, f"{2**64}; it must be a whole number, 0 or more and below"),
     (RandomPages, {"seed": 0.5}, "0.5; it must be a whole number"),
     (Hash, {"buckets": 0}, "0; it must be a positive whole number"),
     (Hash, {"seed": "a"}, "'a'; it must be a whole number"),
@@ -91,6 +96,17 @@ def test_what_is_accepted(size) -> None:
         if method is not Adaptive:
             PiKVCache(tiny("mixtral"), router=method(**size))
     assert Adaptive(target=1).top_p == 1
+
+
+@pytest.mark.parametrize("method", [RandomPages, Hash])
+def test_all_seeds_that_are_accepted_differ(method) -> None:
+    """Among 64 pages, up to the largest seed."""
+    numbers = torch.arange(64).view(1, 1, -1)
+    query = Query(torch.zeros(1, 1, 1, 1, 2), 1.0, lambda: torch.zeros(1, 1).long(), 0, 1)
+    pages = Pages({}, numbers, lambda: torch.zeros(0))
+    seeds = [0, 1, 2**31 - 1, 2**31, 2**32, 2**40, 2**40 + 1, 2**63 - 1]
+    scores = {tuple(method(seed=seed).scores(query, pages).flatten().tolist()) for seed in seeds}
+    assert len(scores) == len(seeds)
 
 
 @pytest.mark.parametrize(

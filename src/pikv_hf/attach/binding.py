@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.function import NAME
 from ..layer.handoff import hand_over
+from ..model.early_gates import EarlyGate, early_gates
 from ..model.gates import Choice, block_of, gates_of_layers
 from ..model.masks import check_masks
 from ..model.modules import attention_modules
@@ -47,7 +48,7 @@ class Binding:
         self.decoder = weakref.ref(decoder)
         self.gate_of = gates_of_layers(decoder, self.attention)
         self.users = 0
-        self._has_gate_hooks = False
+        self._has_gate_hooks = self._has_early_hooks = False
         # By the id of the changed module, which keeps its `Changes` alive.
         self._changes: weakref.WeakValueDictionary[int, Changes] = weakref.WeakValueDictionary()
 
@@ -56,13 +57,24 @@ class Binding:
         """Rotation of the keys of each paged layer; reading it may raise ValueError."""
         return rotaries(self.decoder(), self.attention)
 
-    def acquire(self, *, labels: bool) -> None:
-        """Count a cache in; the first one changes the model, the first `labels` hooks its gates."""
+    @functools.cached_property
+    def early_gate_of(self) -> dict[int, EarlyGate]:
+        """Gate of each layer for the input of the layer; reading it may raise ValueError."""
+        decoder: Any = self.decoder()
+        return early_gates(decoder, self.attention, self.gate_of)
+
+    def acquire(self, *, labels: bool, early_gates: bool) -> None:
+        """Count a cache in; the first one changes the model.
+
+        The first with `labels` hooks its gates, the first with `early_gates` its decoder layers.
+        """
         try:
             if self.users == 0:
                 self._attach()
             if labels and not self._has_gate_hooks:
                 self._hook_gates()
+            if early_gates and not self._has_early_hooks:
+                self._hook_early_gates()
         except BaseException:
             if self.users == 0:
                 self._restore()
@@ -79,7 +91,7 @@ class Binding:
         for changes in list(self._changes.values()):
             changes.undo()
         self._changes.clear()
-        self._has_gate_hooks = False
+        self._has_gate_hooks = self._has_early_hooks = False
         model = self.model()
         if model is not None:
             _BINDINGS.pop(model, None)
@@ -117,6 +129,12 @@ class Binding:
                 hook = source.hook(functools.partial(_label, idx))
                 self._changes_of(source.module).add(hook)
         self._has_gate_hooks = True
+
+    def _hook_early_gates(self) -> None:
+        for idx, gate in self.early_gate_of.items():
+            hook = gate.hook(functools.partial(_foretell, idx))
+            self._changes_of(gate.layer).add(hook)
+        self._has_early_hooks = True
 
     # torch.compile traces the next three hooks, unless a PiKVCache is used.
 
@@ -172,6 +190,13 @@ def _label(idx: int, choose: Callable[[], Choice]) -> None:
     cache = RUNNING.cache
     if cache is not None and cache.awaits_experts(idx):
         cache.label(idx, *choose())
+
+
+def _foretell(idx: int, length: int, choose: Callable[[], Choice]) -> None:
+    """Hand the choice of an early gate for `length` tokens to the layer, if it selects pages by it."""
+    cache = RUNNING.cache
+    if cache is not None and cache.selects_by_early_gate(idx, length):
+        cache.foretell(idx, *choose())
 
 
 def _shadow(module: Any) -> PreTrainedConfig:

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 class AttachableCache(ABC):
     """A cache that a `Binding` notifies of the forward passes of its model.
 
-    Each forward pass with the cache calls `check_inputs`, `begin_forward`, `label` for each layer
-    whose gate ran, and `end_forward`. After a pass that raised, `check_inputs` is next.
+    Each forward pass with the cache calls `check_inputs`, `begin_forward`, `foretell` before each
+    layer that asks for it, `label` for each layer whose gate ran, and `end_forward`. After a pass that raised, `check_inputs` is next.
     """
 
     #: The binding to the model; None while detached.
@@ -46,6 +46,14 @@ class AttachableCache(ABC):
     @abstractmethod
     def label(self, layer_idx: int, experts: Tensor, weights: Tensor) -> None:
         """Label the newest tokens of a layer with its gate's `experts` [B * q, k] and `weights`."""
+
+    @abstractmethod
+    def selects_by_early_gate(self, layer_idx: int, length: int) -> bool:
+        """Return whether a layer selects pages for `length` new tokens by their foretold experts."""
+
+    @abstractmethod
+    def foretell(self, layer_idx: int, experts: Tensor, weights: Tensor) -> None:
+        """Foretell `experts` [B * q, k] and `weights` of the next tokens of a layer."""
 
     @abstractmethod
     def end_forward(self, ids: Tensor | None) -> None:

@@ -16,15 +16,20 @@ from ..layer.state import LayerState
 from ..routers import PageRouter, Query
 from ..storage.row_map import PageStore, Partial
 from ..storage.selected import Selection
+from ..storage.token_table import TokenTable
 
 
-def selecting_router(state: LayerState, length: int) -> PageRouter | None:
-    """Return the router if it selects pages for `length` new tokens; a prompt reads all pages."""
+def selecting_router(state: LayerState, length: int, seen: int | None = None) -> PageRouter | None:
+    """Return the router if it selects pages for `length` new tokens; a prompt reads all pages.
+
+    `seen`: number of tokens before them; None = they are the newest tokens of the layer.
+    """
     router = state.settings.router
     if not isinstance(router, PageRouter) or not state.pages.slabs:
         return None
     is_draft = state.is_drafting and state.reading.prompt_length is None
-    if state.reading.is_prompt(state.num_seen - length, length) and not is_draft:
+    seen = state.num_seen - length if seen is None else seen
+    if state.reading.is_prompt(seen, length) and not is_draft:
         return None
     return router
 
@@ -36,7 +41,8 @@ def selected(
     plan = planned(state, router)
     if plan.reads_all and not router.has_state:
         return None
-    asked = _query(state, router, plan, query.unflatten(2, (-1, length)), scale)
+    states = query[:, :, :, None] if length == 1 else query.unflatten(2, (-1, length))
+    asked = _query(state, router, plan, states, scale)
     if plan.reads_all:
         everything = (plan.bias[:, :, 0] != -torch.inf).float()
         state.routing.set_state(_updated(router, plan, asked, everything, None))
@@ -65,13 +71,13 @@ def attend_selection(
 
     `covered` [B, R, columns] bool is True at columns that a query may not see; None = it sees all.
     """
-    batch, apart = query.shape[0], query.unflatten(2, (-1, length)).transpose(2, 3)
+    batch = query.shape[0]
+    apart = query[:, :, None] if length == 1 else query.unflatten(2, (-1, length)).transpose(2, 3)
     store, hidden = selection.store, None
     if covered is not None:  # [B, R, c] to [n * q, G, c]
         hidden = _apart(store, covered.to(query.device).unflatten(1, (-1, length)))
-    for both in selection.attend(_apart(store, apart), scale, hidden):
-        out, lse = (t.unflatten(0, (-1, length)).movedim(1, 3).flatten(2, 3) for t in both)
-        yield store.spread(out, lse, batch)
+    for out, lse in selection.attend(_apart(store, apart), scale, hidden):
+        yield store.spread(_together(out, length), _together(lse, length), batch)
 
 
 def _query(
@@ -79,7 +85,7 @@ def _query(
 ) -> Query:
     """Return the `states` [B, H, G, q, D] with what else a router may ask with."""
     length = states.shape[3]
-    labels = state.foretold(router.source, length) if router.needs_labels else None
+    labels = _foretold(state, router.source, length) if router.needs_labels else None
     return Query(
         states=states,
         scale=scale,
@@ -91,6 +97,28 @@ def _query(
         weights=None if labels is None else labels["weights"][:, 0],
         state=state.routing.state,
     )
+
+
+def _foretold(state: LayerState, source: str, length: int) -> TokenTable | None:
+    """Return labels [B, 1, length, k] that foretell the experts of the newest `length` tokens.
+
+    `source` is "early_gate", the choice of the layer's gate before attention; "previous_layer", the
+    choice of the nearest earlier gate for the tokens; or "previous_token", the labels of the token
+    before them, which also serve where there is no earlier gate. None = there are none.
+
+    Raises:
+        RuntimeError: the early gate of a layer with a gate did not run.
+    """
+    index, tail = state.facts.paged_index, state.tail
+    if source == "early_gate" and state.facts.has_gate:
+        return state.step.foretold(index, state.layer_idx)
+    labels = None
+    if source == "previous_layer":
+        labels = state.step.labels_before(index, tail.keys.device)
+    if labels is not None or tail.labels is None or not len(tail.labels):
+        return labels
+    newest = tail.labels.narrow(len(tail.labels) - 1, 1)
+    return TokenTable({k: t.expand(-1, -1, length, -1) for k, t in newest.tensors.items()})
 
 
 def _positions(state: LayerState, states: Tensor) -> Tensor:
@@ -195,6 +223,13 @@ def _selection(
 
 def _apart(store: PageStore, each: Tensor) -> Tensor:
     """Return the entries [n * q, H, ...] of the n readers of a store, of `each` [B, H, q, ...]."""
-    if not store.is_read_by_all(len(each)):
+    if not store.is_read_by_all(each.shape[0]):
         each = each.index_select(0, store.index("readers", each.device))
-    return each.transpose(1, 2).flatten(0, 1)
+    return each[:, :, 0] if each.shape[2] == 1 else each.transpose(1, 2).flatten(0, 1)
+
+
+def _together(each: Tensor, length: int) -> Tensor:
+    """Return [n, H, G * q, ...] of `each` [n * q, H, G, ...], for q = `length` new tokens."""
+    if length == 1:
+        return each
+    return each.unflatten(0, (-1, length)).movedim(1, 3).flatten(2, 3)

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from ..attach.binding import LOCK, Binding, binding_of
 from ..attach.forward import RUNNING
+from ..attention.routed import selecting_router
 from ..layer.paged_layer import PagedLayer
 from ..layer.state import LayerFacts
 from ..model.gates import num_experts
@@ -25,6 +26,7 @@ from ..model.rotary import check_axes
 from ..model.versions import is_tested, unsupported
 from ..model.wrappers import unwrap
 from ..routers import PageRouter
+from ..storage.token_table import TokenTable
 from .checks import check_forward, check_generate, num_new_tokens
 from .division import check_division
 from .other_layers import release_prompt
@@ -81,7 +83,9 @@ class AttachedCache(PagedCache):
                 self.site = site_of(self.settings.placement, model, binding, division)
                 self.fill(model.config, binding, division.layers)
             rotaries = binding.rotaries if self.settings.needs_rotary else {}
-            binding.acquire(labels=self.settings.needs_labels)
+            binding.acquire(
+                labels=self.settings.needs_labels, early_gates=self.settings.has_early_gates
+            )
         self.binding = binding
         for state in self.states:
             state.bind(binding.attention[state.layer_idx][0], rotaries.get(state.layer_idx))
@@ -219,6 +223,18 @@ class AttachedCache(PagedCache):
         if len(experts) != shape[0] * shape[1]:
             raise RuntimeError(unlabelled(self, layer_idx, len(experts), shape[0] * shape[1]))
         layer.label(experts.view(shape), weights.detach().view(shape))
+
+    def selects_by_early_gate(self, layer_idx: int, length: int) -> bool:
+        layer = self.layers_to_be[layer_idx]
+        if not self.settings.has_early_gates or not isinstance(layer, PagedLayer):
+            return False
+        return selecting_router(layer.state, length, layer.state.num_seen) is not None
+
+    def foretell(self, layer_idx: int, experts: Tensor, weights: Tensor) -> None:
+        state = self.layers[layer_idx].state
+        shape = (state.tail.batch, 1, -1, experts.shape[-1])
+        labels = TokenTable({"experts": experts.view(shape), "weights": weights.view(shape)})
+        state.step.foretell(state.facts.paged_index, labels)
 
     def end_forward(self, ids: Tensor | None) -> None:
         end_forward(self, ids)

@@ -27,6 +27,8 @@ def check_fit(cache: PagedCache, model: PreTrainedModel, binding: Binding) -> No
             f"`{name}` is {getattr(settings, name)}, which needs the gates of an MoE model; "
             f"{type(model).__name__} {_why_no_labels(model, binding)}."
         )
+    if settings.has_early_gates:
+        _ = binding.early_gate_of  # raises if a layer has none
     scheduler = settings.scheduler
     if scheduler is not None:
         scheduler.check(model, len(binding.attention))

@@ -29,13 +29,16 @@ class Read:
         `fetched`: pages that were not on the device; None = all or none, as the store is far or near.
         """
         store = selection.store
-        self.page_bytes, self.readers = store.page_bytes, store.readers
+        self.page_bytes, self.readers = selection.page_bytes, store.readers
         self._fetched = 0 if fetched is None and not store.tier.is_far else fetched
         self._page_size, self._store = store.page_size, weakref.ref(store)
-        newest = slice(length - 1, None, length)
-        self._index = selection.index[newest]
-        self._rows = None if selection.rows is None else selection.rows[newest]
-        self._tokens = None if selection.tokens is None else selection.tokens[newest]
+
+        def newest(each: Tensor) -> Tensor:
+            return each if length == 1 else each[length - 1 :: length]
+
+        self._index = newest(selection.index)
+        self._rows = None if selection.rows is None else newest(selection.rows)
+        self._tokens = None if selection.tokens is None else newest(selection.tokens)
 
     @property
     def pages(self) -> int:

@@ -73,9 +73,19 @@ class Settings:
         Experts of different gates cannot be compared: tokens must have the labels by which a router
         foretells the experts of a query.
         """
+        return self._source == "previous_layer"
+
+    @functools.cached_property
+    def has_early_gates(self) -> bool:
+        """True if gates are applied before attention, to foretell the experts of queries."""
+        return self._source == "early_gate"
+
+    @property
+    def _source(self) -> str | None:
+        """What foretells the experts of queries; None = the router does not compare experts."""
         router = self.router
         is_asked = isinstance(router, PageRouter) and router.needs_labels
-        return is_asked and router.source == "previous_layer"
+        return router.source if is_asked else None
 
     @functools.cached_property
     def num_sinks(self) -> int:

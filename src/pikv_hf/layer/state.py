@@ -18,7 +18,6 @@ from ..routers import PageRouter
 from ..schedulers import Needs
 from ..storage.page_table import PageTable
 from ..storage.tail import Tail
-from ..storage.token_table import TokenTable
 from .columns import Columns
 from .loss_guard import Guard
 from .loss_probe import Probe
@@ -244,21 +243,6 @@ class LayerState:
     def judge(self, unpaged_reason: str | None) -> None:
         """Page the layer if `unpaged_reason` is None, else leave all its tokens in the tail."""
         self.unpaged_reason = unpaged_reason
-
-    def foretold(self, source: str, length: int) -> TokenTable | None:
-        """Return labels [B, 1, length, k] that foretell the experts of the newest `length` tokens.
-
-        `source` is "previous_layer", the choice of the nearest earlier gate for the tokens, or
-        "previous_token", the labels of the token before them, which also serve where there is no
-        earlier gate. None = neither is there.
-        """
-        labels = None
-        if source == "previous_layer":
-            labels = self.step.labels_before(self.facts.paged_index, self.tail.keys.device)
-        if labels is not None or self.tail.labels is None or not len(self.tail.labels):
-            return labels
-        newest = self.tail.labels.narrow(len(self.tail.labels) - 1, 1)
-        return TokenTable({k: t.expand(-1, -1, length, -1) for k, t in newest.tensors.items()})
 
     def set_scale(self, scale: float) -> None:
         self.scale = scale

@@ -48,6 +48,8 @@ class Step:
         self._labels: dict[int, TokenTable] = {}
         # What has been done once in this pass.
         self._done: set[str] = set()
+        # Labels of the new tokens by the early gates of paged layers, by the layer's number.
+        self._foretold: dict[int, TokenTable] = {}
         # True if the user's mask is per query: it may hide a token from some queries only.
         self._has_own_mask = False
         # Bytes of keys and values on the CPU that were sealed since the heap was trimmed.
@@ -102,6 +104,7 @@ class Step:
         self._notes.clear()
         self._labels.clear()
         self._done.clear()
+        self._foretold.clear()
 
     def remember(self, name: str, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
         """Return `compute()`, or its last result under `name` if `key` has not changed.
@@ -139,6 +142,23 @@ class Step:
         """
         earlier = max((n for n in self._labels if n < paged_index), default=None)
         return None if earlier is None else self._labels[earlier].to(device)
+
+    def foretell(self, paged_index: int, labels: TokenTable) -> None:
+        """Note `labels` [B, 1, q, k] that the gate of a paged layer chose before its attention."""
+        self._foretold[paged_index] = labels
+
+    def foretold(self, paged_index: int, layer_idx: int) -> TokenTable:
+        """Return the labels noted by `foretell` for a paged layer.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        if paged_index not in self._foretold:
+            raise RuntimeError(
+                f"layer {layer_idx}: its decoder layer was not called, so that its gate could not be "
+                "applied before attention: use `experts_from='previous_layer'`."
+            )
+        return self._foretold[paged_index]
 
     def over_queries(self, mask: Tensor | None) -> Tensor | None:
         """Return `mask`, but a user's [B, H, q, columns] as its union [B, 1, 1, columns].

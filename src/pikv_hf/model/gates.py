@@ -51,18 +51,18 @@ class GateOutput:
 
     def hook(self, listener: Listener) -> RemovableHandle:
         def heard(module: nn.Module, args: Any, output: Any) -> None:
-            listener(lambda: self._choice(output))
+            listener(lambda: self.choice(output))
 
         return self.module.register_forward_hook(heard)
 
-    def _choice(self, output: Any) -> Choice:
+    def names_experts(self, output: Any) -> bool:
+        """Return whether `output` tells which experts were chosen, and not only logits."""
+        return self._parts(output)[2] is not None
+
+    def choice(self, output: Any) -> Choice:
         """Return the choice in `output`; else the top-k logits, weighted by scores or softmax."""
-        parts = [output] if isinstance(output, Tensor) else list(output)
-        logits = parts.pop(self.logits_index if len(parts) > 1 else 0)
-        logits = logits.reshape(-1, logits.shape[-1])
-        parts = [part for part in parts if isinstance(part, Tensor)]
+        logits, parts, experts = self._parts(output)
         chosen = [part for part in parts if part.shape == (len(logits), self.top_k)]
-        experts = next((part for part in chosen if not part.is_floating_point()), None)
         weights = next((part for part in chosen if part.is_floating_point()), None)
         if experts is None and logits.shape[1] <= self.top_k:
             raise RuntimeError(
@@ -76,6 +76,16 @@ class GateOutput:
             scores = own[0] if own else logits.float().softmax(-1)
             weights = scores.gather(1, experts).to(logits.dtype)
         return experts, weights
+
+    def _parts(self, output: Any) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Return the logits [tokens, experts], all other tensors, and the chosen experts if any."""
+        parts = [output] if isinstance(output, Tensor) else list(output)
+        logits = parts.pop(self.logits_index if len(parts) > 1 else 0)
+        logits = logits.reshape(-1, logits.shape[-1])
+        parts = [part for part in parts if isinstance(part, Tensor)]
+        shape = len(logits), self.top_k
+        indices = (p for p in parts if p.shape == shape and not p.is_floating_point())
+        return logits, parts, next(indices, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +157,7 @@ def all_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, Gate]]:
     token is cached.
     """
     inside = tuple(f"{name}." for name, part in decoder.named_modules() if is_attention(part))
-    for name, gate in (*_experts_calls(decoder), *_declared_gates(decoder)):
+    for name, gate in (*_experts_calls(decoder), *declared_gates_of(decoder)):
         if not name.startswith(inside):
             yield name, gate
 
@@ -167,7 +177,7 @@ def _experts_calls(decoder: PreTrainedModel) -> Iterator[tuple[str, ExpertsCall]
                 yield name, ExpertsCall(module, names, places)
 
 
-def _declared_gates(decoder: PreTrainedModel) -> Iterator[tuple[str, GateOutput]]:
+def declared_gates_of(decoder: PreTrainedModel) -> Iterator[tuple[str, GateOutput]]:
     """Yield the gates that model classes declare in `_can_record_outputs["router_logits"]`."""
     top_k = experts_per_token(decoder.config)
     declared: list[Any] = []

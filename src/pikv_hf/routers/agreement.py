@@ -16,7 +16,7 @@ from .page_router import PageRouter, Pages, Query
 from .quest import bound_scores, page_bounds
 
 DECAY = 0.9  # of the moving averages
-SOURCES = ("previous_layer", "previous_token")
+SOURCES = ("previous_layer", "previous_token", "early_gate")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Agreement(PageRouter):
             its attention. "previous_layer": those that the previous layer's gate chose for the query's
             token and for the tokens of the pages; the first layer uses its own gate and the previous
             token. "previous_token": those that this layer's gate chose, for the query the ones of
-            the token before.
+            the token before. "early_gate": those that this layer's gate chose, for the query the
+            ones that it would choose for the layer's input, normalised by the norm before the gate.
     """
 
     agreement: float = 1.0

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..storage.hashing import hashed
-from ..validation import check_count, check_whole
+from ..storage.hashing import hashed, short_seed
+from ..validation import check_count, check_seed
 from .page_router import PageRouter, Pages, Query
 
 
@@ -44,7 +44,7 @@ class Hash(RoundRobin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole("seed", self.seed)
+        check_seed("seed", self.seed)
 
     def bucket(self, numbers: Tensor) -> Tensor:
-        return hashed(numbers + (self.seed << 32)).long() % self.buckets
+        return hashed(numbers + (short_seed(self.seed) << 32)).long() % self.buckets

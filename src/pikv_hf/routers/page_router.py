@@ -99,7 +99,7 @@ class PageRouter(Router):
 
     @property
     def source(self) -> str:
-        """What foretells the experts of a query: "previous_layer" or "previous_token"."""
+        """What foretells the experts of a query: "previous_layer", "previous_token" or "early_gate"."""
         return "previous_layer"
 
     @property

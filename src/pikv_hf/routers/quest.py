@@ -48,14 +48,14 @@ def bound_scores(query: Query, bounds: Tensor) -> Tensor:
     """
     split = split_query(query)
     # Bounds come first, so that a CPU does not copy them to make them dense.
-    return (bounds @ split.flatten(2, 3).mT).mT.unflatten(2, split.shape[2:4])
+    scores = (bounds @ split.flatten(2, 3).mT).mT
+    return scores.view(*split.shape[:4], bounds.shape[2])
 
 
 def split_query(query: Query) -> Tensor:
     """Return the negative and then the positive numbers of the queries, [R, H, G, q, 2 D]."""
     states = query.states
     split = states.new_empty(*states.shape[:-1], 2 * states.shape[-1])
-    negative, positive = split.chunk(2, dim=-1)
-    torch.clamp(states, max=0, out=negative)
-    torch.clamp(states, min=0, out=positive)
+    torch.clamp(states, max=0, out=split[..., : states.shape[-1]])
+    torch.clamp(states, min=0, out=split[..., states.shape[-1] :])
     return split

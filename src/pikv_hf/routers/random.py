@@ -3,8 +3,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..storage.hashing import hashed
-from ..validation import check_whole
+from ..storage.hashing import hashed, short_seed
+from ..validation import check_seed
 from .page_router import PageRouter, Pages, Query
 
 
@@ -19,7 +19,7 @@ class RandomPages(PageRouter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole("seed", self.seed)
+        check_seed("seed", self.seed)
 
     @property
     def is_splittable(self) -> bool:
@@ -27,6 +27,8 @@ class RandomPages(PageRouter):
 
     def scores(self, query: Query, pages: Pages) -> Tensor:
         heads = torch.arange(query.states.shape[1], device=query.states.device)
-        stream = (self.seed * 1009 + query.layer_idx) * 4099 + heads[:, None, None, None]
+        stream = (short_seed(self.seed) * 1009 + query.layer_idx) * 4099 + heads[
+            :, None, None, None
+        ]
         drawn = hashed((stream << 32) + query.positions()[:, None, None, :, None])
         return hashed(drawn.long() + pages.numbers[:, :, None, None]) / 2**53

@@ -3,8 +3,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..storage.hashing import hashed
-from ..validation import check_whole
+from ..storage.hashing import hashed, short_seed
+from ..validation import check_seed
 from .base import Candidates, Scheduler, Traits
 
 
@@ -18,7 +18,7 @@ class Random(Scheduler):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("seed", self.seed)
+        check_seed("seed", self.seed)
 
     @property
     def traits(self) -> Traits:
@@ -26,5 +26,5 @@ class Random(Scheduler):
 
     def scores(self, tokens: Candidates) -> Tensor:
         heads = torch.arange(tokens.positions.shape[1], device=tokens.positions.device)
-        stream = (self.seed * 1009 + tokens.layer_idx) * 4099 + heads[:, None]
+        stream = (short_seed(self.seed) * 1009 + tokens.layer_idx) * 4099 + heads[:, None]
         return hashed((stream << 32) + tokens.positions.long())

@@ -198,7 +198,8 @@ def decoded(codec: PageCodec, fields: dict[str, Tensor], with_values: bool) -> d
 
 def flat_tokens(pages: Tensor, tokens: int) -> Tensor:
     """Return the first `tokens` tokens [R, H, tokens, D] of pages [R, H, s, P, D]."""
-    return pages.flatten(2, 3).narrow(2, 0, tokens)
+    each = pages.flatten(2, 3)
+    return each if each.shape[2] == tokens else each.narrow(2, 0, tokens)
 
 
 def attend_states(

@@ -38,4 +38,4 @@ def select_pages(pages: Tensor, places: Tensor) -> Tensor:
     if pages.device.type != "cpu":
         return pages.index_select(0, index).unflatten(0, places.shape)
     out = empty_like(pages, (index.numel(), *pages.shape[1:]))
-    return torch.index_select(pages, 0, index, out=out).unflatten(0, places.shape)
+    return torch.index_select(pages, 0, index, out=out).view(*places.shape, *pages.shape[1:])

@@ -3,6 +3,7 @@
 Shapes: n readers, H KV heads, Q queries of each, K pages of each, P tokens a page.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ class Selection:
         index = torch.arange(tokens.shape[2], device=tokens.device).expand_as(tokens)
         return cls(store, torch.tensor([row], device=tokens.device), index, tokens)
 
+    @functools.cached_property
+    def page_bytes(self) -> int:
+        """Bytes of one encoded page of a KV head."""
+        return self.store.page_bytes
+
     def columns(self) -> tuple[Tensor, Tensor]:
         """Return the columns [n, H, K, P] of the tokens, and True at those that are read."""
         columns = self.store.columns_at(self.index, self.rows)
@@ -59,9 +65,9 @@ class Selection:
         store, size = self.store, self.store.page_size
         codec, tier = store.codec, store.tier
         owners = query.shape[0] * query.shape[1]
-        max_pages = tier.max_pages(store.page_bytes)
-        if tier.device.type == "cpu" and self.index.numel() * store.page_bytes > 2 * MAX_COPIED:
-            max_pages = min(max_pages, MAX_COPIED // store.page_bytes)
+        max_pages = tier.max_pages(self.page_bytes)
+        if tier.device.type == "cpu" and self.index.numel() * self.page_bytes > 2 * MAX_COPIED:
+            max_pages = min(max_pages, MAX_COPIED // self.page_bytes)
         step = max(codec.tokens_per_block(owners, tier.device) // size, 1)
         step = min(step, max(max_pages // owners, 1))
         for start in range(0, self.index.shape[2], step):
