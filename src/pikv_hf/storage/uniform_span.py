@@ -5,7 +5,6 @@ Shapes: R rows, H KV heads, S pages, T tokens of the longest row.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .cutting import paged
@@ -28,44 +27,27 @@ class UniformSpan:
 
     def select(self, is_chosen: Tensor) -> "UniformSpan | None":
         """Copy the pages marked in `is_chosen` [R or 1, S] bool, on the CPU; None = there are none."""
-        pages = is_chosen.shape[1]
         columns = [tuple(row.nonzero().flatten().tolist()) for row in is_chosen]
         width = max(map(len, columns))
-        counts = self._counts(columns, pages)
-        if not width or not any(counts):
+        counts = self._counts(columns)
+        if not any(counts):
             return None
-        if len(columns) == 1:
-            fields = {name: self._of_columns(t, columns[0]) for name, t in self.fields.items()}
-            known = {
-                name: self._of_columns(paged(t, self.size), columns[0]).flatten(2, 3)
-                for name, t in self.known.tensors.items()
-            }
-        else:
-            rows = len(columns)
-            padded = tuple(
-                n for row in columns for n in (*row, *(0 for _ in range(width - len(row))))
-            )
+        padded = tuple(n for row in columns for n in (*row, *[0] * (width - len(row))))
 
-            def of_rows(tensor: Tensor) -> Tensor:
-                keep = on_device(padded, tensor.device).view(rows, 1, width)
-                return taken(tensor, keep.expand(-1, tensor.shape[1], -1))
+        def chosen(tensor: Tensor) -> Tensor:
+            keep = on_device(padded, tensor.device).view(len(columns), 1, width)
+            rows = max(len(columns), tensor.shape[0])
+            return taken(tensor, keep.expand(rows, tensor.shape[1], -1))
 
-            fields = {name: of_rows(tensor) for name, tensor in self.fields.items()}
-            known = {
-                name: of_rows(paged(tensor, self.size)).flatten(2, 3)
-                for name, tensor in self.known.tensors.items()
-            }
-        tokens = max(counts)
-        return UniformSpan(fields, TokenTable(known).narrow(0, tokens), counts, self.size)
+        fields = {name: chosen(tensor) for name, tensor in self.fields.items()}
+        pages = {name: chosen(paged(t, self.size)) for name, t in self.known.tensors.items()}
+        known = TokenTable({name: tensor.flatten(2, 3) for name, tensor in pages.items()})
+        return UniformSpan(fields, known.narrow(0, max(counts)), counts, self.size)
 
-    def _counts(self, columns: list[tuple[int, ...]], pages: int) -> list[int]:
-        """Count the tokens of each row in its pages `columns`."""
-        per_row = columns if len(columns) == len(self.lengths) else columns * len(self.lengths)
-        starts = self.size * torch.arange(pages)
-        filled = (torch.tensor(self.lengths)[:, None] - starts).clamp(0, self.size)
-        pairs = zip(filled, per_row, strict=True)
-        return [int(row[list(chosen)].sum()) for row, chosen in pairs]
-
-    @staticmethod
-    def _of_columns(tensor: Tensor, columns: tuple[int, ...]) -> Tensor:
-        return tensor.index_select(2, on_device(columns, tensor.device))
+    def _counts(self, columns: list[tuple[int, ...]]) -> list[int]:
+        """Count the tokens of each row in its pages `columns`; one entry is for all rows."""
+        per_row = columns * (len(self.lengths) // len(columns))
+        return [
+            sum(min(max(length - self.size * page, 0), self.size) for page in chosen)
+            for length, chosen in zip(self.lengths, per_row, strict=True)
+        ]
