@@ -28,11 +28,13 @@ class UniformSpan:
 
     def select(self, is_chosen: Tensor) -> "UniformSpan | None":
         """Copy the pages marked in `is_chosen` [R or 1, S] bool, on the CPU; None = there are none."""
-        pages = is_chosen.shape[1]
-        columns = [tuple(row.nonzero().flatten().tolist()) for row in is_chosen]
-        width = max(map(len, columns))
-        counts = self._counts(columns, pages)
-        if not width or not any(counts):
+        starts = self.size * torch.arange(is_chosen.shape[1])
+        filled = (torch.tensor(self.lengths)[:, None] - starts).clamp(0, self.size)
+        is_page = filled > 0 if len(is_chosen) > 1 else filled.sum(0, keepdim=True) > 0
+        chosen = is_chosen & is_page  # rows end at different pages: no room for what is not there
+        columns = [tuple(row.nonzero().flatten().tolist()) for row in chosen]
+        width, counts = max(map(len, columns)), (filled * chosen).sum(1).tolist()
+        if not width:
             return None
         if len(columns) == 1:
             fields = {name: self._of_columns(t, columns[0]) for name, t in self.fields.items()}
@@ -57,14 +59,6 @@ class UniformSpan:
             }
         tokens = max(counts)
         return UniformSpan(fields, TokenTable(known).narrow(0, tokens), counts, self.size)
-
-    def _counts(self, columns: list[tuple[int, ...]], pages: int) -> list[int]:
-        """Count the tokens of each row in its pages `columns`."""
-        per_row = columns if len(columns) == len(self.lengths) else columns * len(self.lengths)
-        starts = self.size * torch.arange(pages)
-        filled = (torch.tensor(self.lengths)[:, None] - starts).clamp(0, self.size)
-        pairs = zip(filled, per_row, strict=True)
-        return [int(row[list(chosen)].sum()) for row, chosen in pairs]
 
     @staticmethod
     def _of_columns(tensor: Tensor, columns: tuple[int, ...]) -> Tensor:
