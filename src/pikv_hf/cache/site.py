@@ -36,9 +36,12 @@ def site_of(placement: Placement, model: Any, binding: Binding, division: Parall
         found = dict.fromkeys(layer_devices(binding.attention, model).values())
         site = Site(devices=checked_devices(found))
     if site.count < 2:
+        where = "`process_group` has one rank"
+        if ranks is None:
+            names = ", ".join(map(str, site.devices)) or "no device"
+            where = f"the attention of the model runs on {names} in one process"
         raise ValueError(
-            f"`placement` is {placement}, but there is nothing to spread over: the attention of the "
-            f"model runs on {', '.join(map(str, site.devices)) or 'no device'} in one process. Give "
+            f"`placement` is {placement}, but there is nothing to spread over: {where}. Give "
             "`devices` or `process_group`, load the model with a `device_map`, or start it with "
             "torchrun."
         )

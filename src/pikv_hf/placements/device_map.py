@@ -13,7 +13,7 @@ from ..storage.places import NewPages
 from ..storage.tiers import Ram, Tier
 from ..validation import check_bytes
 from .experts import top_experts
-from .kv_device_map import LayerDevices, device_of_layers
+from .kv_device_map import LayerDevices, check_mapping, device_of_layers
 from .sharding import Dealt, Sharding, checked_devices
 from .site import Site
 
@@ -45,22 +45,34 @@ class DeviceMap(Sharding):
                 "`kv_device_map` names the devices of pages: leave out `devices`, `process_group` and "
                 "`offload`; `max_memory` limits a device."
             )
+        check_mapping(self.kv_device_map)
+        if not isinstance(self.max_memory, Mapping | None):
+            raise TypeError(
+                f"`max_memory` is {self.max_memory!r}; it must be a mapping of devices to bytes, or None."
+            )
         for name, nbytes in (self.max_memory or {}).items():
             check_bytes(f"max_memory[{name!r}]", nbytes)
 
     @property
     def needs_labels(self) -> bool:
-        return any(".experts." in key for key in self.kv_device_map)
+        return any(".experts." in str(key) for key in self.kv_device_map)
 
     def site(self, layers: Sequence[int], num_experts: Mapping[int, int | None]) -> Site:
         """Return the places of these paged layers; `num_experts` are of all layers of the model.
 
         Raises:
-            ValueError: the map misses a layer, or names devices, layers or experts that do not exist.
+            ValueError: the map misses a layer, or names devices, layers or experts that do not exist;
+                `max_memory` names a device that is not in the map.
         """
         found = device_of_layers(self.kv_device_map, layers, num_experts)
         of_layers = {idx: _all_of(layer) for idx, layer in found.items()}
         devices = dict.fromkeys(device for each in of_layers.values() for device in each)
+        for given in self.max_memory or ():
+            if checked_devices([given], "max_memory")[0] not in devices:
+                raise ValueError(
+                    f"`max_memory` has {given!r}, but `kv_device_map` keeps pages on "
+                    f"{[*map(str, devices)]}: name one of these."
+                )
         of_experts = {idx: x.of_experts for idx, x in found.items() if x.of_experts is not None}
         return Site(devices=tuple(devices), of_layers=of_layers, of_experts=of_experts)
 

@@ -71,11 +71,7 @@ def device_of_layers(
         ValueError: a key is not understood, or names layers or experts that the model does not have;
             a device does not exist; a layer has no device, or two.
     """
-    if not isinstance(kv_device_map, Mapping):
-        raise TypeError(
-            f"`kv_device_map` is a {type(kv_device_map).__name__}; it must be a mapping of keys, such "
-            "as 'layers.0-11', to devices."
-        )
+    check_mapping(kv_device_map)
     entries = [_parse(key, device) for key, device in kv_device_map.items()]
     known = {*layers, *num_experts}
     for entry in entries:
@@ -96,6 +92,15 @@ def device_of_layers(
         layer: LayerDevices(device, _of_experts(entries, layer, device, num_experts.get(layer)))
         for layer, device in own.items()
     }
+
+
+def check_mapping(given: Any) -> None:
+    """Raise TypeError unless `kv_device_map` is a mapping."""
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"`kv_device_map` is a {type(given).__name__}; it must be a mapping of keys, such "
+            "as 'layers.0-11', to devices."
+        )
 
 
 def _of_experts(

@@ -4,7 +4,7 @@ Shapes: R rows, H KV heads, S new pages.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,8 @@ class Sharding(Placement):
             if self.process_group is not None:
                 raise ValueError("`devices` and `process_group` are given: give one of them.")
             object.__setattr__(self, "devices", checked_devices(self.devices))
+            if not self.devices:
+                raise ValueError("`devices` is empty; it must name devices, or be None for all.")
 
     @abstractmethod
     def deal(self, new: NewPages, places: "Dealt") -> Tensor:
@@ -115,24 +117,30 @@ def in_turn(new: NewPages, places: Dealt) -> Tensor:
     return (places.layer.number + new.dealt + number) % places.count
 
 
-def checked_devices(devices: Any) -> tuple[torch.device, ...]:
-    """Return `devices` as torch devices with an index, each once.
+def checked_devices(devices: Any, name: str = "devices") -> tuple[torch.device, ...]:
+    """Return `devices`, the argument `name`, as torch devices with an index, each once.
 
     Raises:
         TypeError, ValueError: `devices` is no list of devices that this process has.
     """
     if isinstance(devices, str | int | torch.device):
         devices = [devices]
+    if not isinstance(devices, Iterable):
+        raise TypeError(f"`{name}` is {devices!r}; it must be a list of devices, such as 'cuda:1'.")
     found = []
     for given in devices:
+        if isinstance(given, bool) or not isinstance(given, str | int | torch.device):
+            raise TypeError(f"`{name}` has {given!r}; it must have devices, such as 'cuda:1' or 1.")
         try:
             device = torch.device(given)
             device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
             raise ValueError(
-                f"`devices` has {given!r}, which this process does not have: {str(error).splitlines()[0]}"
+                f"`{name}` has {given!r}, which this process does not have: {str(error).splitlines()[0]}"
             ) from error
+        if device.type == "meta":
+            raise ValueError(f"`{name}` has {given!r}, which holds no data; give a real device.")
         found.append(device)
     if len(set(found)) != len(found):
-        raise ValueError(f"`devices` is {list(map(str, found))}; each device must be named once.")
+        raise ValueError(f"`{name}` is {list(map(str, found))}; each device must be named once.")
     return tuple(found)

@@ -321,8 +321,7 @@ class PageTable:
         for slab in self.slabs:
             slab.drop_readers({row for rows in groups for row in rows})
         self._drop_unless(lambda slab: slab.readers)
-        for slab in self.slabs:
-            slab.forget_unread_rows()
+        self._forget_unread_rows()
         return taken
 
     def crop(self, position: int) -> None:
@@ -340,8 +339,13 @@ class PageTable:
             slab.map_rows(source)
         self._drop_unless(lambda slab: slab.readers)
         if free:
-            for slab in self.slabs:
-                slab.forget_unread_rows()
+            self._forget_unread_rows()
+
+    def _forget_unread_rows(self) -> None:
+        """Free the pages that no batch row reads, and the slabs that have no others."""
+        for slab in self.slabs:
+            slab.forget_unread_rows()
+        self._drop_unless(lambda slab: slab.page_count)
 
     def clear(self) -> None:
         """Drop all pages."""

@@ -5,6 +5,7 @@ Shapes: R rows, H KV heads, S pages, T tokens of the longest row.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .cutting import paged
@@ -27,27 +28,22 @@ class UniformSpan:
 
     def select(self, is_chosen: Tensor) -> "UniformSpan | None":
         """Copy the pages marked in `is_chosen` [R or 1, S] bool, on the CPU; None = there are none."""
-        columns = [tuple(row.nonzero().flatten().tolist()) for row in is_chosen]
-        width = max(map(len, columns))
-        counts = self._counts(columns)
-        if not any(counts):
+        starts = self.size * torch.arange(is_chosen.shape[1])
+        filled = (torch.tensor(self.lengths)[:, None] - starts).clamp(0, self.size)
+        is_page = filled > 0 if len(is_chosen) > 1 else filled.sum(0, keepdim=True) > 0
+        chosen = is_chosen & is_page  # rows end at different pages: no room for what is not there
+        columns = [tuple(row.nonzero().flatten().tolist()) for row in chosen]
+        width, counts = max(map(len, columns)), (filled * chosen).sum(1).tolist()
+        if not width:
             return None
         padded = tuple(n for row in columns for n in (*row, *[0] * (width - len(row))))
 
-        def chosen(tensor: Tensor) -> Tensor:
+        def selected(tensor: Tensor) -> Tensor:
             keep = on_device(padded, tensor.device).view(len(columns), 1, width)
             rows = max(len(columns), tensor.shape[0])
             return taken(tensor, keep.expand(rows, tensor.shape[1], -1))
 
-        fields = {name: chosen(tensor) for name, tensor in self.fields.items()}
-        pages = {name: chosen(paged(t, self.size)) for name, t in self.known.tensors.items()}
+        fields = {name: selected(tensor) for name, tensor in self.fields.items()}
+        pages = {name: selected(paged(t, self.size)) for name, t in self.known.tensors.items()}
         known = TokenTable({name: tensor.flatten(2, 3) for name, tensor in pages.items()})
         return UniformSpan(fields, known.narrow(0, max(counts)), counts, self.size)
-
-    def _counts(self, columns: list[tuple[int, ...]]) -> list[int]:
-        """Count the tokens of each row in its pages `columns`; one entry is for all rows."""
-        per_row = columns * (len(self.lengths) // len(columns))
-        return [
-            sum(min(max(length - self.size * page, 0), self.size) for page in chosen)
-            for length, chosen in zip(self.lengths, per_row, strict=True)
-        ]
