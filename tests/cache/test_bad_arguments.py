@@ -11,6 +11,7 @@ from zoo import build, prompt
 
 from pikv_hf import COMPRESSORS, PLACEMENTS, ROUTERS, SCHEDULERS, PiKVCache
 from pikv_hf.model.versions import with_cache
+from pikv_hf.placements import Sharding
 from pikv_hf.schedulers import ChunkKV, PyramidKV, Random, SnapKV, StreamingLLM
 
 BAD_ARGUMENTS = [
@@ -111,6 +112,8 @@ def test_every_registered_name_is_accepted(registry) -> None:
     for name, method in registry.items():
         if getattr(method, "needs_calibration", False) or getattr(method, "needs_file", False):
             continue  # with a file: test_calibrated_cache.py, test_duo.py, test_pikv_quest.py
+        if issubclass(method, Sharding):
+            continue  # with several places: test_spread.py, and ranks in tests/distributed
         for value in (name, method, method()):
             PiKVCache(tiny("mixtral"), **{arguments[id(registry)]: value}, **options)
 
