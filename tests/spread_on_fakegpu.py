@@ -33,8 +33,6 @@ PLACEMENTS = {
 METHODS = {
     "lossless": {},
     "int8": {"compressor": "int8"},
-    "turboquant": {"compressor": "turboquant"},
-    "streaming": {"scheduler": "streaming_llm", "budget": 14},
     "h2o": {"scheduler": "h2o", "budget": 14},
     "adakv_int4": {"scheduler": "adakv", "budget": 14, "compressor": "int4"},
     "hash": {"router": "hash"},

@@ -4,12 +4,12 @@ import pytest
 from test_placement import run_on_fakegpu
 
 CASES = {
-    "spread": "lossless int8 turboquant streaming h2o adakv_int4 hash quest",
-    "experts": "lossless adakv_int4 h2o",
+    "spread": "lossless int8 h2o adakv_int4 hash quest",
+    "experts": "lossless adakv_int4",
     "pikv_xor": "lossless",
-    "offload": "int8 streaming",
-    "layers": "lossless h2o hash",
-    "map": "lossless adakv_int4",
+    "offload": "int8",
+    "layers": "lossless h2o",
+    "map": "adakv_int4",
     "model": "quest",
 }
 
