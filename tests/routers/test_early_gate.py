@@ -178,7 +178,17 @@ REFUSED = {
 OTHERS = {"doge", "qwen3_omni_moe_talker", "longcat_flash", "dots3_note"}
 
 
-@pytest.mark.parametrize("name", sorted(discover().found.keys() - OTHERS))
+# In every run; the rest in `make test-all`.
+FEW = {"mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "dbrx", "afmoe", "gemma4"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FEW else [pytest.mark.slow])
+        for name in sorted(discover().found.keys() - OTHERS)
+    ],
+)
 def test_every_architecture(name) -> None:
     """Applied to what the norm reads in the model's own pass, it gives the choice of the layer."""
     model = build(name)
