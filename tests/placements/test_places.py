@@ -101,7 +101,7 @@ def test_the_results_of_one_place(name, dealt, mode) -> None:
 
 
 @pytest.mark.parametrize("method", COMPRESSED)
-@pytest.mark.parametrize("dealt", DEALT)
+@pytest.mark.parametrize("dealt", ["spread2", "experts3", "xor4", "offload2"])
 def test_encodings_and_ragged_heads(method, dealt) -> None:
     model, options = exact_model("mixtral"), COMPRESSED[method] | SMALL
     inputs = prompt(model, PADDED)
@@ -167,9 +167,9 @@ def test_a_row_alone_is_a_row_of_a_batch(dealt, method) -> None:
 # ---- rows that leave, and pages that are shared -------------------------------------------------
 
 
-@pytest.mark.parametrize("dealt", [None, *DEALT])
+@pytest.mark.parametrize("dealt", [None, "spread5", "experts3", "offload2"])
 @pytest.mark.parametrize("method", ["lossless", "mixed", "adakv"])
-@pytest.mark.parametrize("lengths", [(40, 3), (40, 9), (9, 40)], ids=str)
+@pytest.mark.parametrize("lengths", [(40, 3), (9, 40)], ids=str)
 def test_a_short_row_stays_when_a_long_one_is_dropped(dealt, method, lengths) -> None:
     """Some stores then hold no page of any row that is left."""
     model, options = tiny("mixtral", num_hidden_layers=2), COMPRESSED[method] | SMALL
@@ -228,7 +228,9 @@ def test_copies_go_on_apart(copied, dealt) -> None:
 def test_beams_over_places_are_beams_over_one() -> None:
     model = exact_model("mixtral")
     inputs = prompt(model, PADDED)
-    caches = [PiKVCache(model, placement=p, **SMALL) for p in (None, *DEALT.values())]
+    caches = [
+        PiKVCache(model, placement=p, **SMALL) for p in (None, OnOneCpu(5), DEALT["experts3"])
+    ]
     options = {"num_beams": 4, "max_new_tokens": 24}
     expected, *others = (generate(model, inputs, cache, **options) for cache in caches)
     for actual in others:
@@ -256,7 +258,7 @@ class PlacedOperations(CacheOperations):
 
 TestPlacedOperations = PlacedOperations.TestCase
 TestPlacedOperations.settings = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=15,
     derandomize=True,
     database=None,

@@ -198,7 +198,7 @@ class TableOperations(RuleBasedStateMachine):
 
 TestTableOperations = TableOperations.TestCase
 TestTableOperations.settings = settings(
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=12,
     derandomize=True,
     database=None,
