@@ -257,10 +257,10 @@ class Watch:
         self.checked += len(read) < len(pages)
 
     def attend(
-        self, state: LayerState, query: Tensor, mask: Any, scale: float, sink: Any
+        self, state: LayerState, query: Tensor, mask: Any, scale: float, sink: Any, expand: Any
     ) -> Tensor:
         self._newest = {}
-        out = self._attend(state, query, mask, scale, sink)
+        out = self._attend(state, query, mask, scale, sink, expand)
         length, heads = query.shape[2], state.tail.keys.shape[1]
         keys, values = state.tail.view()
         values = values if values.shape[-1] else keys
