@@ -15,8 +15,9 @@ from .sharding import Dealt, Sharding, in_turn
 class Spread(Sharding):
     """Deals the pages of a layer in turn, and begins with another place in each layer.
 
-    Of N pages of a KV head no place holds more than 1 + R / N times the mean of R places, whatever the
-    text. What a query sends and receives does not grow with the text: "Move the Query, Not the
+    Where KV heads have equally many pages, N each, no place holds more than 1 + R / N times the mean of
+    R places, whatever the text; otherwise the pages of all heads together are even. What a query sends
+    and receives does not grow with the text: "Move the Query, Not the
     Cache" (arXiv 2606.01502), Helix (arXiv 2507.07120).
     """
 
